@@ -1,0 +1,44 @@
+# make          from a fresh clone to samples: installs, prepares the embedded dataset, trains, samples
+# make test     lint and all tests
+# make bench    how fast this machine trains
+PYTHON ?= python3
+PY := .venv/bin/python
+OUT := out-python-char
+
+.PHONY: all train sample test test-slow lint bench clean
+all: sample
+
+# the pins are installed again only when they change
+.venv/runtime: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: .venv/runtime requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+data/python_char/meta.json: .venv/runtime data/python_char/prepare.py
+	$(PY) data/python_char/prepare.py
+
+# goes on where an interrupted run stopped; a finished one is not trained again
+train: data/python_char/meta.json
+	$(PY) train.py config/train_python_char.py --init_from=auto
+
+sample: train
+	$(PY) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=400 --start="def "
+
+bench: .venv/runtime
+	$(PY) bench.py
+
+lint: .venv/dev
+	$(PY) -m ruff check .
+
+test: lint
+	$(PY) -m pytest -m "not slow"
+
+test-slow: .venv/dev
+	$(PY) -m pytest -m slow
+
+clean:
+	rm -rf .venv $(OUT) bench_log

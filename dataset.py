@@ -1,0 +1,182 @@
+"""
+Token ids on disk, and batches of them.
+
+A dataset is a folder: train.bin and val.bin hold ids, headerless and little-endian, and meta.json says all else: their
+type and number, the vocabulary, the tokenizer, where the text came from. nanoGPT's folders are read too. Batches are
+pure functions of the seed and the step, so that neither the number of processes nor an interruption changes a run.
+"""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tokenizer
+from configurator import UserError
+
+FORMAT = 1
+SPLITS = ('train', 'val')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+def write(folder, splits, tok, source):
+    """Make folder a dataset, replacing the one that was there: a reader finds the old one, the new one, or the note
+    that it is unfinished; never a mixture.
+
+    splits: {'train': ids, 'val': ids}, arrays of token ids. tok: their tokenizer. source: {key: value}, where the text
+    came from. Prints what was written.
+    """
+    folder, dtype = Path(folder), tokenizer.id_type(tok.vocab_size).newbyteorder('<')
+    meta = {'format': FORMAT, 'dtype': dtype.name, 'vocab_size': tok.vocab_size,
+            'tokens': {split: len(splits[split]) for split in SPLITS}, 'source': source, 'tokenizer': tok.to_dict()}
+    try:
+        for split in SPLITS:
+            assert len(splits[split]) == 0 or splits[split].max() < tok.vocab_size
+            replace(folder / f'{split}.bin.new', splits[split].astype(dtype).tobytes())
+        replace(folder / 'meta.json', json.dumps({'format': FORMAT, 'unfinished': True}).encode())
+        for split in SPLITS:
+            os.replace(folder / f'{split}.bin.new', folder / f'{split}.bin')
+        replace(folder / 'meta.json', json.dumps(meta, indent=1).encode())
+    except OSError as error:
+        raise UserError(f'cannot write the dataset {folder}: {error.strerror}') from None
+    counts = ', '.join(f'{n:,} {split} tokens' for split, n in meta['tokens'].items())
+    print(f'{folder}: vocabulary of {tok.vocab_size:,}, {counts}')
+
+
+def replace(path, content):
+    """Put bytes into a file, on the disk and all at once."""
+    new = Path(f'{path}.tmp')
+    try:
+        with open(new, 'wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+class Plain(pickle.Unpickler):
+    """Unpickles containers, strings and numbers, and nothing that has a class or could run."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+
+def find(name):
+    """The folder of a dataset: data/<name> of the project, or a path as it stands if it has a slash."""
+    here = Path(__file__).resolve().parent
+    folder = Path(name) if os.sep in name or '/' in name else here / 'data' / name
+    if (folder / 'meta.json').exists() or all((folder / f'{split}.bin').exists() for split in SPLITS):
+        return folder
+    if (folder / 'prepare.py').exists():
+        script = os.path.relpath(folder / 'prepare.py')
+        raise UserError(f'the dataset {name!r} is not there yet, make it with: python {script}')
+    known = sorted(path.parent.name for path in here.glob('data/*/prepare.py'))
+    raise UserError(f'no dataset {name!r} in {folder}; there are {", ".join(known)}, or give the path of a folder')
+
+
+def read_meta(folder):
+    """meta.json of a dataset, or its like for a folder that nanoGPT prepared."""
+    try:
+        if (folder / 'meta.json').exists():
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            if meta.get('unfinished'):
+                raise UserError(f'{folder} was left half written: run its prepare.py again')
+            if meta['format'] != FORMAT:
+                raise UserError(f'{folder} has format {meta["format"]}, expected {FORMAT}: run its prepare.py again')
+            return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
+                    'tokens': {split: int(meta['tokens'][split]) for split in SPLITS},
+                    'tokenizer': dict(meta['tokenizer'])}
+        tokens = {split: os.path.getsize(folder / f'{split}.bin') // 2 for split in SPLITS}
+        meta = {'dtype': np.dtype(np.uint16), 'vocab_size': 50257, 'tokens': tokens,
+                'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
+        if (folder / 'meta.pkl').exists():
+            with open(folder / 'meta.pkl', 'rb') as f:
+                chars = Plain(f).load()['itos']
+            meta['vocab_size'] = len(chars)
+            meta['tokenizer'] = {'kind': 'char', 'chars': ''.join(chars[i] for i in range(len(chars)))}
+        return meta
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f'cannot read {folder}: {error.strerror}') from None
+    except Exception as error:   # whatever a damaged or hostile file makes json or pickle say
+        raise UserError(f'{folder}: cannot read its meta file ({type(error).__name__}: {error}): '
+                        f'run its prepare.py again') from None
+
+
+class Dataset:
+    """A dataset opened for reading: .vocab_size, .tokenizer (a description), .data[split] (ids, mapped from disk)."""
+
+    def __init__(self, name):
+        self.folder = find(name)
+        meta = read_meta(self.folder)
+        self.vocab_size, self.tokenizer, self.data = meta['vocab_size'], meta['tokenizer'], {}
+        for split in SPLITS:
+            path = self.folder / f'{split}.bin'
+            if not path.exists():
+                raise UserError(f'{path} is missing: run the prepare.py of this dataset again')
+            size, width = path.stat().st_size, meta['dtype'].itemsize
+            if size % width:
+                raise UserError(f'{path} has {size:,} bytes, no multiple of {width}: it is cut off or not of type '
+                                f'{meta["dtype"]}; run the prepare.py of this dataset again')
+            if size // width != meta['tokens'][split]:
+                raise UserError(f'{path} has {size // width:,} tokens, but meta.json says {meta["tokens"][split]:,}: '
+                                f'run the prepare.py of this dataset again')
+            dtype = meta['dtype'].newbyteorder('<')
+            self.data[split] = np.asarray(np.memmap(path, dtype, mode='r')) if size else np.empty(0, dtype)
+
+    def check(self, block_size, vocab_size):
+        """UserError if a split is too short for a context of block_size, or has an id that vocab_size does not cover.
+        Files past 2**29 ids are looked at in a thousand places, smaller ones whole."""
+        for split, ids in self.data.items():
+            path = self.folder / f'{split}.bin'
+            if len(ids) < block_size + 1:
+                raise UserError(f'{path} has {len(ids):,} tokens, too few for block_size={block_size}: it takes '
+                                f'{block_size + 1:,}; lower block_size or prepare more text')
+            piece = 2**19
+            starts = range(0, len(ids), piece if len(ids) <= 2**29 else len(ids) // 1000)
+            for start in starts:
+                worst = ids[start:start + piece].max()
+                if worst >= vocab_size:
+                    raise UserError(f'{path} has the token id {worst:,}, the vocabulary ends at {vocab_size - 1:,}: '
+                                    f'it was made with another tokenizer; run its prepare.py again')
+
+    def windows(self, split, starts, block_size, device):
+        """Inputs and targets that begin at starts, an integer array of any shape: two tensors of ids of that shape and
+        block_size more, the second one token ahead."""
+        views = np.lib.stride_tricks.sliding_window_view(self.data[split], block_size + 1)
+        tokens = torch.from_numpy(views[starts].astype(np.int64))                     # (..., T + 1)
+        if device.type == 'cuda':
+            tokens = tokens.pin_memory()   # so that the copy need not be waited for
+        tokens = tokens.to(device, non_blocking=True)
+        return tokens[..., :-1], tokens[..., 1:]
+
+    def train_batch(self, step, seed, micro_batches, batch_size, block_size, device, rank=0, world_size=1):
+        """The batch of a step: a pure function of (seed, step), of which each of world_size processes takes its rows.
+
+        micro_batches: how many there are in all. Returns x, y of shape (micro_batches / world_size, B, T).
+        """
+        starts = random_starts(len(self.data['train']), block_size, micro_batches * batch_size, seed, step)
+        return self.windows('train', starts.reshape(micro_batches, batch_size)[rank::world_size], block_size, device)
+
+    def eval_batch(self, split, i, eval_iters, batch_size, block_size, device):
+        """Batch i of the eval_iters that stand for a split at every evaluation: windows spread evenly over it."""
+        starts = np.linspace(0, len(self.data[split]) - block_size - 1, eval_iters * batch_size).astype(np.int64)
+        return self.windows(split, starts.reshape(eval_iters, batch_size)[i], block_size, device)
+
+
+def random_starts(n_tokens, block_size, rows, seed, step):
+    """Where the rows of a step begin: uniform over all windows of block_size + 1 tokens, as a pure function of (seed,
+    step), by a counter-based generator (Salmon et al., 2011) whose raw numbers no release of numpy changes."""
+    raw = np.random.Philox(key=seed % 2**64, counter=[0, step, 0, 0]).random_raw(rows)
+    return (raw % np.uint64(n_tokens - block_size)).astype(np.int64)

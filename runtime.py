@@ -1,0 +1,190 @@
+"""
+The machine: which device, which precision, whether to compile, how many processes, how fast it could be. The only file
+that knows the names of accelerators and of torchrun's variables; everything else asks the Runtime that setup() returns.
+"""
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from configurator import UsageError
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# Dense bfloat16 matrix TFLOP/s of a device, by a part of its name, the longest that matches; from the data sheets
+PEAK_TFLOPS = {
+    'A100': 312, 'A800': 312, 'A10': 125, 'A30': 165, 'A40': 150, 'L4': 121, 'L40': 181, 'L40S': 362,
+    'H100': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H800': 989, 'H200': 989, 'GH200': 989, 'H20': 148,
+    'B100': 1750, 'B200': 2250, 'GB200': 2500, 'B300': 2250,
+    'RTX 3090': 71, 'RTX 4090': 165, 'RTX 5090': 210, 'RTX A6000': 155, 'RTX 6000 Ada': 364,
+}
+
+
+@dataclass
+class Runtime:
+    device: torch.device
+    dtype: torch.dtype      # of matrix products and activations; weights stay in float32
+    compile: bool
+    rank: int               # of this process among world_size
+    world_size: int
+
+    @property
+    def master(self):
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self):
+        """A context in which the matrix products of a forward pass run in dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def grad_scaler(self):
+        """Loss scaling, which float16 needs (Micikevicius et al., 2018); for other types it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def wrap(self, model):
+        """The model to call in training: with more than one process, one that averages gradients over them."""
+        if self.world_size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
+
+    def average_gradients(self, model, on):
+        """Whether the coming forward and backward pass averages: only the last micro-batch of a step needs to."""
+        return contextlib.nullcontext() if on or self.world_size == 1 else model.no_sync()
+
+    def mean(self, tensor):
+        """The mean of a tensor over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)   # a sum, because gloo has no average
+        return tensor / self.world_size
+
+    def any(self, flag):
+        """Whether flag is true in any process."""
+        return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def reseed(self, seed, step):
+        """Make dropout a function of (seed, step, rank), so that a resumed run drops what it would have dropped."""
+        torch.manual_seed((seed * 1_000_003 + step) * self.world_size + self.rank)
+
+    def sync(self):
+        """Wait for the device to finish what it was given, before a clock is read."""
+        if self.device.type != 'cpu':
+            getattr(torch, self.device.type).synchronize()
+
+    def peak_memory(self):
+        """The most memory used so far, in bytes: the device's, or on a CPU that of the process; None if unknown."""
+        if self.device.type == 'cuda':
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == 'mps':
+            return torch.mps.driver_allocated_memory()
+        try:
+            import resource
+        except ImportError:   # Windows
+            return None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+    def peak_flops(self):
+        """FLOP/s that this device could reach at most in dtype: from a table, or on a CPU the best of a few matrix
+        products; None if unknown."""
+        if self.device.type == 'cpu':
+            return measured_flops(self.dtype)
+        name = self.name()
+        known = max((part for part in PEAK_TFLOPS if part in name), key=len, default=None)
+        # TensorFloat-32 runs at half the rate of bfloat16
+        return PEAK_TFLOPS[known] * 1e12 / (2 if self.dtype == torch.float32 else 1) if known else None
+
+    def name(self):
+        if self.device.type == 'cuda':
+            return torch.cuda.get_device_name(self.device)
+        threads = f', {torch.get_num_threads()} threads' if self.device.type == 'cpu' else ''
+        return platform.machine() + threads
+
+    def describe(self):
+        """One line to paste into a bug report."""
+        return (f'{self.device} ({self.name()}), {str(self.dtype)[6:]}, {"" if self.compile else "not "}compiled, '
+                f'{self.world_size} process{"es" * (self.world_size > 1)}, torch {torch.__version__}, '
+                f'Python {platform.python_version()}, {platform.system()}')
+
+    def close(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def setup(device='auto', dtype='auto', compile='auto', seed=0):
+    """Choose the machine and seed it; joins the other processes when torchrun started this one. Raises UsageError."""
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)) if world_size > 1 else None)
+    dtype = pick_dtype(dtype, device)
+    compile = pick_compile(compile, device)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')   # TensorFloat-32 where float32 is asked for
+    if world_size > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    torch.manual_seed(seed)   # the same weights in every process
+    return Runtime(device, dtype, compile, rank, world_size)
+
+
+def pick_device(name, local_rank):
+    """The torch.device of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'; with several processes each takes its own GPU."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, index = name.partition(':')
+    if kind not in ('cuda', 'mps', 'cpu') or index and not index.isdigit():
+        raise UsageError(f"device={name!r}: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
+    if kind == 'cuda':
+        n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank if local_rank is not None else int(index or 0)
+        if index >= n:
+            raise UsageError(f"device='cuda:{index}': torch {torch.__version__} finds {n} GPUs here; try device='auto'")
+        return torch.device('cuda', index)
+    if kind == 'mps' and not torch.backends.mps.is_available():
+        raise UsageError("device='mps': torch finds no Apple GPU here; try device='auto'")
+    return torch.device(kind)
+
+
+def pick_dtype(name, device):
+    """The torch.dtype of a name; 'auto' is bfloat16 where the hardware multiplies it natively, else float32."""
+    if name == 'auto':
+        if device.type == 'cuda':
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            can = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
+            native = can.get('avx512_bf16') or can.get('amx_bf16')
+        return torch.bfloat16 if native else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"dtype={name!r}: expected 'auto', {', '.join(map(repr, DTYPES))}")
+    return DTYPES[name]
+
+
+def pick_compile(choice, device):
+    """Whether to use torch.compile: 'auto' says yes on a GPU if a trial works, and no on a CPU, where it costs half a
+    minute before the first step."""
+    if choice in (True, False):
+        return choice
+    if choice != 'auto':
+        raise UsageError(f"compile={choice!r}: expected 'auto', True or False")
+    if device.type != 'cuda':
+        return False
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as error:   # no Triton, no C compiler, an old GPU: torch has a different exception for each
+        print(f'torch.compile does not work here ({type(error).__name__}), going on without', file=sys.stderr)
+        return False
+
+
+def measured_flops(dtype, n=1024):
+    """FLOP/s of the best of a few n by n by n matrix products on the CPU."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    best = float('inf')
+    for _ in range(8):
+        t0 = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - t0)
+    return 2 * n**3 / best

@@ -1,0 +1,316 @@
+"""
+Train a GPT: from scratch, from where a run stopped, or from other weights; on a laptop or on many GPUs.
+
+    python train.py config/train_python_char.py                        a small model of Python source code
+    python train.py config/train_python_char.py --init_from=resume     go on where it stopped
+    python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+Every evaluation prints the loss on both splits and writes out_dir/ckpt.pt, from which a run goes on, and best.pt when
+the validation loss has not been lower before; log.jsonl holds what was printed. Ctrl-C saves before it leaves.
+Without a config file the options below are those of GPT-2 (124M) on OpenWebText.
+"""
+
+import functools
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+
+import checkpoint
+import optim
+import runtime
+from configurator import UsageError, UserError, configure
+from dataset import Dataset
+from model import GPT, GPTConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# output
+out_dir = 'out'                       # folder of checkpoints and log
+init_from = 'scratch'                 # 'scratch', 'resume' (out_dir), 'auto' (resume if possible), a path (weights only)
+eval_interval = 2000                  # steps between evaluations; each one saves
+eval_iters = 200                      # batches per split and evaluation, always the same ones
+eval_only = False                     # evaluate once and leave; writes nothing
+log_interval = 1                      # steps between loss lines
+patience = 0                          # stop after so many evaluations in a row without a new best, 0 never does
+wandb_log = False                     # send what is logged to Weights & Biases too
+wandb_project = 'flatgpt'
+wandb_run_name: str | None = None     # None: that of out_dir
+# data
+dataset = 'openwebtext'               # a folder in data/, or a path
+batch_size = 12                       # rows per micro-batch
+block_size = 1024                     # tokens per row: the context
+gradient_accumulation_steps = 5 * 8   # micro-batches per step, over all processes
+# model
+n_layer = 12
+n_embd = 768
+n_head = 12
+bias = False                          # biases in Linear and LayerNorm, as GPT-2 has them
+dropout = 0.0                         # 0.0 for pretraining; 0.1 or more for finetuning and small data
+attention = 'auto'                    # 'sdpa' (torch's fused kernels), 'math' (written out), 'auto' (the faster one)
+# optimizer
+max_iters = 600000                    # steps in all; one step is one update
+weight_decay = 1e-1                   # on matrices only
+grad_clip = 1.0                       # largest norm of the gradient, 0.0 for no limit
+beta1 = 0.9
+beta2 = 0.95
+# learning rate
+learning_rate = 6e-4                  # the peak
+schedule = 'cosine'                   # after the warmup: 'cosine', 'linear' or 'constant'
+warmup_iters = 2000                   # steps of linear rise
+lr_decay_iters: int | None = None     # step at which min_lr is reached, None: max_iters
+cooldown_iters: int | None = None     # 'linear' is constant until so many steps before that (WSD), None: falls at once
+min_lr = 6e-5                         # about a tenth of learning_rate
+# machine
+seed = 1337                           # of the weights, the batches and dropout
+device = 'auto'                       # 'cuda', 'cuda:1', 'mps', 'cpu', 'auto' (the first of them that is there)
+dtype = 'auto'                        # 'float32', 'bfloat16', 'float16' (scales the loss), 'auto' (bfloat16 if native)
+compile: str | bool = 'auto'          # torch.compile: True, False, 'auto' (where it pays for itself)
+peak_flops: float | None = None       # FLOP/s of a device at most, for the mfu figure; None: from a table, or measured
+# ---------------------------------------------------------------------------------------------------------------------
+config = configure(globals())   # config files and --key=val onto the options above; --help prints them
+
+
+# what to start from: nothing, the state of a run, or weights
+
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+resuming = init_from == 'resume' or init_from == 'auto' and os.path.exists(ckpt_path)
+if not resuming and init_from in ('scratch', 'auto'):
+    ckpt = None
+else:
+    start_path = ckpt_path if resuming else checkpoint.resolve(init_from)
+    ckpt = checkpoint.load(start_path)
+    if resuming:   # what this command line leaves open stays as it was, except what belongs to the machine
+        config.adopt(ckpt['config'], but=('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops'))
+    shape = {name: ckpt['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
+    if not resuming and 'block_size' in config.given and block_size < shape['block_size']:
+        del shape['block_size']   # weights may be cropped to a shorter context
+    clash = [name for name in shape if name in config.given and config[name] != shape[name]]
+    if clash:
+        raise UsageError(f'{start_path} has ' + ', '.join(f'{name}={shape[name]}, not {config[name]}' for name in clash)
+                         + ': leave these options away, or start from scratch')
+    config.adopt(shape)
+
+# refusals
+
+for name in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
+    if config[name] < 1:
+        raise UsageError(f'{name}={config[name]}: expected 1 or more')
+optim.check_schedule(schedule)
+
+# machine
+
+rt = runtime.setup(device, dtype, compile, seed)
+say = functools.partial(print, flush=True) if rt.master else lambda *args, **kwargs: None   # one of many processes
+if gradient_accumulation_steps % rt.world_size:
+    raise UsageError(f'gradient_accumulation_steps={gradient_accumulation_steps}: expected a multiple of the '
+                     f'{rt.world_size} processes')
+say(rt.describe(), file=sys.stderr)
+if not eval_only:
+    checkpoint.make_folder(out_dir)
+
+# data
+
+data = Dataset(dataset)
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+
+
+def batch_of(step):
+    return data.train_batch(step, seed, gradient_accumulation_steps, batch_size, block_size,
+                            rt.device, rt.rank, rt.world_size)
+
+
+# model: build, load, crop, compile, wrap
+
+if ckpt is None:
+    vocab_size = data.vocab_size if data.vocab_size < 1000 else -(-data.vocab_size // 64) * 64   # see GPTConfig
+    try:
+        model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout, attention=attention))
+    except ValueError as error:
+        raise UsageError(error) from None
+else:
+    if ckpt.get('tokenizer', data.tokenizer) != data.tokenizer:
+        raise UsageError(f'{start_path} was trained with another tokenizer than the dataset {dataset!r} has')
+    model = checkpoint.build(ckpt, start_path, dropout=dropout, attention=attention)
+    model.crop_block_size(block_size)
+data.check(block_size, model.config.vocab_size)
+model.to(rt.device)
+say(f'{model.get_num_params(non_embedding=False):,} parameters, {tokens_per_iter:,} tokens per step, '
+    f'{len(data.data["train"]):,} in {data.folder}', file=sys.stderr)
+if rt.compile:
+    model.compile()   # in place: the names of the parameters stay
+wrapped = rt.wrap(model)
+
+# optimizer, and where the run stands
+
+optimizer = optim.adamw(model, learning_rate, (beta1, beta2), weight_decay)
+scaler = rt.grad_scaler()
+step, seconds, best_val_loss = 0, 0.0, math.inf
+evaluated, bad_evals = -1, 0   # the step of the last evaluation; evaluations since the best one
+if resuming:
+    step, best_val_loss, seconds = ckpt['iter_num'], ckpt['best_val_loss'], ckpt.get('seconds', 0.0)
+    evaluated, bad_evals = ckpt.get('evaluated', -1), ckpt.get('bad_evals', 0)
+    optim.load_state(optimizer, ckpt['optimizer'])
+    if ckpt.get('scaler'):
+        scaler.load_state_dict(ckpt['scaler'])
+    say(f'resumed {ckpt_path}: step {step:,}, {step * tokens_per_iter:,} tokens seen, '
+        f'best val loss {best_val_loss:.4f}', file=sys.stderr)
+    for name, old in ckpt['config'].items():
+        if name in config.given - {'init_from'} and config[name] != old:
+            say(f'changed: {name}={config[name]!r}, was {old!r}', file=sys.stderr)
+ckpt = None   # gives its memory back
+
+# the record of the run
+
+if rt.master and not eval_only:
+    if resuming:
+        checkpoint.rewind_log(out_dir, step)
+    elif checkpoint.set_aside(out_dir):
+        say(f'the run that was in {out_dir} is now in {os.path.join(out_dir, "previous")}', file=sys.stderr)
+if wandb_log and rt.master:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log=True needs the wandb package: pip install wandb') from None
+    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=dict(config))
+
+
+def log(**record):
+    if rt.master and not eval_only:
+        checkpoint.append_log(out_dir, record)
+    if rt.master and wandb_log:
+        wandb.log(record, step=step)
+
+
+def save():
+    """Write ckpt.pt, and best.pt when this is it. A full disk ends nothing: the older files stay, and the next save may
+    find room. Returns the error or None."""
+    state = {'version': checkpoint.VERSION, 'model': model.state_dict(), 'model_args': model.config.to_dict(),
+             'tokenizer': data.tokenizer, 'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss}
+    try:
+        if evaluated == step and bad_evals == 0:
+            checkpoint.save(os.path.join(out_dir, 'best.pt'), state)
+        state |= {'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+                  'evaluated': evaluated, 'bad_evals': bad_evals, 'seconds': time.perf_counter() - begun}
+        checkpoint.save(ckpt_path, state)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error
+
+
+# measure: the mean loss over the fixed batches of each split, in nats per token; every process takes its share
+
+@torch.no_grad()
+def evaluate():
+    model.eval()
+    losses = {}
+    for split in ('train', 'val'):
+        total = torch.zeros((), device=rt.device)
+        for i in range(rt.rank, eval_iters, rt.world_size):
+            x, y = data.eval_batch(split, i, eval_iters, batch_size, block_size, rt.device)
+            with rt.autocast():
+                total += model(x, y)[1]
+        losses[split] = rt.mean(total).item() * rt.world_size / eval_iters
+    model.train()
+    return losses
+
+
+def require_finite(loss, what):
+    if not math.isfinite(loss):
+        kept = f'{ckpt_path} holds the last good state' if os.path.exists(ckpt_path) else 'nothing was saved'
+        raise UserError(f'{what} is {loss} at step {step}: {kept}; '
+                        f'lower learning_rate, raise warmup_iters, or use dtype=float32, then resume or start again')
+
+
+# Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once
+
+signals = []
+
+
+def on_signal(number, frame):
+    if signals:
+        raise KeyboardInterrupt
+    signals.append(number)
+    say('stopping after this step, once more to leave at once', file=sys.stderr)
+
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, on_signal)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training loop: max_iters updates, and one more turn to measure what the last one gave
+
+peak = peak_flops or rt.peak_flops()
+x, y = batch_of(step)   # (micro-batches of this process, B, T) each
+unsaved = None          # the error of the latest save, if it failed
+begun = time.perf_counter() - seconds
+t0, first, timed = time.perf_counter(), step, 0   # timed: steps since t0
+model.train()
+while True:
+    last = step >= max_iters
+
+    # evaluate and save
+    if eval_only or evaluated != step and (last or step % eval_interval == 0):
+        losses = evaluate()
+        say(f'step {step}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+        for split, loss in losses.items():
+            require_finite(loss, f'the {split} loss')
+        evaluated, bad_evals = step, 0 if losses['val'] < best_val_loss else bad_evals + 1
+        best_val_loss = min(best_val_loss, losses['val'])
+        log(step=step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=best_val_loss,
+            tokens=step * tokens_per_iter, seconds=time.perf_counter() - begun)
+        if rt.master and not eval_only:
+            unsaved = save()
+        t0, timed = time.perf_counter(), 0
+    if last or eval_only or 0 < patience <= bad_evals:
+        break
+    if rt.any(bool(signals)):
+        if rt.master and evaluated != step:
+            unsaved = save()
+        break
+
+    # one update: forward and backward over the micro-batches, whose gradients add up
+    rate = optim.learning_rate_at(step, schedule, learning_rate, min_lr, warmup_iters, decay_iters, cooldown_iters)
+    for group in optimizer.param_groups:
+        group['lr'] = rate
+    rt.reseed(seed, step)
+    micro_steps, mean_loss = len(x), torch.zeros((), device=rt.device)
+    for micro in range(micro_steps):
+        with rt.average_gradients(wrapped, on=micro == micro_steps - 1):
+            with rt.autocast():
+                loss = wrapped(x[micro], y[micro])[1] / micro_steps   # the mean over the step, not the sum
+            scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    x, y = batch_of(step + 1)   # while the device still works
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    timed += 1
+
+    # everything below is bookkeeping
+    if step % log_interval == 0:
+        loss = rt.mean(mean_loss).item()   # the one place that waits for the device
+        dt = (time.perf_counter() - t0) / timed
+        mfu = model.flops_per_token() * tokens_per_iter / (dt * rt.world_size * peak) if peak and step > first else None
+        say(f'iter {step}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu:.2%}" if mfu else "-"}, '
+            f'{tokens_per_iter / dt:,.0f} tok/s')
+        require_finite(loss, 'the loss')
+        log(iter=step, loss=loss, lr=rate, grad_norm=grad_norm.item(), dt=dt, tok_per_s=tokens_per_iter / dt, mfu=mfu)
+        t0, timed = time.perf_counter(), 0
+    step += 1
+
+# ---------------------------------------------------------------------------------------------------------------------
+rt.close()
+if unsaved:
+    raise unsaved
+if signals and not last:
+    say(f'interrupted at step {step}, saved in {ckpt_path}: go on with --init_from=resume', file=sys.stderr)
+    sys.exit(130)
+if 0 < patience <= bad_evals:
+    say(f'stopped early: no better val loss than {best_val_loss:.4f} in {bad_evals} evaluations', file=sys.stderr)
