@@ -92,7 +92,7 @@ class Runtime:
         """FLOP/s that this device could reach at most in dtype: from a table, or on a CPU the best of a few matrix
         products; None if unknown."""
         if self.device.type == 'cpu':
-            return measured_flops(self.dtype)
+            return measured_flops(torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32)
         name = self.name()
         known = max((part for part in PEAK_TFLOPS if part in name), key=len, default=None)
         # TensorFloat-32 runs at half the rate of bfloat16

@@ -30,7 +30,7 @@ from model import GPT, GPTConfig
 # ---------------------------------------------------------------------------------------------------------------------
 # output
 out_dir = 'out'                       # folder of checkpoints and log
-init_from = 'scratch'                 # 'scratch', 'resume' (out_dir), 'auto' (resume if possible), a path (weights only)
+init_from = 'scratch'                 # 'scratch', 'resume', 'auto' (resume if there is one), a path (weights only)
 eval_interval = 2000                  # steps between evaluations; each one saves
 eval_iters = 200                      # batches per split and evaluation, always the same ones
 eval_only = False                     # evaluate once and leave; writes nothing

@@ -1,0 +1,86 @@
+"""What all tests share: running a script as a person would, a small dataset, a small recipe."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared' / 'data'   # real text and GPT-2's encoding, on machines that have them
+sys.path.insert(0, str(ROOT))
+
+# A model that trains in a second, in float32 so that a run can be compared bit for bit
+TINY = """
+eval_interval = 10
+eval_iters = 2
+log_interval = 1
+gradient_accumulation_steps = 2
+batch_size = 4
+block_size = 16
+n_layer = 2
+n_head = 2
+n_embd = 32
+learning_rate = 1e-2
+max_iters = 20
+warmup_iters = 2
+min_lr = 1e-3
+device = 'cpu'
+dtype = 'float32'
+"""
+
+
+def run(script, *args, cwd=ROOT, timeout=120, **env):
+    """Run a script of the project, and return its CompletedProcess with stdout and stderr as text."""
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, timeout=timeout, text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'offline', **env})
+
+
+def log_of(out_dir):
+    """The records of log.jsonl without what depends on the clock."""
+    lines = (Path(out_dir) / 'log.jsonl').read_text(encoding='utf-8').splitlines()
+    clock = {'seconds', 'dt', 'tok_per_s', 'mfu'}
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def assert_one_line(done, status, *words):
+    """A script ended as it should for a person's mistake: the status, one line on stderr as its last, no traceback."""
+    assert done.returncode == status, done.stderr
+    assert 'Traceback' not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last, f'{word!r} is not in {last!r}'
+
+
+@pytest.fixture(scope='session')
+def char_dataset(tmp_path_factory):
+    """A folder with a dataset of characters, small and learnable."""
+    from dataset import write
+    from tokenizer import CharTokenizer
+
+    text = ''.join(f'{i} times {i % 7} makes {i * (i % 7)}.\n' for i in range(1000))
+    folder = tmp_path_factory.mktemp('char_dataset')
+    tok = CharTokenizer(text)
+    ids = tok.encode(text)
+    write(folder, {'train': ids[:-3000], 'val': ids[-3000:]}, tok, {'text': 'multiplication'})
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory, char_dataset):
+    """The path of a config file for train.py: a tiny model on char_dataset."""
+    path = tmp_path_factory.mktemp('config') / 'tiny.py'
+    path.write_text(f'dataset = {str(char_dataset)!r}\n{TINY}')
+    return path
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, tiny):
+    """The out_dir of a finished run of the tiny config."""
+    out_dir = tmp_path_factory.mktemp('trained')
+    done = run('train.py', tiny, f'--out_dir={out_dir}')
+    assert done.returncode == 0, done.stderr
+    return out_dir
