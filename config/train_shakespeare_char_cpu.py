@@ -1,18 +1,28 @@
+# A GPT for a laptop on tiny Shakespeare, character by character: the small model of nanoGPT's README.
+#
+#   python data/shakespeare_char/prepare.py
+#   python train.py config/train_shakespeare_char_cpu.py
+#   python sample.py --out_dir=out-shakespeare-char-cpu
+#
+# hardware: 2 CPU cores with bfloat16 | time: - | result: -
+
 out_dir = 'out-shakespeare-char-cpu'
+dataset = 'shakespeare_char'
+
 eval_interval = 250
 eval_iters = 20
-log_interval = 10
-dataset = 'shakespeare_char'
-gradient_accumulation_steps = 1
-batch_size = 12
-block_size = 64
+log_interval = 50
+
 n_layer = 4
-n_head = 4
 n_embd = 128
+n_head = 4
 dropout = 0.0
-learning_rate = 1e-3
+block_size = 64
+batch_size = 12
+gradient_accumulation_steps = 1
+
 max_iters = 2000
-lr_decay_iters = 2000
+learning_rate = 1e-3
 min_lr = 1e-4
-beta2 = 0.99
 warmup_iters = 100
+beta2 = 0.99   # higher than usual, since a step sees few tokens

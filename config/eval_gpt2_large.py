@@ -1,0 +1,11 @@
+# The loss of the pretrained gpt2-large (774M) on OpenWebText.
+#
+#   python train.py config/eval_gpt2_large.py
+#
+# hardware: one GPU | time: not yet measured | result: not yet measured
+
+init_from = 'gpt2-large'
+dataset = 'openwebtext'
+eval_only = True
+eval_iters = 500
+batch_size = 8

@@ -1,0 +1,23 @@
+# GPT-2 (124M) from scratch on OpenWebText, half a million tokens per step.
+#
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+#
+# hardware: 8 GPUs of 40 GB or more | time: not yet measured | result: not yet measured
+
+out_dir = 'out-gpt2'
+dataset = 'openwebtext'
+wandb_run_name = 'gpt2-124M'
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8   # 12 x 1024 x 40 = 491,520 tokens per step, on any number of GPUs that divides 40
+
+max_iters = 600000
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_iters = 2000
+weight_decay = 1e-1

@@ -1,0 +1,28 @@
+# A small GPT that writes Python, from the dataset that needs no download. This is what `make` trains.
+#
+#   python data/python_char/prepare.py
+#   python train.py config/train_python_char.py
+#   python sample.py --out_dir=out-python-char --start="def "
+#
+# hardware: 2 CPU cores with bfloat16 | time: - | result: -
+
+out_dir = 'out-python-char'
+dataset = 'python_char'
+
+eval_interval = 250
+eval_iters = 20
+log_interval = 25
+
+n_layer = 4
+n_embd = 192
+n_head = 6
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1
+
+max_iters = 1500
+learning_rate = 2e-3
+min_lr = 0.0
+warmup_iters = 100
+schedule = 'linear'
+beta2 = 0.99
