@@ -73,7 +73,7 @@ def load(path):
     if 'version' not in ckpt:   # nanoGPT's: prefixes of torch.compile and DDP, exact GELU, mask buffers of old releases
         ckpt['model'] = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): v for k, v in ckpt['model'].items()}
         ckpt['model'] = {k: v for k, v in ckpt['model'].items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
-        ckpt['model_args'] = {'gelu': 'erf', **ckpt['model_args']}
+        ckpt['model_args'] = {**GPTConfig(gelu='erf').to_dict(), **ckpt['model_args']}
         ckpt['best_val_loss'] = float(ckpt.get('best_val_loss', math.inf))
     return ckpt
 

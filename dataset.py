@@ -16,6 +16,7 @@ import torch
 
 import tokenizer
 from configurator import UserError
+from runtime import to_device
 
 FORMAT = 1
 SPLITS = ('train', 'val')
@@ -156,9 +157,7 @@ class Dataset:
         block_size more, the second one token ahead."""
         views = np.lib.stride_tricks.sliding_window_view(self.data[split], block_size + 1)
         tokens = torch.from_numpy(views[starts].astype(np.int64))                     # (..., T + 1)
-        if device.type == 'cuda':
-            tokens = tokens.pin_memory()   # so that the copy need not be waited for
-        tokens = tokens.to(device, non_blocking=True)
+        tokens = to_device(tokens, device)
         return tokens[..., :-1], tokens[..., 1:]
 
     def train_batch(self, step, seed, micro_batches, batch_size, block_size, device, rank=0, world_size=1):

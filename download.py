@@ -37,8 +37,10 @@ def download(url, path, sha256=None, attempts=3, timeout=20):
             break
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else None
-            if status == 416:   # nothing there beyond what we have, so what we have is not a beginning of it
-                part.unlink()
+            if status == 416:   # nothing there beyond what we have: it is whole, or not a beginning of this file
+                if sha256 and part.exists() and sha256_of(part) == sha256:
+                    break
+                part.unlink(missing_ok=True)
             elif status is not None and 400 <= status < 500 and status != 429 or attempt == attempts - 1:
                 reason = f'status {status} {error.response.reason}' if status else type(error).__name__
                 raise UserError(f'cannot download {url}: {reason}') from None
@@ -55,7 +57,7 @@ def download(url, path, sha256=None, attempts=3, timeout=20):
 def fetch_rest(requests, url, part, timeout):
     """Append to the file part what it lacks of url, or all of it if the server cannot resume."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {'Range': f'bytes={have}-'} if have else {}
+    headers = {'Accept-Encoding': 'identity', **({'Range': f'bytes={have}-'} if have else {})}   # bytes as they are
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
         answer.raise_for_status()
         have = have if answer.status_code == 206 else 0

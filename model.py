@@ -227,7 +227,8 @@ class GPT(nn.Module):
 
 def uniform(seed, row, n):
     """n numbers in (0, 1] as a pure function of (seed, row), by a counter-based generator (Salmon et al., 2011)."""
-    bits = np.random.Philox(key=[seed % 2**64, row]).random_raw(n) >> 40              # 24 bits, exact in float32
+    key = np.array([seed % 2**64, row], dtype=np.uint64)
+    bits = np.random.Philox(key=key).random_raw(n) >> 40                              # 24 bits, exact in float32
     return torch.from_numpy((bits.astype(np.float32) + 1) / 2**24)
 
 
@@ -236,7 +237,7 @@ def draw(logits, chance, temperature=1.0, top_k=None):
     cumulated probability reaches chance, so that one random number decides one token."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-9)    # no overflow near 0
     if top_k is not None and top_k < logits.size(-1):
         best = logits.topk(top_k)                                                     # exactly k, also among equals
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)

@@ -28,9 +28,8 @@ def load_state(optimizer, state):
     """Take over the moments of a saved optimizer. Rates, betas and weight decay stay those of the new one, because the
     configuration of this run decides them."""
     ours = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, options in zip(optimizer.param_groups, ours, strict=True):
-        group.update(options)
+    groups = [{**group, **options} for group, options in zip(state['param_groups'], ours, strict=True)]
+    optimizer.load_state_dict({**state, 'param_groups': groups})
 
 
 def learning_rate_at(step, schedule, peak, low, warmup_iters, decay_iters, cooldown_iters):

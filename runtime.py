@@ -6,6 +6,7 @@ that knows the names of accelerators and of torchrun's variables; everything els
 import contextlib
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Runtime:
 
     def reseed(self, seed, step):
         """Make dropout a function of (seed, step, rank), so that a resumed run drops what it would have dropped."""
-        torch.manual_seed((seed * 1_000_003 + step) * self.world_size + self.rank)
+        torch.manual_seed(((seed * 1_000_003 + step) * self.world_size + self.rank) % 2**64)
 
     def sync(self):
         """Wait for the device to finish what it was given, before a clock is read."""
@@ -94,7 +95,7 @@ class Runtime:
         if self.device.type == 'cpu':
             return measured_flops(torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32)
         name = self.name()
-        known = max((part for part in PEAK_TFLOPS if part in name), key=len, default=None)
+        known = max((part for part in PEAK_TFLOPS if re.search(rf'\b{part}\b', name)), key=len, default=None)
         # TensorFloat-32 runs at half the rate of bfloat16
         return PEAK_TFLOPS[known] * 1e12 / (2 if self.dtype == torch.float32 else 1) if known else None
 
@@ -126,7 +127,7 @@ def setup(device='auto', dtype='auto', compile='auto', seed=0):
         torch.set_float32_matmul_precision('high')   # TensorFloat-32 where float32 is asked for
     if world_size > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    torch.manual_seed(seed)   # the same weights in every process
+    torch.manual_seed(seed % 2**64)   # the same weights in every process
     return Runtime(device, dtype, compile, rank, world_size)
 
 
@@ -135,7 +136,7 @@ def pick_device(name, local_rank):
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind, _, index = name.partition(':')
-    if kind not in ('cuda', 'mps', 'cpu') or index and not index.isdigit():
+    if kind not in ('cuda', 'mps', 'cpu') or index and not index.isdecimal():
         raise UsageError(f"device={name!r}: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
     if kind == 'cuda':
         n = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -177,6 +178,13 @@ def pick_compile(choice, device):
     except Exception as error:   # no Triton, no C compiler, an old GPU: torch has a different exception for each
         print(f'torch.compile does not work here ({type(error).__name__}), going on without', file=sys.stderr)
         return False
+
+
+def to_device(tensor, device):
+    """A CPU tensor on a device; from pinned memory to a GPU, so that the copy need not be waited for."""
+    if device.type == 'cuda':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def measured_flops(dtype, n=1024):

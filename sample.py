@@ -37,7 +37,7 @@ configure(globals())
 
 if num_samples < 1 or max_new_tokens < 0:
     raise UsageError(f'num_samples={num_samples}, max_new_tokens={max_new_tokens}: expected at least 1 and at least 0')
-if temperature < 0 or top_k is not None and top_k < 1:
+if not temperature >= 0 or top_k is not None and top_k < 1:
     raise UsageError(f'temperature={temperature}, top_k={top_k}: expected at least 0.0, and at least 1 or None')
 
 # model and prompt

@@ -76,6 +76,7 @@ config = configure(globals())   # config files and --key=val onto the options ab
 
 # what to start from: nothing, the state of a run, or weights
 
+LOCAL = ('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops')   # of this start, not of the run
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 resuming = init_from == 'resume' or init_from == 'auto' and os.path.exists(ckpt_path)
 if not resuming and init_from in ('scratch', 'auto'):
@@ -83,8 +84,8 @@ if not resuming and init_from in ('scratch', 'auto'):
 else:
     start_path = ckpt_path if resuming else checkpoint.resolve(init_from)
     ckpt = checkpoint.load(start_path)
-    if resuming:   # what this command line leaves open stays as it was, except what belongs to the machine
-        config.adopt(ckpt['config'], but=('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops'))
+    if resuming:   # what this command line leaves open stays as it was
+        config.adopt(ckpt['config'], but=LOCAL)
     shape = {name: ckpt['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
     if not resuming and 'block_size' in config.given and block_size < shape['block_size']:
         del shape['block_size']   # weights may be cropped to a shorter context
@@ -100,6 +101,8 @@ for name in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulati
     if config[name] < 1:
         raise UsageError(f'{name}={config[name]}: expected 1 or more')
 optim.check_schedule(schedule)
+if schedule != 'constant' and min_lr > learning_rate:
+    raise UsageError(f'min_lr={min_lr} is above learning_rate={learning_rate}: give both')
 
 # machine
 
@@ -140,7 +143,7 @@ else:
 data.check(block_size, model.config.vocab_size)
 model.to(rt.device)
 say(f'{model.get_num_params(non_embedding=False):,} parameters, {tokens_per_iter:,} tokens per step, '
-    f'{len(data.data["train"]):,} in {data.folder}', file=sys.stderr)
+    f'{len(data.data["train"]):,} tokens in {dataset}', file=sys.stderr)
 if rt.compile:
     model.compile()   # in place: the names of the parameters stay
 wrapped = rt.wrap(model)
@@ -160,7 +163,7 @@ if resuming:
     say(f'resumed {ckpt_path}: step {step:,}, {step * tokens_per_iter:,} tokens seen, '
         f'best val loss {best_val_loss:.4f}', file=sys.stderr)
     for name, old in ckpt['config'].items():
-        if name in config.given - {'init_from'} and config[name] != old:
+        if name in config.given - set(LOCAL) and config[name] != old:
             say(f'changed: {name}={config[name]!r}, was {old!r}', file=sys.stderr)
 ckpt = None   # gives its memory back
 
@@ -179,6 +182,13 @@ if wandb_log and rt.master:
     wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=dict(config))
 
 
+def require_finite(value, what):
+    if not math.isfinite(value):
+        kept = f'{ckpt_path} holds the last good state' if os.path.exists(ckpt_path) else 'nothing was saved'
+        raise UserError(f'{what} is {value} at step {step}: {kept}; '
+                        f'lower learning_rate, raise warmup_iters, or use dtype=float32, then resume or start again')
+
+
 def log(**record):
     if rt.master and not eval_only:
         checkpoint.append_log(out_dir, record)
@@ -187,8 +197,9 @@ def log(**record):
 
 
 def save():
-    """Write ckpt.pt, and best.pt when this is it. A full disk ends nothing: the older files stay, and the next save may
-    find room. Returns the error or None."""
+    """Write ckpt.pt, and best.pt when this is it, but never ruined weights. A full disk ends nothing: the older files
+    stay, and the next save may find room. Returns the error or None."""
+    require_finite(sum(p.detach().abs().max().item() for p in model.parameters()), 'a weight')
     state = {'version': checkpoint.VERSION, 'model': model.state_dict(), 'model_args': model.config.to_dict(),
              'tokenizer': data.tokenizer, 'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss}
     try:
@@ -217,13 +228,6 @@ def evaluate():
         losses[split] = rt.mean(total).item() * rt.world_size / eval_iters
     model.train()
     return losses
-
-
-def require_finite(loss, what):
-    if not math.isfinite(loss):
-        kept = f'{ckpt_path} holds the last good state' if os.path.exists(ckpt_path) else 'nothing was saved'
-        raise UserError(f'{what} is {loss} at step {step}: {kept}; '
-                        f'lower learning_rate, raise warmup_iters, or use dtype=float32, then resume or start again')
 
 
 # Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once
@@ -310,7 +314,8 @@ rt.close()
 if unsaved:
     raise unsaved
 if signals and not last:
-    say(f'interrupted at step {step}, saved in {ckpt_path}: go on with --init_from=resume', file=sys.stderr)
+    say(f'interrupted at step {step:,}, saved in {ckpt_path}: go on with --init_from=resume', file=sys.stderr)
     sys.exit(130)
-if 0 < patience <= bad_evals:
-    say(f'stopped early: no better val loss than {best_val_loss:.4f} in {bad_evals} evaluations', file=sys.stderr)
+if not eval_only:
+    early = f'no better loss in {bad_evals} evaluations, ' if 0 < patience <= bad_evals else ''
+    say(f'stopped at step {step:,}: {early}best val loss {best_val_loss:.4f}, in {out_dir}', file=sys.stderr)

@@ -1,0 +1,596 @@
+"""The model: against a GPT-2 written a second time in numpy, against closed forms, and by what must never change."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import optim
+from model import ATTEND, GPT, GPTConfig, attend_math, draw, uniform
+
+SHAPE = {'vocab_size': 23, 'block_size': 12, 'n_layer': 2, 'n_embd': 16, 'n_head': 4}
+WAYS = sorted(ATTEND)
+
+
+def make(dtype=torch.float64, spread=0.3, **changes):
+    """A model in which every parameter, biases and norms included, is at random and matters."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**SHAPE, **changes})).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=spread)
+    return model.eval()
+
+
+def tokens(rows=2, length=12, vocab=23, seed=0):
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model, idx):
+    """Logits at every position."""
+    return model(idx, idx)[0].detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole model
+
+def gpt2_in_numpy(weights, ids, n_layer, n_head, gelu):
+    """Logits of one sequence of ids: GPT-2 read off its paper, one head and one position at a time."""
+    P = {name.removeprefix('transformer.'): p.numpy() for name, p in weights.items()}
+
+    def linear(x, name):
+        return x @ P[f'{name}.weight'].T + P.get(f'{name}.bias', 0)
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5) * P[f'{name}.weight'] \
+            + P.get(f'{name}.bias', 0)
+
+    def activation(x):
+        if gelu == 'tanh':
+            return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+    x = np.array([P['wte.weight'][token] + P['wpe.weight'][place] for place, token in enumerate(ids)])
+    T, C = x.shape
+    D = C // n_head
+    for layer in range(n_layer):
+        qkv = linear(norm(x, f'h.{layer}.ln_1'), f'h.{layer}.attn.c_attn')
+        mixed = np.zeros((T, C))
+        for head in range(n_head):
+            mine = slice(head * D, (head + 1) * D)
+            q, k, v = (part[:, mine] for part in np.split(qkv, 3, axis=1))
+            for t in range(T):
+                weight = np.exp([q[t] @ k[s] / math.sqrt(D) for s in range(t + 1)])
+                mixed[t, mine] = weight @ v[:t + 1] / weight.sum()
+        x = x + linear(mixed, f'h.{layer}.attn.c_proj')
+        x = x + linear(activation(linear(norm(x, f'h.{layer}.ln_2'), f'h.{layer}.mlp.c_fc')), f'h.{layer}.mlp.c_proj')
+    return norm(x, 'ln_f') @ P['wte.weight'].T
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('gelu', ['tanh', 'erf'])
+@pytest.mark.parametrize('attention', WAYS)
+def test_logits_equal_those_of_a_second_gpt2_in_numpy(attention, gelu, bias):
+    model, idx = make(attention=attention, gelu=gelu, bias=bias), tokens()
+    expected = [gpt2_in_numpy(model.state_dict(), row, 2, 4, gelu) for row in idx.tolist()]
+    np.testing.assert_allclose(logits_of(model, idx).numpy(), expected, rtol=0, atol=1e-10)
+
+
+def test_the_two_gelus_are_two():
+    assert not torch.allclose(logits_of(make(gelu='tanh'), tokens()), logits_of(make(gelu='erf'), tokens()), atol=1e-6)
+
+
+def test_without_targets_the_last_logits_come_alone():
+    model, idx = make(), tokens()
+    logits, loss = model(idx)
+    assert loss is None
+    assert logits.shape == (2, 1, 23)
+    torch.testing.assert_close(logits, model(idx, idx)[0][:, -1:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_loss_is_the_mean_of_minus_log_softmax_over_targets_that_are_not_minus_one(dtype):
+    model, idx, targets = make(dtype), tokens(), tokens(seed=1)
+    targets[0, 3:] = -1
+    logits, loss = model(idx, targets)
+    z = logits.detach().double().numpy()
+    surprise = [np.log(np.exp(z[b, t]).sum()) - z[b, t, targets[b, t]]
+                for b in range(2) for t in range(12) if targets[b, t] >= 0]
+    assert len(surprise) == 15
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(np.mean(surprise), rel=1e-6)
+
+
+def test_targets_of_minus_one_send_no_gradient():
+    def gradient(first):
+        model, targets = make(), tokens(seed=1)
+        targets[1] = -1
+        idx = tokens()
+        idx[1] = first   # what stands in the row without targets must not matter
+        model(idx, targets)[1].backward()
+        return model.transformer.h[0].attn.c_attn.weight.grad
+
+    torch.testing.assert_close(gradient(0), gradient(7), rtol=0, atol=1e-12)
+
+
+def test_more_tokens_than_the_context_are_a_programming_error():
+    with pytest.raises(AssertionError, match='13 tokens in a context of 12'):
+        make()(tokens(length=13))
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE, bias=False))
+    optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    idx, targets = tokens(rows=4), tokens(rows=4, seed=1)
+    for _ in range(60):
+        loss = model(idx, targets)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention
+
+def qkv(T=12, dtype=torch.float32, D=8):
+    source = torch.Generator().manual_seed(2)
+    return [torch.randn(2, 3, T, D, generator=source).to(dtype) for _ in range(3)]
+
+
+def test_written_out_attention_equals_a_loop_over_positions():
+    q, k, v = qkv(dtype=torch.float64)
+    out = attend_math(q, k, v, 0.0)
+    for b, h, t in np.ndindex(2, 3, 12):
+        likeness = [math.exp(sum(q[b, h, t, d].item() * k[b, h, s, d].item() for d in range(8)) / 8 ** 0.5)
+                    for s in range(t + 1)]
+        seen = sum(w / sum(likeness) * v[b, h, s] for s, w in enumerate(likeness))
+        torch.testing.assert_close(out[b, h, t], seen, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('way', ['sdpa', 'auto'])
+@pytest.mark.parametrize('T', [1, 12, 130])   # 'auto' chooses by length, too
+@pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_ways_of_attention_agree_in_results_and_gradients(way, T, dtype, bound):
+    """The bound is on the largest error as a share of the largest value. bfloat16 has 8 bits: 2**-8 is 0.4 %."""
+    def results(attend, dtype):
+        inputs = [x.requires_grad_() for x in qkv(T, dtype)]
+        out = attend(*inputs, 0.0)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        return [out.detach(), *(x.grad for x in inputs)]
+
+    reference = results(attend_math, torch.float32)
+    for ours, exact in zip(results(ATTEND[way], dtype), reference, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - exact).abs().max() <= bound * exact.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize('way', ['sdpa', 'auto'])
+@pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
+def test_models_with_either_attention_agree_in_loss_and_gradients(way, dtype, bound):
+    def results(attention, dtype):
+        model = make(torch.float32, 0.05, attention=attention)
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            loss = model(tokens(), tokens(seed=1))[1]
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    for ours, exact in zip(results(way, dtype), results('math', torch.float32), strict=True):
+        assert (ours - exact).norm() <= bound * exact.norm() + 1e-7
+
+
+@pytest.mark.parametrize('t', range(12))
+@pytest.mark.parametrize('attention', WAYS)
+def test_a_token_moves_no_logit_before_it(attention, t):
+    model, idx = make(torch.float32, attention=attention), tokens(rows=1)
+    other = idx.clone()
+    other[0, t] = (other[0, t] + 1) % 23
+    before, after = logits_of(model, idx)[0], logits_of(model, other)[0]
+    assert torch.equal(before[:t], after[:t])
+    assert (before[t:] != after[t:]).any(dim=-1).all()   # and moves all from there on
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    model, idx = make(), tokens(rows=3)
+    alone = torch.cat([logits_of(model, row) for row in idx.split(1)])
+    torch.testing.assert_close(logits_of(model, idx), alone, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dropout
+
+def only_dropout_at(site, **changes):
+    """A model in training mode of which only one of its sites drops anything."""
+    model = make(dropout=0.5, **changes).train()
+    model.transformer.drop.p = 0.5 if site == 'embeddings' else 0.0
+    for block in model.transformer.h:
+        block.attn.dropout = 0.5 if site == 'attention weights' else 0.0
+        block.drop.p = 0.5 if site.startswith('output') else 0.0
+        for part in (block.attn, block.mlp):
+            if site.startswith('output') and not site.endswith(type(part).__name__):
+                part.c_proj.weight.data.zero_()
+                part.c_proj.bias.data.zero_()   # nothing comes out, so nothing can be dropped
+    return model
+
+
+@pytest.mark.parametrize('site', ['embeddings', 'attention weights', 'output of CausalSelfAttention', 'output of MLP'])
+@pytest.mark.parametrize('attention', WAYS)
+def test_dropout_acts_in_training_and_not_in_evaluation(attention, site):
+    model, idx = only_dropout_at(site, attention=attention), tokens()
+    assert not torch.equal(logits_of(model, idx), logits_of(model, idx))
+    model.eval()
+    assert torch.equal(logits_of(model, idx), logits_of(model, idx))
+
+
+@pytest.mark.parametrize('attend', [ATTEND[way] for way in WAYS], ids=WAYS)
+def test_dropped_attention_weights_keep_the_mean(attend):
+    torch.manual_seed(0)
+    q = k = torch.zeros(4000, 1, 8, 1)   # all weights of the last position are 1/8
+    share = attend(q, k, torch.ones(4000, 1, 8, 1), 0.25)[:, 0, -1, 0] * 8 * 0.75   # how many were kept
+    assert torch.equal(share.round(), share.round().clamp(0, 8))
+    torch.testing.assert_close(share, share.round(), rtol=0, atol=1e-4)
+    assert share.mean().item() == pytest.approx(6, abs=0.1)   # 4 standard errors
+
+
+def test_no_dropout_is_drawn_when_it_is_zero():
+    model = make().train()
+    state = torch.get_rng_state()
+    logits_of(model, tokens())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configuration and initialisation
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'n_embd': 30}, ['n_embd=30', 'n_head=4', 'such as 32']),
+    ({'dropout': 1.0}, ['dropout=1.0', 'such as 0.1']),
+    ({'dropout': -0.1}, ['dropout=-0.1', 'such as 0.1']),
+    ({'dropout': math.nan}, ['dropout=nan', 'such as 0.1']),
+    ({'attention': 'flash'}, ["attention='flash'", "'auto', 'sdpa', 'math'"]),
+    ({'gelu': 'exact'}, ["gelu='exact'", "'tanh', 'erf'"]),
+    *(({name: 0}, [f'{name}=0', 'expected 1 or more']) for name in SHAPE),
+    ({'n_head': -4}, ['n_head=-4', 'expected 1 or more']),
+])
+def test_a_configuration_that_cannot_be_is_refused_with_value_and_remedy(changes, words):
+    with pytest.raises(ValueError) as refusal:
+        GPTConfig(**{**SHAPE, **changes})
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_dictionary_of_a_configuration_has_nanogpts_fields_and_what_is_not_default():
+    old = {**SHAPE, 'dropout': 0.1, 'bias': False}
+    assert GPTConfig(**old, attention='math').to_dict() == old
+    assert GPTConfig(**old, gelu='erf').to_dict() == {**old, 'gelu': 'erf'}
+    assert GPTConfig(**GPTConfig(**old, gelu='erf').to_dict()) == GPTConfig(**old, gelu='erf')
+
+
+@pytest.fixture(scope='module', params=['as built', 'initialised over NaN'])
+def fresh(request):
+    """A new model, wide enough for statistics."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=512, block_size=64, n_layer=3, n_embd=128, n_head=4))
+    if request.param != 'as built':
+        for p in model.parameters():
+            p.data.fill_(math.nan)
+        model.init_weights()
+    return model
+
+
+def test_every_parameter_is_initialised(fresh):
+    assert all(p.isfinite().all() for p in fresh.parameters())
+
+
+@pytest.mark.parametrize(('ending', 'count', 'std'), [
+    ('wte.weight', 1, 0.02), ('wpe.weight', 1, 0.02), ('attn.c_attn.weight', 3, 0.02), ('mlp.c_fc.weight', 3, 0.02),
+    ('attn.c_proj.weight', 3, 0.02 / 6 ** 0.5), ('mlp.c_proj.weight', 3, 0.02 / 6 ** 0.5),   # 3 layers add 2 each
+])
+def test_matrices_begin_normal_with_the_standard_deviation_of_their_kind(fresh, ending, count, std):
+    found = [p.detach().double() for name, p in fresh.named_parameters() if name.endswith(ending)]
+    assert len(found) == count
+    for p in found:
+        n = p.numel()
+        assert abs(p.mean().item()) < 5 * std / n ** 0.5
+        assert p.std().item() == pytest.approx(std, rel=5 / (2 * n) ** 0.5)
+        assert ((p / std) ** 4).mean().item() == pytest.approx(3, rel=5 * (96 / n) ** 0.5 / 3)   # a uniform has 1.8
+
+
+def test_vectors_begin_at_zero_and_norms_at_one(fresh):
+    vectors = {name: p for name, p in fresh.named_parameters() if p.dim() == 1}
+    assert len(vectors) == 3 * 8 + 2
+    for name, p in vectors.items():
+        assert torch.equal(p, torch.zeros_like(p) if name.endswith('bias') else torch.ones_like(p)), name
+
+
+def test_an_unknown_parameter_has_no_silent_initialisation():
+    model = make()
+    model.transformer.h[1].attn.gate = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(NotImplementedError, match='transformer.h.1.attn.gate'):
+        model.init_weights()
+
+
+def test_initial_loss_is_that_of_a_guess(fresh):
+    loss = fresh(tokens(8, 64, 512), tokens(8, 64, 512, seed=1))[1]
+    assert loss.item() == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_head_and_token_table_are_one_matrix():
+    model = make()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert [name for name, _ in model.named_parameters() if 'wte' in name or 'lm_head' in name] == \
+        ['transformer.wte.weight']
+    model(tokens(), tokens(seed=1))[1].backward()
+    unseen = sorted(set(range(23)) - set(tokens().flatten().tolist()))
+    assert model.transformer.wte.weight.grad[unseen].abs().sum(dim=1).min() > 0   # as a head, each id gets gradient
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arithmetic
+
+def on_paper(**shape):
+    """A model that has shapes and no numbers."""
+    with torch.device('meta'):
+        return GPT(GPTConfig(**shape))
+
+
+@pytest.mark.parametrize(('n_layer', 'n_embd', 'n_head', 'published'), [
+    (12, 768, 12, 124_439_808), (24, 1024, 16, 354_823_168), (36, 1280, 20, 774_030_080), (48, 1600, 25, 1_557_611_200),
+])
+def test_parameters_of_gpt2_are_as_many_as_published(n_layer, n_embd, n_head, published):
+    model = on_paper(vocab_size=50257, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+    assert model.get_num_params(non_embedding=False) == published
+    assert model.get_num_params() == published - 1024 * n_embd
+
+
+@pytest.mark.parametrize(('V', 'T', 'L', 'C', 'bias'), [
+    (65, 64, 4, 128, True), (65, 256, 6, 384, False), (50304, 1024, 12, 768, False), (7, 1, 1, 4, True),
+])
+def test_parameters_and_flops_follow_their_closed_forms(V, T, L, C, bias):
+    vectors = (1 + bias) * (2 * L + 1) * C + bias * L * (3 + 1 + 4 + 1) * C
+    matrices = V * C + L * 12 * C * C
+    model = on_paper(vocab_size=V, block_size=T, n_layer=L, n_embd=C, n_head=4, bias=bias)
+    assert model.get_num_params(non_embedding=False) == matrices + vectors + T * C
+    assert model.get_num_params() == matrices + vectors
+    assert model.flops_per_token() == 6 * (matrices + vectors) + 12 * L * C * T
+
+
+@pytest.mark.parametrize(('passes', 'share'), [('forward', 1 / 3), ('both', 1)])
+def test_flops_per_token_are_those_that_torch_counts(passes, share):
+    """All but 6 for each bias and norm, which the formula counts as if it were a matrix: under 2 %
+    here, less in wider models."""
+    model, idx = make(n_embd=64, n_layer=3, attention='math'), tokens()
+    with FlopCounterMode(display=False) as counter:
+        loss = model(idx, idx)[1]
+        if passes == 'both':
+            loss.backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    assert counter.get_total_flops() / idx.numel() == (model.flops_per_token() - 6 * vectors) * share
+    assert 6 * vectors < 0.02 * model.flops_per_token()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a shorter context
+
+def test_a_cropped_context_gives_the_same_logits():
+    model = make()
+    whole, positions = logits_of(model, tokens(length=5)), model.transformer.wpe.weight.detach().clone()
+    model.crop_block_size(5)
+    assert torch.equal(logits_of(model, tokens(length=5)), whole)
+    assert model.config.block_size == model.transformer.wpe.num_embeddings == 5
+    assert torch.equal(model.transformer.wpe.weight, positions[:5])
+    assert model.transformer.wpe.weight.untyped_storage().nbytes() == 5 * 16 * 8   # the rest is not kept
+    assert isinstance(model.transformer.wpe.weight, torch.nn.Parameter)
+    with pytest.raises(AssertionError):
+        model(tokens(length=6))
+    GPT(model.config).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize('block_size', [13, 0, -1])
+def test_a_context_cannot_be_grown_or_emptied(block_size):
+    model = make()
+    with pytest.raises(ValueError, match=f'block_size={block_size}: this model has 12 positions'):
+        model.crop_block_size(block_size)
+    assert model.config.block_size == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing one token
+
+def drawn(logits, n, **options):
+    """How often each id is drawn for n values of chance on an even grid over (0, 1]."""
+    grid = (torch.arange(n) + 0.5) / n
+    return draw(logits.expand(n, -1), grid, **options).bincount(minlength=logits.numel()).double()
+
+
+def some_logits(V=11):
+    return torch.randn(V, generator=torch.Generator().manual_seed(3)) * 2
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature):
+    z = some_logits()
+    p = (z.double() / temperature).exp()
+    counts = drawn(z, 4096, temperature=temperature)
+    assert (counts - 4096 * p / p.sum()).abs().max() <= 1.01   # a grid of n can be off by one point
+
+
+@pytest.mark.parametrize('top_k', [1, 2, 5, 10])
+def test_draws_with_top_k_follow_the_softmax_of_the_likeliest(top_k):
+    z = some_logits()
+    p = z.double().exp()
+    p[z.argsort()[:-top_k]] = 0
+    assert (drawn(z, 4096, top_k=top_k) - 4096 * p / p.sum()).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize('top_k', [11, 12, 10 ** 9])
+def test_top_k_of_the_whole_vocabulary_or_more_is_no_limit(top_k):
+    assert torch.equal(drawn(some_logits(), 512, top_k=top_k), drawn(some_logits(), 512))
+
+
+@pytest.mark.parametrize('top_k', [1, 3, 7])
+def test_top_k_keeps_exactly_k_of_equals(top_k):
+    counts = drawn(torch.zeros(8), 840, top_k=top_k)
+    assert sorted(counts.tolist()) == [0] * (8 - top_k) + [840 / top_k] * top_k
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1e-4, 1e-40])
+def test_no_temperature_takes_the_likeliest(temperature):
+    z = some_logits()
+    assert drawn(z, 64, temperature=temperature)[z.argmax()] == 64
+
+
+@pytest.mark.parametrize('temperature', [1e-4, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize('chance', [1.0, 1 - 2 ** -24, 0.5, 2 ** -24], ids=['1', 'below 1', '1/2', 'least'])
+@pytest.mark.parametrize('top_k', [None, 3])
+@pytest.mark.parametrize('never', [-math.inf, -1e30], ids=['minus infinity', 'underflow'])
+def test_an_id_of_probability_zero_is_never_drawn(never, top_k, chance, temperature):
+    z = torch.tensor([never, never, 0.1, never, 0.2, -0.1, never, 0.3, never])
+    token = draw(z[None], torch.tensor([chance]), temperature=temperature, top_k=top_k)
+    assert token.item() in (2, 4, 5, 7)
+
+
+@pytest.mark.parametrize(('chance', 'token'), [(2 ** -24, 0), (0.25, 0), (0.26, 1), (0.5, 1), (1.0, 3)])
+def test_chance_counts_through_the_ids_in_their_order(chance, token):
+    assert draw(torch.zeros(1, 4), torch.tensor([chance])).item() == token
+
+
+@pytest.mark.parametrize('V', [3, 65, 1000])
+def test_the_greatest_chance_draws_the_last_id_whatever_the_sum_is_rounded_to(V):
+    """The sum of the probabilities is often a little more or less than one."""
+    z = torch.randn(200, V, generator=torch.Generator().manual_seed(4)).clamp(-2, 2)
+    sums = z.softmax(dim=-1).cumsum(dim=-1)[:, -1]
+    assert sums.min() < 1 < sums.max()
+    assert torch.equal(draw(z, torch.ones(200)), torch.full((200,), V - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# random numbers
+
+def test_random_numbers_of_a_stream_never_change():
+    assert (uniform(1337, 0, 3) * 2 ** 24).tolist() == [15428602, 16515512, 1895670]
+
+
+def test_random_numbers_are_in_half_open_unit_interval_and_even():
+    u = uniform(5, 2, 100_000)
+    assert u.dtype == torch.float32
+    assert u.min() > 0 and u.max() <= 1
+    assert (u * 16).ceil().long().bincount(minlength=17)[1:].sub(6250).abs().max() < 5 * 6250 ** 0.5
+    assert torch.equal(u * 2 ** 24, (u * 2 ** 24).round())   # 24 bits: exact, so the same on every device
+
+
+def test_a_longer_stream_begins_like_a_shorter_one():
+    assert torch.equal(uniform(7, 3, 1000)[:10], uniform(7, 3, 10))
+    assert uniform(7, 3, 0).shape == (0,)
+
+
+@pytest.mark.parametrize('seed', [0, 1, 1337, -1, -2, 2 ** 31, 2 ** 53 + 1, 2 ** 63, 2 ** 63 + 1, 2 ** 64 - 5])
+@pytest.mark.parametrize('other', [1, 2])
+def test_neighbouring_seeds_and_rows_have_streams_of_their_own(seed, other):
+    here = uniform(seed, 0, 8)
+    assert not torch.equal(here, uniform(seed + other, 0, 8))
+    assert not torch.equal(here, uniform(seed, other, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generation
+
+def generated(model, idx, n, **options):
+    """The new tokens, (B, n)."""
+    return torch.stack(list(model.generate(idx, n, **options)), dim=1)
+
+
+@pytest.fixture(scope='module')
+def talker():
+    return make(torch.float32)
+
+
+@pytest.mark.parametrize('length', [1, 11, 12, 15])   # shorter than the context of 12, about it, beyond it
+def test_greedy_generation_equals_a_loop_over_the_model(talker, length):
+    idx = tokens(3, length)
+    text = idx.tolist()
+    for row in text:
+        for _ in range(9):
+            row.append(int(np.argmax(logits_of(talker, torch.tensor([row[-12:]]))[0, -1].numpy())))
+    assert generated(talker, idx, 9, temperature=0).tolist() == [row[length:] for row in text]
+
+
+@pytest.mark.parametrize('options', [{}, {'temperature': 0.7, 'top_k': 4}])
+def test_generation_draws_each_token_with_its_own_chance(talker, options):
+    text = tokens(1, 10)
+    chance = uniform(3, 0, 6)
+    for i in range(6):
+        text = torch.cat((text, draw(logits_of(talker, text[:, -12:])[:, -1], chance[i:i + 1], **options)[None]), dim=1)
+    assert generated(talker, tokens(1, 10), 6, seed=3, **options).tolist() == text[:, 10:].tolist()
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(talker):
+    by_count = {num: generated(talker, tokens(1, 4).expand(num, -1), 20, seed=5).tolist() for num in (1, 3, 8)}
+    assert by_count[1] == by_count[8][:1]
+    assert by_count[3] == by_count[8][:3]
+    assert len(set(map(tuple, by_count[8]))) == 8
+
+
+def test_the_seed_decides_the_tokens_and_nothing_else_does(talker):
+    torch.manual_seed(1)
+    first = generated(talker, tokens(), 20, seed=5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert torch.equal(generated(talker, tokens(), 20, seed=5), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(generated(talker, tokens(), 20, seed=6), first)
+
+
+def test_more_new_tokens_begin_like_fewer(talker):
+    assert torch.equal(generated(talker, tokens(), 20)[:, :7], generated(talker, tokens(), 7))
+
+
+def test_top_k_of_one_is_greedy(talker):
+    assert torch.equal(generated(talker, tokens(), 20, top_k=1), generated(talker, tokens(), 20, temperature=0))
+
+
+@pytest.mark.parametrize('options', [{}, {'temperature': 0}, {'top_k': 5}, {'temperature': 100.0}])
+def test_padding_of_the_vocabulary_is_never_drawn(options):
+    model = make(torch.float32)
+    model.transformer.wte.weight.data[20:] *= 50   # which makes the padding loud
+    assert (generated(model, tokens(8, 4), 40, **options) >= 20).any()
+    assert (generated(model, tokens(8, 4), 40, **options, vocab_size=20) < 20).all()
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error(value):
+    model = make(torch.float32)
+    model.transformer.ln_f.bias.data[3] = value
+    with pytest.raises(ValueError, match='NaN or infinite'):
+        list(model.generate(tokens(), 3))
+
+
+def test_no_new_tokens_are_none(talker):
+    assert list(talker.generate(tokens(), 0)) == []
+
+
+def test_tokens_come_one_by_one_as_they_are_made(talker):
+    calls = []
+    hook = talker.register_forward_hook(lambda *args: calls.append(1))
+    stream = talker.generate(tokens(), 5)
+    assert next(stream).shape == (2,)
+    assert len(calls) == 1
+    hook.remove()
+
+
+def test_generation_keeps_no_graph(talker):
+    assert not next(talker.generate(tokens(), 1)).requires_grad
+    logits = []
+    hook = talker.lm_head.register_forward_hook(lambda module, args, out: logits.append(out))
+    next(talker.generate(tokens(), 1))
+    hook.remove()
+    assert not logits[0].requires_grad
+
+
+def test_sdpa_and_written_out_attention_say_the_same():
+    said = [generated(make(torch.float32, attention=way), tokens(), 20, seed=1).tolist() for way in WAYS]
+    assert said[0] == said[1] == said[2]

@@ -1,0 +1,265 @@
+"""AdamW against its equations, what decays, and the learning rate at every step."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from configurator import UsageError
+from model import GPT, GPTConfig
+from optim import SCHEDULES, adamw, check_schedule, learning_rate_at, load_state, param_groups
+
+SHAPE = {'vocab_size': 11, 'block_size': 6, 'n_layer': 2, 'n_embd': 8, 'n_head': 2}
+
+
+def make(bias=True):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**SHAPE, bias=bias))
+
+
+def give_gradients(model, seed):
+    source = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=source)
+
+
+def weights(model):
+    return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdamW
+
+def test_steps_are_those_of_the_adamw_paper():
+    rate, beta1, beta2, decay, eps = 3e-2, 0.8, 0.95, 0.1, 1e-8
+    model = make()
+    optimizer = adamw(model, rate, (beta1, beta2), decay)
+    theta = {name: p.astype(np.float64) for name, p in weights(model).items()}
+    m = {name: np.zeros_like(p) for name, p in theta.items()}
+    v = {name: np.zeros_like(p) for name, p in theta.items()}
+    for t in range(1, 6):
+        give_gradients(model, t)
+        gradients = {name: p.grad.numpy().astype(np.float64) for name, p in model.named_parameters()}
+        optimizer.step()
+        for name, g in gradients.items():
+            m[name] = beta1 * m[name] + (1 - beta1) * g
+            v[name] = beta2 * v[name] + (1 - beta2) * g * g
+            step = m[name] / (1 - beta1 ** t) / (np.sqrt(v[name] / (1 - beta2 ** t)) + eps)
+            theta[name] = theta[name] - rate * (step + (decay * theta[name] if theta[name].ndim > 1 else 0))
+    for name, p in weights(model).items():
+        np.testing.assert_allclose(p, theta[name], rtol=0, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_each_trainable_parameter_is_in_exactly_one_group_and_only_matrices_decay(bias):
+    model = make(bias)
+    model.transformer.wpe.weight.requires_grad_(False)
+    model.transformer.ln_f.weight.requires_grad_(False)
+    matrices, vectors = param_groups(model, 0.1)
+    assert (matrices['weight_decay'], vectors['weight_decay']) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [names[id(p)] for p in matrices['params'] + vectors['params']]
+    assert len(found) == len(set(found))
+    assert set(found) == set(names.values()) - {'transformer.wpe.weight', 'transformer.ln_f.weight'}
+    assert 'transformer.wte.weight' in found   # the head too: they are one
+    for p in matrices['params']:
+        assert names[id(p)].endswith('weight') and 'ln_' not in names[id(p)]
+    for p in vectors['params']:
+        assert names[id(p)].endswith('bias') or 'ln_' in names[id(p)]
+
+
+def test_without_gradient_matrices_shrink_and_vectors_stay():
+    model = make()
+    model.transformer.h[0].mlp.c_fc.bias.data.fill_(2.0)
+    before = weights(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    adamw(model, 0.5, (0.9, 0.95), 0.1).step()
+    for name, p in weights(model).items():
+        np.testing.assert_allclose(p, before[name] * (0.95 if p.ndim > 1 else 1.0), rtol=1e-6, err_msg=name)
+
+
+def test_the_optimizer_is_the_fused_one():
+    assert all(group['fused'] for group in adamw(make(), 1e-3, (0.9, 0.95), 0.1).param_groups)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a saved optimizer
+
+def trained_by(model, optimizer, steps=3):
+    for t in range(steps):
+        give_gradients(model, t)
+        optimizer.step()
+    return optimizer
+
+
+def test_a_loaded_optimizer_goes_on_as_the_saved_one_would():
+    model = make()
+    optimizer = trained_by(model, adamw(model, 1e-2, (0.9, 0.95), 0.1))
+    other = copy.deepcopy(model)
+    resumed = adamw(other, 1e-2, (0.9, 0.95), 0.1)
+    load_state(resumed, copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (other, resumed)):
+        give_gradients(each, 9)
+        its.step()
+    for name, p in weights(model).items():
+        assert np.array_equal(p, weights(other)[name]), name
+
+
+def test_a_loaded_optimizer_keeps_the_options_of_this_run_and_takes_the_moments():
+    model = make()
+    saved = trained_by(model, adamw(model, 1e-2, (0.9, 0.95), 0.1)).state_dict()
+    ours = adamw(model, 7e-4, (0.8, 0.99), 0.3)
+    load_state(ours, saved)
+    assert [group['weight_decay'] for group in ours.param_groups] == [0.3, 0.0]
+    for group in ours.param_groups:
+        assert (group['lr'], group['betas'], group['fused']) == (7e-4, (0.8, 0.99), True)
+    state = ours.state_dict()['state']
+    assert state.keys() == saved['state'].keys()
+    assert len(state) == len(list(model.parameters()))
+    for i, moments in state.items():
+        assert moments['step'] == 3
+        assert torch.equal(moments['exp_avg'], saved['state'][i]['exp_avg'])
+        assert torch.equal(moments['exp_avg_sq'], saved['state'][i]['exp_avg_sq'])
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_state_in_the_order_of_nanogpt_loads(bias):
+    """First the tensors of two or more dimensions by the order of named_parameters, then the others."""
+    model = make(bias)
+    named = [p for _, p in model.named_parameters()]
+    theirs = torch.optim.AdamW([{'params': [p for p in named if p.ndim > 1], 'weight_decay': 0.1},
+                                {'params': [p for p in named if p.ndim <= 1], 'weight_decay': 0.0}],
+                               lr=1e-2, betas=(0.9, 0.95))
+    trained_by(model, theirs)
+    ours = adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    load_state(ours, copy.deepcopy(theirs.state_dict()))
+    for p in named:
+        assert torch.equal(ours.state[p]['exp_avg'], theirs.state[p]['exp_avg'])
+        assert torch.equal(ours.state[p]['exp_avg_sq'], theirs.state[p]['exp_avg_sq'])
+        assert ours.state[p]['step'] == 3
+    start = copy.deepcopy(model.state_dict())
+    after = []
+    for optimizer in (theirs, ours):
+        model.load_state_dict(start)
+        give_gradients(model, 9)
+        optimizer.step()
+        after.append(weights(model))
+    for name in after[0]:
+        np.testing.assert_allclose(after[1][name], after[0][name], rtol=0, atol=1e-7, err_msg=name)
+
+
+def test_the_state_of_an_unfused_optimizer_moves_to_where_the_fused_one_wants_it():
+    """An unfused AdamW, as nanoGPT has on a CPU, counts its steps on the CPU; a fused one counts them beside the
+    parameters. The meta device stands for a GPU."""
+    here = make()
+    saved = trained_by(here, torch.optim.AdamW(param_groups(here, 0.1), fused=False)).state_dict()
+    with torch.device('meta'):
+        there = GPT(GPTConfig(**SHAPE))
+    ours = adamw(there, 1e-3, (0.9, 0.95), 0.1)
+    load_state(ours, saved)
+    places = {kind: {moments[kind].device.type for moments in ours.state.values()}
+              for kind in ('exp_avg', 'exp_avg_sq', 'step')}
+    assert places == {'exp_avg': {'meta'}, 'exp_avg_sq': {'meta'}, 'step': {'meta'}}
+
+
+def test_loading_leaves_the_saved_state_as_it_was():
+    model = make()
+    saved = trained_by(model, adamw(model, 1e-2, (0.9, 0.95), 0.1)).state_dict()
+    before = copy.deepcopy(saved)
+    ours = adamw(model, 7e-4, (0.8, 0.99), 0.3)
+    load_state(ours, saved)
+    trained_by(model, ours)
+    assert saved['param_groups'] == before['param_groups']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the learning rate of a step
+
+def rate(step, schedule='cosine', peak=1.0, low=0.1, warmup=10, decay=110, cooldown=None):
+    return learning_rate_at(step, schedule, peak, low, warmup, decay, cooldown)
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_warmup_rises_in_equal_steps_from_above_zero_to_the_peak(schedule):
+    np.testing.assert_allclose([rate(step, schedule) for step in range(11)], np.arange(1, 12) / 11, rtol=1e-12)
+
+
+@pytest.mark.parametrize(('step', 'expected'), [
+    (10, 1.0), (35, 0.1 + 0.9 * (2 + 2 ** 0.5) / 4), (60, 0.55), (85, 0.1 + 0.9 * (2 - 2 ** 0.5) / 4), (110, 0.1),
+    (111, 0.1), (10 ** 9, 0.1),
+])
+def test_cosine_falls_along_half_a_wave_and_stays_low(step, expected):
+    assert rate(step) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(('cooldown', 'step', 'expected'), [
+    (None, 10, 1.0), (None, 35, 0.775), (None, 60, 0.55), (None, 109, 0.109), (None, 110, 0.1), (None, 999, 0.1),
+    (40, 10, 1.0), (40, 69, 1.0), (40, 70, 1.0), (40, 80, 0.775), (40, 90, 0.55), (40, 110, 0.1), (40, 999, 0.1),
+    (100, 60, 0.55), (5000, 60, 0.55),   # no longer than there is after the warmup
+    (0, 109, 1.0), (0, 110, 0.1),
+])
+def test_linear_falls_over_the_cooldown_or_over_all(cooldown, step, expected):
+    assert rate(step, 'linear', cooldown=cooldown) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize('step', [10, 60, 110, 10 ** 9])
+@pytest.mark.parametrize('cooldown', [None, 40])
+def test_constant_stays(step, cooldown):
+    assert rate(step, 'constant', cooldown=cooldown) == 1.0
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'linear'])
+@pytest.mark.parametrize(('warmup', 'decay', 'rates'), [
+    (0, 2, [1.0, 0.55, 0.1, 0.1]),       # no warmup: the first step has the peak
+    (2, 2, [1 / 3, 2 / 3, 0.1, 0.1]),    # nothing between
+    (2, 1, [1 / 3, 2 / 3, 0.1, 0.1]),    # the end before the end of the warmup
+    (0, 0, [0.1, 0.1, 0.1, 0.1]),
+    (1, 2, [1 / 2, 1.0, 0.1, 0.1]),
+])
+def test_degenerate_schedules_have_a_rate_at_every_step(schedule, warmup, decay, rates):
+    assert [rate(step, schedule, warmup=warmup, decay=decay) for step in range(4)] == pytest.approx(rates, rel=1e-12)
+
+
+COUNTS = st.integers(0, 10 ** 6)
+ANY_SCHEDULE = {'schedule': st.sampled_from(SCHEDULES), 'warmup': COUNTS, 'decay': COUNTS,
+                'cooldown': st.none() | COUNTS}
+
+
+@given(step=st.integers(0, 2 * 10 ** 6), peak=st.floats(1e-8, 10), share=st.floats(0, 1), **ANY_SCHEDULE)
+@example(step=5, peak=0.3, share=1 / 3, schedule='cosine', warmup=5, decay=9, cooldown=None)
+def test_the_rate_is_between_zero_and_the_peak_and_after_the_warmup_not_below_the_low(step, peak, share, schedule,
+                                                                                     warmup, decay, cooldown):
+    low, just = peak * share, 1 + 1e-12   # rounding
+    here = rate(step, schedule, peak, low, warmup, decay, cooldown)
+    assert 0 <= here <= peak * just
+    assert here > 0 or low == 0
+    assert step < warmup or here * just >= low
+
+
+@given(step=COUNTS, **ANY_SCHEDULE)
+def test_the_rate_rises_in_the_warmup_and_never_after(step, schedule, warmup, decay, cooldown):
+    here, there = (rate(s, schedule, 1.0, 0.1, warmup, decay, cooldown) for s in (step, step + 1))
+    assert here < there if step + 1 < warmup else here >= there or step + 1 == warmup
+
+
+@given(step=COUNTS, **ANY_SCHEDULE)
+def test_the_rate_is_low_from_the_end_on_unless_constant(step, schedule, warmup, decay, cooldown):
+    here = rate(max(decay, warmup) + step, schedule, 1.0, 0.1, warmup, decay, cooldown)
+    assert here == (1.0 if schedule == 'constant' else 0.1)
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_known_schedules_pass(schedule):
+    assert check_schedule(schedule) is None
+
+
+@pytest.mark.parametrize('schedule', ['cosin', '', 'wsd', 'Cosine'])
+def test_an_unknown_schedule_is_refused_with_the_known_ones(schedule):
+    with pytest.raises(UsageError) as refusal:
+        check_schedule(schedule)
+    assert f'schedule={schedule!r}' in str(refusal.value)
+    assert all(repr(known) in str(refusal.value) for known in SCHEDULES)
