@@ -20,7 +20,7 @@ import torch
 
 import tokenizer
 from configurator import UserError
-from dataset import find, read_meta
+from dataset import find, read_meta, replace
 from model import GPT, GPTConfig
 
 VERSION = 1
@@ -48,10 +48,11 @@ def save(path, state):
             os.fsync(f.fileno())
         os.replace(new, path)
     except (OSError, RuntimeError) as error:   # torch's writer turns a full disk into a RuntimeError
-        new.unlink(missing_ok=True)
         reason = getattr(error, 'strerror', None) or 'the disk is full or there is a limit on file sizes'
         kept = 'the one before it is intact' if path.exists() else 'there is none yet'
         raise UserError(f'cannot write {path}: {reason}; {kept}; make room') from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def load(path):
@@ -59,9 +60,11 @@ def load(path):
     what else it holds. UserError if the file is anything else; nothing in it is executed."""
     path = Path(path)
     try:
+        open(path, 'rb').close()
+    except (OSError, ValueError) as error:
+        raise UserError(f'cannot read the checkpoint {path}: {getattr(error, "strerror", error)}') from None
+    try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError as error:
-        raise UserError(f'cannot read the checkpoint {path}: {error.strerror or error}') from None
     except Exception as error:   # a damaged or hostile file may raise anything
         code = re.search(r'GLOBAL ([\w.]+)', str(error))
         what = f'it carries code ({code[1]}), which is not run' if code else 'it is cut off, damaged or no checkpoint'
@@ -75,15 +78,15 @@ def load(path):
         ckpt['model'] = {k: v for k, v in ckpt['model'].items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         ckpt['model_args'] = {**GPTConfig(gelu='erf').to_dict(), **ckpt['model_args']}
         ckpt['best_val_loss'] = float(ckpt.get('best_val_loss', math.inf))
-    return ckpt
+    return {'iter_num': 0, 'best_val_loss': math.inf, 'config': {}, **ckpt}
 
 
 def resolve(path):
     """The file that a path means: itself, or in a folder best.pt, else ckpt.pt."""
     path = Path(path)
-    if not path.exists() and re.fullmatch(r'gpt2(-medium|-large|-xl)?', str(path)):
+    if not os.path.exists(path) and re.fullmatch(r'gpt2(-medium|-large|-xl)?', str(path)):
         raise UserError(f'cannot load the pretrained weights {path} yet: give a checkpoint file or a folder with one')
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     for name in ('best.pt', 'ckpt.pt'):
         if (path / name).exists():
@@ -141,11 +144,15 @@ def set_aside(out_dir):
 def append_log(out_dir, record):
     """Add to log.jsonl; floats that JSON has no word for become null. A full disk costs the line, not the run."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    path = Path(out_dir) / 'log.jsonl'
+    size = os.path.getsize(path) if path.exists() else 0
     try:
-        with open(Path(out_dir) / 'log.jsonl', 'a', encoding='utf-8') as f:
-            f.write(json.dumps(plain) + '\n')
+        with open(path, 'ab') as f:
+            f.write(json.dumps(plain).encode() + b'\n')
     except OSError as error:
-        print(f'cannot write to log.jsonl: {error.strerror}', file=sys.stderr)
+        if path.exists():
+            os.truncate(path, size)   # half a line would spoil the next one
+        print(f'cannot write to {path}: {error.strerror}', file=sys.stderr)
 
 
 def rewind_log(out_dir, step):
@@ -155,13 +162,14 @@ def rewind_log(out_dir, step):
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding='utf-8').splitlines():
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
-            continue
-        if record.get('iter', -1) < step and record.get('step', -1) <= step:
-            kept.append(line + '\n')
-    new = path.with_name('log.jsonl.tmp')
-    new.write_text(''.join(kept), encoding='utf-8')
-    os.replace(new, path)
+            if record.get('iter', -1) < step and record.get('step', -1) <= step and line.endswith(b'\n'):
+                kept.append(line)
+        except (ValueError, AttributeError, TypeError):   # what a power cut left
+            pass
+    try:
+        replace(path, b''.join(kept))
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror}; it is as it was, make room') from None

@@ -12,8 +12,10 @@ A config file is Python and is executed. An option takes the type of its default
 
 import ast
 import difflib
+import importlib.util
 import io
 import os
+import symtable
 import sys
 import tokenize
 import traceback
@@ -48,7 +50,7 @@ class Config(dict):
             self.put(name, check(name, values[name], self.kinds[name], 'checkpoint'))
 
 
-# What nanoGPT has as an option and ours derives: name -> (a value that cannot be passed over, what to say)
+# What nanoGPT has as an option and ours derives: name -> (a value that would change the run, what to say)
 RETIRED = {
     'always_save_checkpoint': (None, 'ckpt.pt is always the latest state and best.pt the best one'),
     'backend': (None, 'it follows from the device'),
@@ -74,21 +76,25 @@ def configure(namespace, argv=None):
             apply_file(word, config, kinds, script)
             continue
         name, equals, text = word[2:].partition('=')
-        if name not in kinds and not retired(name, text == 'False', 'command line'):
+        old = name in RETIRED and name not in kinds
+        if name not in kinds and not old:
             raise UsageError(unknown(name, kinds, owner(name, script)))
-        if name in kinds:
-            if not equals:
-                text = next_value(name, kinds[name], words)
-            config.put(name, parse(name, text, kinds[name]))
+        takes = kinds.get(name, (str, bool))
+        value = parse(name, text if equals else next_value(name, takes, words), takes)
+        if old:
+            pass_over(name, value, 'command line')
+        else:
+            config.put(name, value)
             config.given.add(name)
     return config
 
 
 def next_value(name, kinds, words):
-    """The value of a --key without '=': the next word; for a bool True, unless the next word says which."""
-    if bool in kinds:
-        return words.pop(0) if words and words[0] in ('True', 'False') else 'True'
-    if not words or words[0].startswith('--'):
+    """The value of a --key without '=': the next word, or True for a bool that the next word says nothing of."""
+    word = words[0] if words and not words[0].startswith('--') else None
+    if bool in kinds and (word is None or word.endswith('.py') or str not in kinds and word.lower() not in BOOLS):
+        return 'True'
+    if word is None:
         raise UsageError(f'--{name} needs a value: {expected(kinds)}')
     return words.pop(0)
 
@@ -107,29 +113,39 @@ def apply_file(path, config, kinds, script):
         raise UsageError(f'{path} is a script, expected a config file such as config/train_shakespeare_char.py')
     scope = {**config, '__name__': '__config__', '__file__': os.path.abspath(path)}
     try:
-        tree = ast.parse(source)
-        exec(compile(tree, path, 'exec'), scope)
-    except Exception as error:
+        exec(compile(source, path, 'exec'), scope)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:   # whatever a file may raise
         own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = own[-1] if own else getattr(error, 'lineno', None) or '?'
-        reason = str(getattr(error, 'msg', error)).split('\n')[0]
+        reason = shown(getattr(error, 'msg', error), str)
         raise UsageError(f'{path}, line {line}: {type(error).__name__}: {reason}') from None
-    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    symbols = symtable.symtable(importlib.util.decode_source(source), path, 'exec').get_symbols()
+    stored = {symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_namespace()}
     passed_over = []
     for name, value in scope.items():
-        if name in stored & kinds.keys():
-            config.put(name, check(name, value, kinds[name], path))
-            config.given.add(name)
-        elif name in stored and not name.startswith('_') and not retired(name, value is False, path):
-            if not owner(name, script):
-                raise UsageError(f'{path}: {unknown(name, kinds)}; names of its own must begin with an underscore')
+        if name in kinds:
+            if name in stored or value is not config[name]:   # as after `from math import pi as learning_rate`
+                config.put(name, check(name, value, kinds[name], path))
+                config.given.add(name)
+        elif name not in stored or name.startswith('_'):
+            continue   # its imports, functions and private names
+        elif name in RETIRED:
+            pass_over(name, value, path)
+        elif owner(name, script):
             passed_over.append(name)
+        else:
+            raise UsageError(f'{path}: {unknown(name, kinds)}; names of its own must begin with an underscore')
     if passed_over:
         print(f'{path}: not for {script.name}, passed over: {", ".join(passed_over)}', file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # values and their types
+
+BOOLS = {'true': True, 'false': False}
+
 
 def kinds_of(annotation, default):
     """The types that an option takes: those of its annotation ('int | None'), else that of its default."""
@@ -155,8 +171,8 @@ def parse(name, text, kinds):
     """A value from the command line."""
     if types.NoneType in kinds and text == 'None':
         return None
-    if bool in kinds and text.lower() in ('true', 'false'):
-        return text.lower() == 'true'
+    if bool in kinds and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
     for kind in (int, float, str):
         if kind in kinds:
             try:
@@ -176,9 +192,13 @@ def expected(kinds):
     return 'expected ' + ' or '.join(words.get(kind, f'a {kind.__name__}') for kind in kinds)
 
 
-def shown(value):
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + '...'
+def shown(value, as_text=repr):
+    """A value in a few words on one line, whatever it is."""
+    try:
+        text = ' '.join(as_text(value).split())
+    except Exception:   # an integer of too many digits, a config file's own class
+        text = f'a {type(value).__name__}'
+    return text if len(text) <= 100 else text[:97] + '...'
 
 
 def unknown(name, kinds, owner=None):
@@ -186,14 +206,12 @@ def unknown(name, kinds, owner=None):
     return f'unknown option {shown(name)}' + (f', an option of {owner}' if owner else f', the nearest is {near!r}')
 
 
-def retired(name, is_false, where):
-    """Whether an option is one of nanoGPT's that ours derives: that is said, or refused where it cannot be ignored."""
-    if name in RETIRED:
-        refused, advice = RETIRED[name]
-        if refused is False and is_false:
-            raise UsageError(f'{where}: {name}=False: {advice}')
-        print(f'{where}: {name} passed over: {advice}', file=sys.stderr)
-    return name in RETIRED
+def pass_over(name, value, where):
+    """Say that a retired option has no effect; UsageError if it should have one."""
+    refused, advice = RETIRED[name]
+    if value is refused:
+        raise UsageError(f'{where}: {name}={value}: {advice}')
+    print(f'{where}: {name} passed over: {advice}', file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,13 +219,13 @@ def retired(name, is_false, where):
 
 def read_options(script):
     """[(name, annotation or None, line number)] of the options of a script: its assignments before configure(globals())
-    to names without an underscore; none for a file that does not call it."""
+    to names in lower case without a leading underscore; none for a file that does not call it."""
     options = []
     for node in ast.parse(Path(script).read_text(encoding='utf-8')).body:
         if isinstance(node, (ast.Assign, ast.Expr)) and ast.unparse(node.value) == 'configure(globals())':
             return options
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
-        if isinstance(target, ast.Name) and not target.id.startswith('_'):
+        if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith('_'):
             annotation = getattr(node, 'annotation', None)
             options.append((target.id, annotation and ast.unparse(annotation), node.lineno))
     return []
@@ -215,8 +233,13 @@ def read_options(script):
 
 def owner(name, script):
     """The name of another script, beside this file, that has the option; None if none has."""
-    others = [path for path in sorted(Path(__file__).parent.glob('*.py')) if path != script]
-    return next((path.name for path in others if name in [option for option, *_ in read_options(path)]), None)
+    for path in sorted(Path(__file__).parent.glob('*.py')):
+        try:
+            if path != script and name in [option for option, *_ in read_options(path)]:
+                return path.name
+        except (OSError, SyntaxError, ValueError):   # somebody's work in progress is no script yet
+            pass
+    return None
 
 
 def help_text(script, config):
@@ -226,7 +249,7 @@ def help_text(script, config):
                 if token.type == tokenize.COMMENT}
     options = {line: name for name, _, line in read_options(script)}
     out = [ast.get_docstring(ast.parse(text)) or '', '', 'Options: --key=val; a Python file sets several at once.']
-    for line in range(min(options), max(options) + 1):
+    for line in range(min(options, default=0), max(options, default=-1) + 1):
         comment = comments[line].string.lstrip('# ') if line in comments else ''
         if line in options:
             out.append(f'  --{options[line]}={config[options[line]]!r}'.ljust(38) + f'  {comment}')
@@ -249,5 +272,6 @@ def show_error(kind, error, trace):
         status, line = 1, f'{script}: out of memory: lower batch_size or block_size'
     else:
         return sys.__excepthook__(kind, error, trace)
-    print(line, end='\n' if line else '', file=sys.stderr)
+    if line:   # past the hook of torch.distributed, which collects what is printed and shows it only on a normal return
+        print(line, file=sys.__stderr__)
     raise SystemExit(status)

@@ -76,9 +76,9 @@ def find(name):
     """The folder of a dataset: data/<name> of the project, or a path as it stands if it has a slash."""
     here = Path(__file__).resolve().parent
     folder = Path(name) if os.sep in name or '/' in name else here / 'data' / name
-    if (folder / 'meta.json').exists() or all((folder / f'{split}.bin').exists() for split in SPLITS):
+    if os.path.exists(folder / 'meta.json') or all(os.path.exists(folder / f'{split}.bin') for split in SPLITS):
         return folder
-    if (folder / 'prepare.py').exists():
+    if os.path.exists(folder / 'prepare.py'):
         script = os.path.relpath(folder / 'prepare.py')
         raise UserError(f'the dataset {name!r} is not there yet, make it with: python {script}')
     known = sorted(path.parent.name for path in here.glob('data/*/prepare.py'))
@@ -87,32 +87,36 @@ def find(name):
 
 def read_meta(folder):
     """meta.json of a dataset, or its like for a folder that nanoGPT prepared."""
+    path = folder / 'meta.json'
     try:
-        if (folder / 'meta.json').exists():
-            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        if path.exists():
+            meta = json.loads(path.read_text(encoding='utf-8'))
             if meta.get('unfinished'):
-                raise UserError(f'{folder} was left half written: run its prepare.py again')
+                raise ValueError('it was left half written')
             if meta['format'] != FORMAT:
-                raise UserError(f'{folder} has format {meta["format"]}, expected {FORMAT}: run its prepare.py again')
+                raise ValueError(f'format {meta["format"]}, expected {FORMAT}')
+            if meta['dtype'] not in ('uint16', 'uint32'):
+                raise ValueError(f'dtype {meta["dtype"]}, expected uint16 or uint32')
             return {'dtype': np.dtype(meta['dtype']), 'vocab_size': int(meta['vocab_size']),
                     'tokens': {split: int(meta['tokens'][split]) for split in SPLITS},
                     'tokenizer': dict(meta['tokenizer'])}
         tokens = {split: os.path.getsize(folder / f'{split}.bin') // 2 for split in SPLITS}
         meta = {'dtype': np.dtype(np.uint16), 'vocab_size': 50257, 'tokens': tokens,
                 'tokenizer': {'kind': 'tiktoken', 'name': 'gpt2'}}
-        if (folder / 'meta.pkl').exists():
-            with open(folder / 'meta.pkl', 'rb') as f:
+        path = folder / 'meta.pkl'
+        if path.exists():
+            with open(path, 'rb') as f:
                 chars = Plain(f).load()['itos']
+            if any(len(char) != 1 for char in chars.values()):
+                raise ValueError('its ids are not of one character each')
             meta['vocab_size'] = len(chars)
-            meta['tokenizer'] = {'kind': 'char', 'chars': ''.join(chars[i] for i in range(len(chars)))}
+            meta['tokenizer'] = tokenizer.CharTokenizer(''.join(chars[i] for i in range(len(chars)))).to_dict()
         return meta
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f'cannot read {folder}: {error.strerror}') from None
     except Exception as error:   # whatever a damaged or hostile file makes json or pickle say
-        raise UserError(f'{folder}: cannot read its meta file ({type(error).__name__}: {error}): '
-                        f'run its prepare.py again') from None
+        reason = ' '.join(str(error).split())[:100] or type(error).__name__
+        raise UserError(f'{path}: {reason}; run the prepare.py of this dataset again') from None
 
 
 class Dataset:
@@ -135,6 +139,8 @@ class Dataset:
                                 f'run the prepare.py of this dataset again')
             dtype = meta['dtype'].newbyteorder('<')
             self.data[split] = np.asarray(np.memmap(path, dtype, mode='r')) if size else np.empty(0, dtype)
+        if read_meta(self.folder) != meta:
+            raise UserError(f'{self.folder} is being written anew: try again when that is done')
 
     def check(self, block_size, vocab_size):
         """UserError if a split is too short for a context of block_size, or has an id that vocab_size does not cover.

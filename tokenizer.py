@@ -42,18 +42,24 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character of a given alphabet, in the order of code points."""
+    """One id per character of an alphabet, in its order. UserError if it is empty or has a character twice."""
 
     eot = None
 
     def __init__(self, chars):
-        points = sorted(set(map(ord, chars)))
-        if not points:
+        if not chars or len(set(chars)) < len(chars):
+            raise UserError(f'an alphabet of {len(chars)} characters, {len(set(chars))} distinct: expected each once')
+        points = np.frombuffer(chars.encode('utf-32-le', errors='surrogatepass'), dtype='<u4')
+        self.chars, self.vocab_size = chars, len(chars)
+        self.ids = np.full(points.max() + 2, self.vocab_size, dtype=np.uint32)   # of a code point; vocab_size: none
+        self.ids[points] = np.arange(self.vocab_size)
+
+    @classmethod
+    def of(cls, text):
+        """The tokenizer of all characters that occur in a text, in the order of their code points."""
+        if not text:
             raise UserError('no characters to make a vocabulary from: the text is empty')
-        self.chars, self.vocab_size = ''.join(map(chr, points)), len(points)
-        self.points = np.array(points, dtype=np.uint32)
-        self.ids = np.full(points[-1] + 2, self.vocab_size, dtype=np.uint32)   # code point -> id; vocab_size: has none
-        self.ids[self.points] = np.arange(self.vocab_size)
+        return cls(''.join(sorted(set(text))))
 
     def encode(self, text, special=False):
         """The ids of a text; UserError with the characters that are not in the vocabulary, if there are any."""
@@ -92,12 +98,18 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text, special=False):
         """The ids of a text. special: read '<|endoftext|>' as the end-of-text token instead of as its characters."""
+        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')   # lone surrogates, as tiktoken does
         if special:
-            return np.array(self.encoding.encode(text, allowed_special={'<|endoftext|>'}), id_type(self.vocab_size))
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(id_type(self.vocab_size))
+            ids = self.encoding.encode(text, allowed_special={'<|endoftext|>'}, disallowed_special=())
+        else:
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+        return np.asarray(ids, dtype=id_type(self.vocab_size))
 
     def token_bytes(self, i):
-        return self.encoding.decode_single_token_bytes(i)
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:   # the padding of a vocabulary, and numbers that GPT-4's leaves out
+            return '\ufffd'.encode()
 
     def to_dict(self):
         return {'kind': 'tiktoken', 'name': self.name}
@@ -112,9 +124,11 @@ KINDS = {'char': CharTokenizer, 'tiktoken': TiktokenTokenizer}
 
 def from_dict(d):
     """The tokenizer that to_dict() described."""
-    if not isinstance(d, dict) or d.get('kind') not in KINDS:
-        raise UserError(f'tokenizer {str(d)[:60]!r}: expected a description of kind {" or ".join(KINDS)}')
-    return KINDS[d['kind']].from_dict(d)
+    try:
+        kind = KINDS[d['kind']]
+        return kind.from_dict(d)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'tokenizer {str(d)[:60]!r}: expected a description of kind {" or ".join(KINDS)}') from None
 
 
 def read_text(path):

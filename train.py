@@ -11,6 +11,7 @@ the validation loss has not been lower before; log.jsonl holds what was printed.
 Without a config file the options below are those of GPT-2 (124M) on OpenWebText.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -311,6 +312,9 @@ while True:
 
 # ---------------------------------------------------------------------------------------------------------------------
 rt.close()
+if wandb_log and rt.master:
+    with contextlib.redirect_stdout(sys.stderr):   # where its farewell belongs
+        wandb.finish()
 if unsaved:
     raise unsaved
 if signals and not last:

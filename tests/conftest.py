@@ -63,7 +63,7 @@ def char_dataset(tmp_path_factory):
 
     text = ''.join(f'{i} times {i % 7} makes {i * (i % 7)}.\n' for i in range(1000))
     folder = tmp_path_factory.mktemp('char_dataset')
-    tok = CharTokenizer(text)
+    tok = CharTokenizer.of(text)
     ids = tok.encode(text)
     write(folder, {'train': ids[:-3000], 'val': ids[-3000:]}, tok, {'text': 'multiplication'})
     return folder

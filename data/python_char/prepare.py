@@ -45,7 +45,7 @@ if len(text) < 4_000_000:
 kept = {char for char, count in Counter(text).items() if count >= min_count}
 dropped = len(set(text) - kept)
 text = ''.join(char for char in text if char in kept)
-tok = CharTokenizer(text)
+tok = CharTokenizer.of(text)
 print(f'{len(names):,} files of Python {platform.python_version()}, {len(text):,} characters, '
       f'{tok.vocab_size} distinct, {dropped} rare ones dropped: {tok.chars!r}')
 ids = tok.encode(text)

@@ -25,7 +25,7 @@ configure(globals())
 
 folder = Path(__file__).resolve().parent
 text, source = text_of(input, folder / 'input.txt', URL, SHA256)
-tok = CharTokenizer(text)
+tok = CharTokenizer.of(text)
 print(f'{len(text):,} characters, {tok.vocab_size} distinct: {tok.chars!r}')
 ids = tok.encode(text)
 cut = len(text) * 9 // 10   # the last tenth is for validation

@@ -1,0 +1,392 @@
+"""Checkpoints on disk: written whole or not at all, read without running anything, whoever wrote them."""
+
+import contextlib
+import functools
+import json
+import math
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+
+import checkpoint
+from configurator import UserError
+from model import GPT, GPTConfig
+from tokenizer import CharTokenizer
+
+
+def small_model(vocab_size=5, **changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size, **{'block_size': 4, 'n_layer': 2, 'n_head': 2, 'n_embd': 4, **changes}))
+
+
+def state_of(model, **more):
+    """What train.py would save of a model."""
+    return {'version': checkpoint.VERSION, 'model': model.state_dict(), 'model_args': model.config.to_dict(),
+            'tokenizer': CharTokenizer('abcde').to_dict(), 'config': {'dataset': 'letters', 'patience': 0},
+            'iter_num': 7, 'best_val_loss': 1.5, **more}
+
+
+def as_nanogpt(model, prefix='', **more):
+    """The same as nanoGPT's train.py would save it: no version, no tokenizer, prefixes, a tensor for a loss."""
+    args = {name: getattr(model.config, name)
+            for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    return {'model': {prefix + name: tensor for name, tensor in model.state_dict().items()}, 'optimizer': {},
+            'model_args': args, 'iter_num': 250, 'best_val_loss': torch.tensor(1.25), 'config': {}, **more}
+
+
+@pytest.fixture
+def path(tmp_path):
+    """The path of a good checkpoint."""
+    torch.save(state_of(small_model()), tmp_path / 'ckpt.pt')
+    return tmp_path / 'ckpt.pt'
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """No file of this process may grow beyond size bytes: the nearest thing to a full disk. Python ignores SIGXFSZ."""
+    resource = pytest.importorskip('resource')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def assert_same_weights(weights, others):
+    assert weights.keys() == others.keys()
+    for name in weights:
+        assert torch.equal(weights[name], others[name]), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+def test_load_gives_back_what_save_was_given(tmp_path):
+    state = state_of(small_model(bias=False, dropout=0.5), optimizer={'state': {0: {'step': torch.tensor(3.0)}}})
+    weights = {name: tensor.clone() for name, tensor in state['model'].items()}
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), state)
+    ckpt = checkpoint.load(str(tmp_path / 'ckpt.pt'))
+    assert_same_weights(ckpt.pop('model'), weights)
+    assert ckpt == {name: value for name, value in state.items() if name != 'model'}
+    assert [file.name for file in tmp_path.iterdir()] == ['ckpt.pt']
+
+
+def test_save_puts_the_file_on_the_disk_before_it_takes_the_name(path, monkeypatch):
+    old, seen = path.read_bytes(), []
+
+    def fsync(number):
+        seen.append((path.read_bytes() == old, torch.load(path.with_name('ckpt.pt.tmp'))['iter_num']))
+
+    monkeypatch.setattr('os.fsync', fsync)
+    checkpoint.save(path, state_of(small_model(), iter_num=8))
+    assert seen == [(True, 8)]   # complete in the temporary file, while the old one is still in its place
+    assert checkpoint.load(path)['iter_num'] == 8
+
+
+class Bomb:
+    """Raises an error when it is pickled."""
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize('error, raised', [
+    (OSError(28, 'No space left on device'), UserError), (RuntimeError('unexpected pos'), UserError),
+    (ValueError('a bug'), ValueError), (KeyboardInterrupt(), KeyboardInterrupt),
+], ids=lambda error: getattr(error, '__name__', None) or type(error).__name__)
+def test_an_error_in_the_middle_of_a_save_leaves_the_old_file_and_nothing_else(path, error, raised):
+    old = path.read_bytes()
+    with pytest.raises(raised):
+        checkpoint.save(path, state_of(small_model(), iter_num=8, bomb=Bomb(error)))
+    assert path.read_bytes() == old
+    assert [file.name for file in path.parent.iterdir()] == ['ckpt.pt']
+
+
+def test_a_save_that_finds_no_room_says_so_and_leaves_the_old_file(path):
+    old = path.read_bytes()
+    with file_size_limit(len(old) // 2), pytest.raises(UserError, match='cannot write .*ckpt.pt: .*intact') as error:
+        checkpoint.save(path, state_of(small_model(), iter_num=8))
+    assert '\n' not in str(error.value) and error.value.status == 1
+    assert path.read_bytes() == old
+    assert [file.name for file in path.parent.iterdir()] == ['ckpt.pt']
+
+
+def test_a_first_save_that_finds_no_room_says_that_there_is_none_yet(tmp_path):
+    with file_size_limit(1000), pytest.raises(UserError, match='cannot write .*best.pt: .*none yet'):
+        checkpoint.save(tmp_path / 'best.pt', state_of(small_model()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_make_folder_makes_it_with_its_parents_and_leaves_it_empty(tmp_path):
+    checkpoint.make_folder(tmp_path / 'a' / 'b')
+    checkpoint.make_folder(tmp_path / 'a' / 'b')
+    assert not list((tmp_path / 'a' / 'b').iterdir())
+
+
+@pytest.mark.parametrize('out_dir', ['file', 'file/out', 'a' * 300])
+def test_make_folder_refuses_what_cannot_be_a_folder(tmp_path, out_dir):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='out_dir') as error:
+        checkpoint.make_folder(tmp_path / out_dir)
+    assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading what is no checkpoint
+
+def assert_refused(path, *words):
+    """load() gives one line with the path and all the words."""
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path)
+    for word in (str(path), *words):
+        assert word in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('part', [0, 1e-4, 0.001, 0.01, *(i / 20 for i in range(1, 20)), 0.99, 0.999, 0.9999])
+def test_a_truncated_checkpoint_is_refused(path, part):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(part * len(whole))])
+    assert_refused(path, 'cut off')
+
+
+def test_a_checkpoint_without_its_last_byte_is_refused(path):
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused(path, 'cut off')
+
+
+@pytest.mark.parametrize('content', [
+    b'\n', b'to be or not to be\n' * 100, 'größer\n'.encode() * 50, b'\x80', b'PK\x03\x04', b'\0' * 5000,
+    b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 497764107\n',
+    *(np.random.Philox(key=i).random_raw(200).tobytes() for i in range(8)),
+], ids=['line', 'text', 'utf8', 'pickle', 'zip', 'zeros', 'pointer', *(f'random{i}' for i in range(8))])
+def test_another_kind_of_file_is_refused(tmp_path, content):
+    (tmp_path / 'ckpt.pt').write_bytes(content)
+    assert_refused(tmp_path / 'ckpt.pt', 'no checkpoint')
+
+
+@pytest.mark.parametrize('name', ['nowhere.pt', '.', 'a\0b'])
+def test_a_path_without_a_file_is_refused(tmp_path, name):
+    assert_refused(tmp_path / name)
+
+
+class Code:
+    """Makes a file when it is unpickled."""
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, 'w')
+
+
+@pytest.mark.parametrize('write, read', [
+    (lambda state, path: path.write_bytes(pickle.dumps(state)), lambda path: pickle.loads(path.read_bytes())),
+    (lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False), None),
+    (torch.save, None),
+], ids=['pickle', 'legacy', 'zip'])
+@pytest.mark.filterwarnings('ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning')
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, write, read):
+    path, marker = tmp_path / 'ckpt.pt', tmp_path / 'marker'
+    write(state_of(small_model(), config=Code(marker)), path)
+    assert_refused(path, *(['code', 'open', 'not run'] if read is None else []))
+    assert not marker.exists()
+    (read or functools.partial(torch.load, weights_only=False))(path)
+    assert marker.exists()   # it was armed
+
+
+@pytest.mark.parametrize('what', [
+    [], torch.zeros(3), {}, {'model': {}}, {'model_args': {}}, {'model': [], 'model_args': {}},
+    {'model': {}, 'model_args': None}, small_model().state_dict(),
+], ids=['list', 'tensor', 'empty', 'no model_args', 'no model', 'model', 'model_args', 'state_dict'])
+def test_plain_data_that_is_no_checkpoint_is_refused(tmp_path, what):
+    torch.save(what, tmp_path / 'ckpt.pt')
+    assert_refused(tmp_path / 'ckpt.pt', 'is no checkpoint')
+
+
+@pytest.mark.parametrize('version', [checkpoint.VERSION + 1, 99, 'two'])
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, version):
+    torch.save(state_of(small_model(), version=version), tmp_path / 'ckpt.pt')
+    assert_refused(tmp_path / 'ckpt.pt', f'version {version}', 'newer')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models out of checkpoints
+
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', '_orig_mod.module.', 'module._orig_mod.'])
+@pytest.mark.parametrize('bias', [False, True])
+def test_a_nanogpt_checkpoint_loads_with_its_weights_and_its_gelu(tmp_path, prefix, bias):
+    model = small_model(bias=bias, gelu='erf')
+    state = as_nanogpt(model, prefix)
+    for i in range(2):   # the buffers of releases before torch 2.0
+        state['model'][f'{prefix}transformer.h.{i}.attn.bias'] = torch.ones(1, 1, 4, 4)
+        state['model'][f'{prefix}transformer.h.{i}.attn.masked_bias'] = torch.tensor(-1e4)
+    torch.save(state, tmp_path / 'ckpt.pt')
+    ckpt = checkpoint.load(tmp_path / 'ckpt.pt')
+    loaded = checkpoint.build(ckpt, tmp_path)
+    assert loaded.config == model.config
+    assert_same_weights(loaded.state_dict(), model.state_dict())
+    ids = torch.tensor([[4, 0, 3, 1]])
+    assert torch.equal(loaded(ids, ids)[0], model(ids, ids)[0])
+    assert ckpt['iter_num'] == 250
+    assert ckpt['best_val_loss'] == 1.25 and type(ckpt['best_val_loss']) is float
+
+
+@pytest.mark.parametrize('gelu', ['tanh', 'erf'])
+def test_our_own_checkpoint_keeps_its_gelu(tmp_path, gelu):
+    checkpoint.save(tmp_path / 'ckpt.pt', state_of(small_model(gelu=gelu)))
+    assert checkpoint.build(checkpoint.load(tmp_path / 'ckpt.pt'), tmp_path).config.gelu == gelu
+
+
+WPE = 'transformer.wpe.weight'
+
+
+@pytest.mark.parametrize('weights, args', [
+    ({WPE: None}, {}), ({'transformer.h.9.x': torch.zeros(1)}, {}), ({WPE: torch.zeros(3, 4)}, {}), ({WPE: 1}, {}),
+    ({}, {'n_layer': 3}), ({}, {'n_layer': 1}), ({}, {'bias': False}), ({}, {'n_head': 3}), ({}, {'n_embd': 'four'}),
+    ({}, {'n_lairs': 2}), ({}, {'dropout': -1.0}), ({}, {'n_embd': 2**40}), ({}, {'vocab_size': 6}),
+], ids=['missing', 'extra', 'shape', 'no tensor', 'deeper', 'shallower', 'bias', 'heads', 'type', 'name', 'dropout',
+        'huge', 'vocabulary'])
+def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, weights, args):
+    state = state_of(small_model())
+    state['model'] = {name: w for name, w in {**state['model'], **weights}.items() if w is not None}
+    state['model_args'] |= args
+    with pytest.raises(UserError, match=r'x\.pt: .*do not fit') as error:
+        checkpoint.build(state, 'x.pt')
+    assert '\n' not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_resolve_takes_a_file_as_it_is_and_of_a_folder_the_best_then_the_latest(path):
+    assert checkpoint.resolve(path) == path
+    assert checkpoint.resolve(str(path.parent)) == path
+    shutil.copy(path, path.with_name('best.pt'))
+    assert checkpoint.resolve(path.parent) == path.with_name('best.pt')
+
+
+def test_resolve_refuses_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r'no best\.pt and no ckpt\.pt'):
+        checkpoint.resolve(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'])
+def test_resolve_refuses_the_name_of_pretrained_weights_unless_a_file_has_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f'pretrained weights {name}'):
+        checkpoint.resolve(name)
+    (tmp_path / name).touch()
+    assert str(checkpoint.resolve(name)) == name
+
+
+def test_load_model_gives_the_model_and_the_tokenizer_that_travelled_with_it(path):
+    model, tok, ckpt = checkpoint.load_model(path.parent, dropout=0.25)
+    assert not model.training and model.config.dropout == 0.25
+    assert_same_weights(model.state_dict(), small_model().state_dict())
+    assert tok.decode([2, 0, 1]) == 'cab' and ckpt['iter_num'] == 7
+
+
+def test_the_tokenizer_of_a_nanogpt_checkpoint_is_that_of_the_named_dataset(tmp_path, char_dataset):
+    vocabulary = json.loads((char_dataset / 'meta.json').read_text())['tokenizer']['chars']
+    torch.save(as_nanogpt(small_model(len(vocabulary))), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='--tokenizer_of='):
+        checkpoint.load_model(tmp_path)
+    _, tok, _ = checkpoint.load_model(tmp_path, tokenizer_of=str(char_dataset))
+    assert tok.chars == vocabulary
+
+
+def test_the_tokenizer_of_the_named_dataset_must_not_be_larger_than_the_model(tmp_path, char_dataset):
+    torch.save(as_nanogpt(small_model(5)), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='do not belong together'):
+        checkpoint.load_model(tmp_path, tokenizer_of=str(char_dataset))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs GPT-2's encoding")
+@pytest.mark.parametrize('vocab_size', [50257, 50304])
+def test_a_nanogpt_checkpoint_of_gpt2s_vocabulary_gets_its_tokenizer(tmp_path, monkeypatch, vocab_size):
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
+    torch.save(as_nanogpt(small_model(vocab_size)), tmp_path / 'ckpt.pt')
+    _, tok, _ = checkpoint.load_model(tmp_path)
+    assert tok.encode('hello world').tolist() == [31373, 995]
+
+
+@pytest.mark.parametrize('description', ['gpt2', {'kind': 'runes'}, {'kind': 'char'}, {'kind': 'char', 'chars': 5}],
+                         ids=str)
+def test_a_tokenizer_that_nobody_knows_is_refused(tmp_path, description):
+    torch.save(state_of(small_model(), tokenizer=description), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='tokenizer'):
+        checkpoint.load_model(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the log, and the run before
+
+def test_set_aside_keeps_the_latest_earlier_run_whole(tmp_path):
+    runs = [{'ckpt.pt': 'a', 'best.pt': 'b', 'log.jsonl': 'c'}, {'ckpt.pt': 'd', 'log.jsonl': 'e'}]
+    (tmp_path / 'notes.txt').write_text('mine')
+    assert not checkpoint.set_aside(tmp_path)
+    for files in runs:
+        for name, content in files.items():
+            (tmp_path / name).write_text(content)
+        assert checkpoint.set_aside(tmp_path)
+        assert {file.name: file.read_text() for file in (tmp_path / 'previous').iterdir()} == files
+        assert {file.name for file in tmp_path.iterdir()} == {'notes.txt', 'previous'}
+    assert not checkpoint.set_aside(tmp_path)   # nothing came since: what lies there stays
+    assert {file.name for file in (tmp_path / 'previous').iterdir()} == {'ckpt.pt', 'log.jsonl'}
+
+
+def test_rewind_log_drops_what_will_be_written_again_and_keeps_the_rest_byte_for_byte(tmp_path):
+    lines = ['{"step": 0, "val_loss": 3.0}', '{"iter": 0,   "loss": 3}', '{"iter": 19, "grad_norm": null}',
+             '{"step": 20, "val_loss": 2.00}', '{"iter": 20, "loss": 1.9}', '{"iter": 21, "loss": 1.8}',
+             '{"step": 30, "val_loss": 1.7}', '{"note": "\\u00fc\\u2028"}', '{"iter": 5', '{"iter": 3}', '{"step": 3']
+    (tmp_path / 'log.jsonl').write_text('\n'.join(lines))
+    checkpoint.rewind_log(tmp_path, 20)
+    kept = [lines[i] + '\n' for i in (0, 1, 2, 3, 7, 9)]
+    assert (tmp_path / 'log.jsonl').read_bytes() == ''.join(kept).encode()
+    assert [file.name for file in tmp_path.iterdir()] == ['log.jsonl']
+
+
+@pytest.mark.parametrize('torn', [b'{"iter": 1, "lo', b'\0' * 64, b'{"iter": 1, \xe2\x82\xff'],
+                         ids=['cut off', 'zeros', 'garbage'])
+def test_rewind_log_survives_what_a_power_cut_leaves(tmp_path, torn):
+    (tmp_path / 'log.jsonl').write_bytes(b'{"iter": 0}\n' + torn)
+    checkpoint.rewind_log(tmp_path, 20)
+    assert (tmp_path / 'log.jsonl').read_bytes() == b'{"iter": 0}\n'
+
+
+def test_rewind_log_without_a_log_makes_none(tmp_path):
+    checkpoint.rewind_log(tmp_path, 20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rewind_log_that_finds_no_room_says_so_and_leaves_the_log(tmp_path):
+    log = b'{"iter": 0}\n' * 1000
+    (tmp_path / 'log.jsonl').write_bytes(log)
+    with file_size_limit(1000), pytest.raises(UserError, match='log.jsonl'):
+        checkpoint.rewind_log(tmp_path, 20)
+    assert (tmp_path / 'log.jsonl').read_bytes() == log
+
+
+def test_append_log_writes_null_for_what_json_has_no_number_for(tmp_path):
+    record = {'iter': 3, 'loss': math.nan, 'grad_norm': math.inf, 'lr': -math.inf, 'mfu': None, 'dt': 0.5}
+    checkpoint.append_log(tmp_path, record)
+    checkpoint.append_log(tmp_path, {'iter': 4})
+    first, second = (tmp_path / 'log.jsonl').read_text().splitlines()
+    assert json.loads(first, parse_constant=pytest.fail) == {
+        'iter': 3, 'loss': None, 'grad_norm': None, 'lr': None, 'mfu': None, 'dt': 0.5}
+    assert second == '{"iter": 4}'
+
+
+@pytest.mark.parametrize('room', [0, 5])
+def test_append_log_that_finds_no_room_says_so_and_goes_on_with_whole_lines(tmp_path, capsys, room):
+    checkpoint.append_log(tmp_path, {'iter': 0})
+    with file_size_limit((tmp_path / 'log.jsonl').stat().st_size + room):
+        checkpoint.append_log(tmp_path, {'iter': 1})
+    out, err = capsys.readouterr()
+    assert out == '' and err.count('\n') == 1 and 'cannot write' in err and 'log.jsonl' in err
+    checkpoint.append_log(tmp_path, {'iter': 2})
+    assert (tmp_path / 'log.jsonl').read_text() == '{"iter": 0}\n{"iter": 2}\n'

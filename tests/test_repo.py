@@ -1,0 +1,281 @@
+"""The repository itself: its layout, its options, and that what its texts say can be done."""
+
+import ast
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT, run
+from packaging.requirements import Requirement
+
+import configurator
+import optim
+from model import GPTConfig
+
+PARTS = ['configurator', 'tokenizer', 'download', 'runtime', 'model', 'dataset', 'optim', 'checkpoint']
+SCRIPTS = ['train', 'sample', 'bench', 'plot']
+PREPARES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob('data/*/prepare.py'))
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob('config/*.py'))
+RUNNABLE = [f'{name}.py' for name in SCRIPTS] + PREPARES
+
+# A new option is a decision: it comes here too, and something else may have to go
+TRAIN_OPTIONS = """
+    out_dir init_from eval_interval eval_iters eval_only log_interval patience wandb_log wandb_project wandb_run_name
+    dataset batch_size block_size gradient_accumulation_steps n_layer n_embd n_head bias dropout attention
+    max_iters weight_decay grad_clip beta1 beta2
+    learning_rate schedule warmup_iters lr_decay_iters cooldown_iters min_lr
+    seed device dtype compile peak_flops
+""".split()
+
+
+def tree(name):
+    return ast.parse((ROOT / name).read_text(encoding='utf-8'))
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding='utf-8')
+
+
+def options_of(script):
+    return [name for name, *_ in configurator.read_options(ROOT / script)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layout
+
+def test_every_root_module_is_a_known_part_or_script_and_named_in_the_readme():
+    modules = {path.stem for path in ROOT.glob('*.py')}
+    assert modules == {*PARTS, *SCRIPTS}
+    assert not [name for name in modules if f'`{name}.py`' not in text_of('README.md')]
+
+
+def test_no_root_module_shadows_the_standard_library():
+    assert not {*PARTS, *SCRIPTS} & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in ROOT.iterdir() if path.suffix in (
+    '.py', '.md', '.toml', '.ipynb') or path.name == 'Makefile'))
+def test_no_file_at_the_root_grows_past_500_lines(name):
+    assert text_of(name).count('\n') <= 500
+
+
+def imports_of(name):
+    """The root modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            found.add(node.module.split('.')[0])
+    return found & {*PARTS, *SCRIPTS}
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_part_imports_only_parts_above_it(part):
+    assert imports_of(f'{part}.py') <= set(PARTS[:PARTS.index(part)])
+
+
+@pytest.mark.parametrize('script', RUNNABLE)
+def test_a_script_imports_only_parts(script):
+    assert imports_of(script) <= set(PARTS)
+
+
+def test_parts_do_nothing_at_import_and_load_no_package_that_is_used_rarely(tmp_path):
+    (tmp_path / 'probe.py').write_text(
+        f'import os, sys, threading\nbefore = os.environ.copy(), os.getcwd(), sys.excepthook, sys.argv[:]\n'
+        f'import {", ".join(PARTS)}\n'
+        f'assert (os.environ, os.getcwd(), sys.excepthook, sys.argv) == before\n'
+        f'assert threading.active_count() == 1\n'
+        f'assert not sys.modules.keys() & {{"wandb", "tiktoken", "requests", "matplotlib", "torch._dynamo"}}\n')
+    done = subprocess.run([sys.executable, tmp_path / 'probe.py'], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+    assert [path.name for path in tmp_path.iterdir()] == ['probe.py']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# options
+
+def test_train_has_the_options_that_were_decided_and_at_most_50():
+    assert options_of('train.py') == TRAIN_OPTIONS
+    assert len(TRAIN_OPTIONS) <= 50
+
+
+@pytest.mark.parametrize('script', RUNNABLE)
+def test_options_stand_between_the_rulers_each_alone_on_its_line(script):
+    lines = text_of(script).splitlines()
+    ruler = [i for i, line in enumerate(lines, 1) if re.fullmatch('# -{117}', line)]
+    numbers = [number for *_, number in configurator.read_options(ROOT / script)]
+    assert numbers and ruler[0] < min(numbers) and max(numbers) < ruler[1]
+    assert len(set(numbers)) == len(numbers)
+    assert lines[ruler[1]].startswith(('configure(globals())', 'config = configure(globals())'))
+
+
+@pytest.mark.parametrize('script', RUNNABLE)
+def test_help_prints_the_docstring_and_every_option_with_its_default(script):
+    done = run(script, '--help')
+    assert done.returncode == 0 and done.stderr == ''
+    assert done.stdout.startswith(ast.get_docstring(tree(script)))
+    defaults = defaults_of(script)
+    for name in options_of(script):
+        assert f'  --{name}={defaults[name]!r}' in done.stdout
+
+
+def defaults_of(script):
+    """The globals of a script as they are when it calls configure()."""
+    options = {number for *_, number in configurator.read_options(ROOT / script)}
+    block = [node for node in tree(script).body if node.lineno in options]
+    namespace = {'__file__': str(ROOT / script)}
+    exec(compile(ast.Module(block, type_ignores=[]), script, 'exec'), namespace)
+    return namespace
+
+
+def configured(script, args, monkeypatch):
+    """The options with which a script would run from the root with these arguments."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)   # configure() puts its own there
+    with contextlib.suppress(SystemExit):   # --help
+        return configurator.configure(defaults_of(script), args)
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_a_config_is_accepted_and_makes_a_model_and_a_schedule(path, monkeypatch):
+    config = configured('train.py', [path], monkeypatch)
+    names = ('block_size', 'n_layer', 'n_embd', 'n_head', 'bias', 'dropout', 'attention')
+    GPTConfig(**{name: config[name] for name in names})
+    optim.check_schedule(config['schedule'])
+    assert config['eval_only'] or 0 <= config['warmup_iters'] < config['max_iters']
+    assert config['eval_only'] or config['out_dir'] != 'out'   # its own folder
+    assert (ROOT / 'data' / config['dataset'] / 'prepare.py').exists() or config['dataset'] == 'openwebtext'
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_a_config_states_its_commands_hardware_time_and_result(path, monkeypatch):
+    header = text_of(path).split('\n\n')[0].splitlines()
+    assert all(line.startswith('#') for line in header)
+    config = configured('train.py', [path], monkeypatch)
+    wanted = {'train.py': path, 'sample.py': f'--out_dir={config["out_dir"]}',
+              f'data/{config["dataset"]}/prepare.py': None}
+    assert 'train.py' in dict(commands(path))
+    for script, args in commands(path):
+        assert wanted[script] is None or wanted[script] in args
+    assert all(f'{word}: ' in '\n'.join(header) for word in ('hardware', 'time', 'result'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the texts say
+
+COMMAND = re.compile(r'(?:^|[\s`(])(?:(?:cd (\S+?)(?:;| &&) )?python3?|torchrun(?: --\S+)*|\$\(PY\)) '
+                     r'([\w/.-]+\.py)\b(.*)')
+
+
+def commands(name):
+    """[(script, arguments)] of the commands in a text: in the Makefile, the README, docstrings and headers."""
+    text, found = text_of(name), []
+    if name.endswith('.py') and not name.startswith('config/'):
+        text = ast.get_docstring(tree(name))
+    for line in text.replace('\\\n', ' ').replace('$(OUT)', 'out').splitlines():
+        for piece in re.split(r'`', line) if name.endswith('.md') else [line]:
+            match = COMMAND.search(piece)
+            if match:
+                folder, script, rest = match.groups()
+                rest = re.split(r'  | [>|#&(]|[;)]', rest)[0]
+                found.append((f'{folder}/{script}' if folder else script, shlex.split(rest)))
+    return found
+
+
+@pytest.mark.parametrize('name, least', [('README.md', 8), ('Makefile', 3), *((script, 2) for script in RUNNABLE
+                                                                            if 'python_char' not in script),
+                                         ('data/python_char/prepare.py', 1), *((path, 1) for path in CONFIGS)])
+def test_every_command_that_a_text_gives_would_be_accepted(name, least, monkeypatch):
+    found = commands(name)
+    assert len(found) >= least
+    for script, args in found:
+        assert script in RUNNABLE
+        configured(script, args, monkeypatch)
+
+
+TARGETS = set(re.findall(r'^([\w-]+):', text_of('Makefile'), re.MULTILINE))
+
+
+@pytest.mark.parametrize('name', ['README.md', 'Makefile'])
+def test_every_make_target_that_a_text_names_exists(name):
+    named = re.findall(r'(?:`|^    |^# )make(?: ([a-z-]+))?(?=`|  |$)', text_of(name), re.MULTILINE)
+    assert {'', 'test'} <= set(named)
+    assert set(named) - {''} <= TARGETS
+
+
+def test_every_phony_target_exists():
+    phony = re.search(r'^\.PHONY: (.*)$', text_of('Makefile'), re.MULTILINE)[1].split()
+    assert set(phony) <= TARGETS
+
+
+def test_every_option_that_the_readme_names_belongs_to_a_script():
+    known = {name for script in RUNNABLE for name in options_of(script)}
+    named = set(re.findall(r'(?<![\w-])--(\w+)', text_of('README.md')))
+    assert len(named) > 5
+    assert named - known <= {'help', 'key', 'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr',
+                             'master_port', 'logdir'}
+
+
+def test_every_file_that_the_readme_names_exists():
+    named = re.findall(r'(?<![\w/<>-])((?:config/|data/\w+/|tests/)?\w+\.(?:py|md|txt|toml|ipynb))\b',
+                       text_of('README.md'))
+    assert {'train.py', 'model.py'} <= set(named)
+    outputs = {'out.txt', 'prompt.txt', 'my.txt', 'samples.txt', 'input.txt'}
+    assert not [name for name in named if name not in outputs and not (ROOT / name).exists()]
+
+
+def test_every_link_and_picture_of_the_readme_is_there():
+    targets = re.findall(r'\]\(([^)\s]+)\)', text_of('README.md'))
+    assert any(target.endswith('.png') for target in targets)
+    local = [target.split('#')[0] for target in targets if not target.startswith(('http://', 'https://', '#'))]
+    assert not [target for target in local if not (ROOT / target).exists()]
+
+
+@pytest.mark.parametrize('name', [path.name for path in ROOT.glob('*.md')])
+def test_no_text_has_a_placeholder_left(name):
+    assert not re.findall(r'@\w+@|\bTODO\b|\bXXX\b', text_of(name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dependencies
+
+def requirements(name):
+    """{name: Requirement} of a requirements file, without what it includes."""
+    lines = [line.split('#')[0].strip() for line in text_of(name).splitlines()]
+    found = [Requirement(line) for line in lines if line and not line.startswith('-r ')]
+    return {requirement.name: requirement for requirement in found}
+
+
+PROJECT = tomllib.loads(text_of('pyproject.toml'))['project']
+
+
+@pytest.mark.parametrize('name, declared', [
+    ('requirements.txt', PROJECT['dependencies']), ('requirements-dev.txt', PROJECT['optional-dependencies']['test']),
+])
+def test_the_pins_are_exact_and_those_that_pyproject_allows(name, declared):
+    pins, declared = requirements(name), {Requirement(text).name: Requirement(text) for text in declared}
+    assert pins.keys() == declared.keys()
+    for pin in pins.values():
+        (only,) = pin.specifier
+        assert only.operator == '==' and only.version in declared[pin.name].specifier
+
+
+def test_the_test_requirements_include_the_others():
+    assert '-r requirements.txt' in text_of('requirements-dev.txt').splitlines()
+
+
+def test_every_package_that_is_imported_is_declared():
+    third = {name for path in [f'{module}.py' for module in (*PARTS, *SCRIPTS)] + PREPARES
+             for node in ast.walk(tree(path)) if isinstance(node, (ast.Import, ast.ImportFrom))
+             for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])}
+    third = {name.split('.')[0] for name in third} - sys.stdlib_module_names - {*PARTS}
+    extras = [text for group in PROJECT['optional-dependencies'].values() for text in group]
+    assert third <= {Requirement(text).name for text in PROJECT['dependencies'] + extras}

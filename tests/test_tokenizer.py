@@ -1,0 +1,313 @@
+"""Text to ids and back: nothing is lost, tiktoken agrees, and a stream never shows half a character."""
+
+import copy
+import json
+import socket
+
+import numpy as np
+import pytest
+from conftest import SHARED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from configurator import UserError
+from tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, from_dict, id_type, read_text
+
+quick = settings(deadline=None, max_examples=100, database=None)
+characters = st.characters(exclude_categories=['Cs'])
+texts = st.text(characters)   # any Unicode text
+MIXED = 'Grüße, 世界! 👩‍👩‍👧 🇺🇦 e\u0301 \u0000\r\n\t𝔘\U0010ffff'
+
+
+@pytest.fixture(scope='module')
+def gpt2():
+    """GPT-2's encoding, from files that lie ready."""
+    if not (SHARED / 'tiktoken_cache').is_dir():
+        pytest.skip("GPT-2's encoding is not on this machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
+        return TiktokenTokenizer('gpt2')
+
+
+@pytest.fixture(scope='module')
+def wide(gpt2):
+    """GPT-2's encoding with another special token and a gap before it, as newer encodings have them."""
+    import tiktoken
+
+    tok, base = copy.copy(gpt2), gpt2.encoding
+    tok.encoding = tiktoken.Encoding('wide', pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
+                                     special_tokens={'<|endoftext|>': 50256, '<|fim_prefix|>': 50300})
+    tok.vocab_size = tok.encoding.n_vocab
+    return tok
+
+
+class Pieces(Tokenizer):
+    """A tokenizer whose id i stands for the i-th of some pieces of bytes."""
+
+    def __init__(self, pieces):
+        self.pieces, self.eot, self.vocab_size = pieces, None, len(pieces)
+
+    def token_bytes(self, i):
+        return self.pieces[i]
+
+
+@st.composite
+def cut_texts(draw):
+    """(a text, its UTF-8 bytes cut into pieces anywhere, in the midst of characters too)"""
+    text = draw(st.text(characters | st.sampled_from('é世👩‍👧🇺𝔘\ufffd'), max_size=12))
+    content = text.encode()
+    cuts = sorted(draw(st.sets(st.integers(0, len(content)))) | {0, len(content)})
+    return text, [content[i:j] for i, j in zip(cuts, cuts[1:])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# characters
+
+alphabets = st.lists(characters, min_size=1, unique=True).map(''.join)
+
+
+@quick
+@given(alphabets, st.data())
+def test_char_ids_are_places_in_the_alphabet_and_decode_to_the_text(alphabet, data):
+    tok, text = CharTokenizer(alphabet), data.draw(st.text(st.sampled_from(alphabet)))
+    ids = tok.encode(text)
+    assert ids.tolist() == [alphabet.index(c) for c in text] and ids.dtype == np.uint16
+    assert tok.decode(ids) == tok.decode(ids.tolist()) == text
+    assert tok.vocab_size == len(alphabet) and tok.eot is None
+    assert np.array_equal(tok.encode(text, special=True), ids)
+
+
+@quick
+@given(texts.filter(bool))
+def test_the_alphabet_of_a_text_is_in_the_order_of_code_points(text):
+    tok = CharTokenizer.of(text)
+    assert list(tok.chars) == sorted(set(text)) and tok.decode(tok.encode(text)) == text
+
+
+@quick
+@given(alphabets, st.text(st.characters()))   # lone surrogates too, which a command line may bring
+def test_characters_outside_the_alphabet_are_listed(alphabet, text):
+    tok, missing = CharTokenizer(alphabet), sorted(set(text) - set(alphabet))
+    if not missing:
+        assert tok.decode(tok.encode(text)) == text
+        return
+    with pytest.raises(UserError) as error:
+        tok.encode(text)
+    assert str(error.value).endswith(f'{"".join(missing)[:40]!r}; it knows {alphabet!r}')
+    assert '\n' not in str(error.value)
+
+
+def test_an_alphabet_past_uint16_has_wider_ids():
+    alphabet = ''.join(map(chr, range(0x10000, 0x10000 + 65537)))
+    tok = CharTokenizer(alphabet)
+    ids = tok.encode(alphabet)
+    assert ids.dtype == np.uint32 and np.array_equal(ids, np.arange(65537)) and tok.decode(ids[-3:]) == alphabet[-3:]
+
+
+@pytest.mark.parametrize('alphabet', ['', 'aba'])
+def test_an_alphabet_has_characters_each_once(alphabet):
+    with pytest.raises(UserError, match=f'^an alphabet of {len(alphabet)} characters, .*each once'):
+        CharTokenizer(alphabet)
+
+
+def test_an_empty_text_has_no_alphabet():
+    with pytest.raises(UserError, match='the text is empty'):
+        CharTokenizer.of('')
+
+
+@pytest.mark.parametrize('vocab_size, dtype', [(1, np.uint16), (50257, np.uint16), (65535, np.uint16),
+                                               (65536, np.uint16), (65537, np.uint32), (2**32, np.uint32)])
+def test_ids_take_two_bytes_as_long_as_they_fit(vocab_size, dtype):
+    assert id_type(vocab_size) == dtype
+    assert np.iinfo(id_type(vocab_size)).max >= vocab_size - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiktoken
+
+@quick
+@given(text=texts | st.text(st.sampled_from('ab \n1é世👩‍👧'), max_size=40))
+def test_gpt2_ids_are_tiktokens_own_and_decode_to_the_text(gpt2, text):
+    ids = gpt2.encode(text)
+    assert ids.tolist() == gpt2.encoding.encode_ordinary(text) and ids.dtype == np.uint16
+    assert gpt2.decode(ids) == text
+    if '<|' not in text:
+        assert np.array_equal(gpt2.encode(text, special=True), ids)
+
+
+@pytest.mark.parametrize('text, ids', [('Hello world', [15496, 995]), (' Hello', [18435]), ('\n\n', [628]),
+                                       ('', []), ('世', [10310, 244])])
+def test_gpt2_golden_ids(gpt2, text, ids):
+    assert gpt2.encode(text).tolist() == ids and gpt2.decode(ids) == text
+
+
+@quick
+@given(ids=st.lists(st.integers(0, 50256) | st.integers(0, 255), max_size=20))
+def test_gpt2_decodes_any_ids_as_tiktoken_does(gpt2, ids):
+    assert gpt2.decode(ids) == gpt2.encoding.decode(ids)
+
+
+def test_end_of_text_is_a_token_only_when_it_is_asked_for(gpt2):
+    text = 'a<|endoftext|>b'
+    assert gpt2.encode(text, special=True).tolist() == [64, 50256, 65]
+    assert gpt2.encode(text).tolist() == gpt2.encoding.encode_ordinary(text) and 50256 not in gpt2.encode(text)
+    assert gpt2.decode(gpt2.encode(text)) == gpt2.decode([64, 50256, 65]) == text
+    assert gpt2.encode(text, special=True).dtype == np.uint16
+    assert (gpt2.eot, gpt2.vocab_size) == (50256, 50257)
+
+
+@pytest.mark.parametrize('special', [False, True])
+def test_other_special_tokens_are_read_as_text(wide, special):
+    ids = wide.encode('a<|fim_prefix|>b', special=special)
+    assert ids.tolist() == wide.encoding.encode_ordinary('a<|fim_prefix|>b')
+
+
+def test_an_id_that_no_token_has_decodes_to_a_replacement_character(wide):
+    assert wide.decode([64, 50280, 65]) == 'a\ufffdb'
+
+
+@pytest.mark.parametrize('special', [False, True])
+def test_lone_surrogates_are_encoded_as_tiktoken_does(gpt2, special):
+    text = 'a\udcff'   # what a command line makes of a byte that is no UTF-8
+    assert gpt2.encode(text, special=special).tolist() == gpt2.encoding.encode_ordinary(text)
+
+
+def test_an_unknown_encoding_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="^no encoding 'gpt-2', expected one of gpt2, .*cl100k_base"):
+        TiktokenTokenizer('gpt-2')
+
+
+def test_without_network_and_cache_the_way_out_is_named(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise socket.gaierror(-3, 'Temporary failure in name resolution')
+
+    monkeypatch.setattr(socket, 'getaddrinfo', unreachable)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot load the encoding 'r50k_base' .*set TIKTOKEN_CACHE_DIR") as error:
+        TiktokenTokenizer('r50k_base')
+    assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# streams
+
+@quick
+@given(cut_texts())
+def test_a_stream_shows_every_character_as_soon_as_it_is_whole(case):
+    text, pieces = case
+    stream, shown, content = Pieces(pieces).stream(), '', b''
+    for i, piece in enumerate(pieces):
+        shown, content = shown + stream(i), content + piece
+        assert shown == content.decode(errors='ignore')   # which leaves out a character that is not all there
+    assert stream(None) == '' and shown == text == Pieces(pieces).decode(range(len(pieces)))
+
+
+@quick
+@given(st.lists(st.binary(max_size=5)))
+def test_a_stream_of_any_bytes_adds_up_to_what_decode_says(pieces):
+    tok = Pieces(pieces)
+    stream = tok.stream()
+    shown = ''.join([stream(i) for i in range(len(pieces))]) + stream(None)
+    assert shown == tok.decode(range(len(pieces))) == b''.join(pieces).decode(errors='replace')
+
+
+def test_two_streams_at_once_do_not_mix():
+    tok = Pieces(list('é世'.encode()[i:i + 1] for i in range(5)))
+    one, two = tok.stream(), tok.stream()
+    assert [one(0), two(2), one(1), two(3), two(4)] == ['', '', 'é', '', '世']
+    assert (one(2), one(None), two(None)) == ('', '\ufffd', '')
+
+
+def test_a_stream_of_gpt2_ids_adds_up_to_the_text(gpt2):
+    stream, shown = gpt2.stream(), ''
+    for i in np.array([gpt2.encoding.encode_single_token(bytes([byte])) for byte in MIXED.encode()]):
+        shown += stream(i)
+        assert MIXED.startswith(shown)
+    assert shown == MIXED and stream(None) == ''
+
+
+def test_a_stream_of_characters_shows_each_at_once():
+    tok = CharTokenizer.of(MIXED)
+    stream = tok.stream()
+    assert [stream(i) for i in tok.encode(MIXED)] == list(MIXED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same face for all
+
+@pytest.fixture(params=['char', 'tiktoken'])
+def tok(request):
+    return CharTokenizer.of(MIXED) if request.param == 'char' else request.getfixturevalue('gpt2')
+
+
+def test_a_description_makes_the_same_tokenizer_again_through_json_too(tok):
+    for description in (tok.to_dict(), json.loads(json.dumps(tok.to_dict()))):
+        again = from_dict(description)
+        assert type(again) is type(tok) and again.to_dict() == tok.to_dict() == description
+        assert again.vocab_size == tok.vocab_size and again.eot == tok.eot
+        assert np.array_equal(again.encode(MIXED), tok.encode(MIXED))
+
+
+def test_the_empty_text_has_no_ids(tok):
+    assert len(tok.encode('')) == len(tok.encode('', special=True)) == 0
+    assert tok.encode('').dtype == tok.encode('', special=True).dtype == id_type(tok.vocab_size)
+    assert tok.decode([]) == tok.decode(tok.encode('')) == '' and tok.stream()(None) == ''
+
+
+def test_all_ids_lie_in_the_vocabulary(tok):
+    assert tok.encode(MIXED).max() < tok.vocab_size and tok.decode(tok.encode(MIXED)) == MIXED
+
+
+def test_a_text_begins_after_the_end_of_another_or_after_a_line_break(gpt2):
+    assert gpt2.beginning().tolist() == [50256]
+    assert CharTokenizer('\na').beginning().tolist() == [0]
+    assert CharTokenizer('ab\n').beginning().tolist() == [2]
+    assert CharTokenizer.of('ba').beginning().tolist() == [0]
+
+
+@pytest.mark.parametrize('description', [
+    None, [], 'char', {}, {'kind': 'bpe'}, {'kind': None}, {'kind': ['char']}, {'kind': 'char'},
+    {'kind': 'char', 'chars': ''}, {'kind': 'char', 'chars': 7}, {'kind': 'char', 'chars': None},
+    {'kind': 'char', 'chars': 'aa'}, {'kind': 'char', 'chars': ['a', 'b']}, {'kind': 'char', 'chars': ['ab', 'c']},
+    {'kind': 'tiktoken'}, {'kind': 'tiktoken', 'name': None}, {'kind': 'tiktoken', 'name': ['gpt2']},
+], ids=str)
+def test_a_damaged_description_is_refused(description):
+    with pytest.raises(UserError):
+        from_dict(description)
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=f"'kind': 'bpe'.*expected .* of kind {' or '.join(tokenizer.KINDS)}$"):
+        from_dict({'kind': 'bpe'})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text files
+
+@quick
+@given(text=texts)
+def test_a_text_file_is_read_as_it_is(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / 'text.txt'
+    path.write_bytes(('\ufeff\r\n' + text).encode())
+    assert read_text(path) == read_text(str(path)) == '\ufeff\r\n' + text
+
+
+@pytest.mark.parametrize('name, reason', [('gone.txt', 'No such file'), ('.', 'Is a directory'), ('a\0b', 'null byte'),
+                                          ('x' * 300, 'File name too long'), ('\ud800', 'encode')])
+def test_a_text_file_that_cannot_be_read_is_named(tmp_path, name, reason):
+    with pytest.raises(UserError) as error:
+        read_text(f'{tmp_path}/{name}')
+    assert str(error.value).startswith(f'cannot read {tmp_path}/{name}: ') and reason in str(error.value)
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'\xff\xfea\0', 'byte 0 is 0xff'), (b'a' * 1234 + b'\xe9t\xe9', 'byte 1,234 is 0xe9'),
+    ('世'.encode()[:2], 'byte 0 is 0xe4'), (b'a\xed\xa0\x80', 'byte 1 is 0xed'), (b'a\xc0\x80', 'byte 1 is 0xc0'),
+])
+def test_a_text_file_that_is_not_utf8_is_refused_with_the_offset(tmp_path, content, words):
+    path = tmp_path / 'text.txt'
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_text(path)
+    assert str(error.value) == f'{path} is not UTF-8 text: {words}; convert it, for instance with iconv'

@@ -1,0 +1,557 @@
+"""train.py as a person runs it: what it prints and writes, that it can be stopped anywhere, and what it refuses."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, log_of, run
+from test_checkpoint import Code, as_nanogpt, assert_same_weights
+
+import runtime
+from dataset import Dataset, write
+from model import GPT, GPTConfig
+from tokenizer import CharTokenizer
+
+CPU = torch.device('cpu')
+HERE = ('--device=cpu', '--peak_flops=1e12')   # as in the tiny config, for runs without it; the peak is not measured
+
+
+def train(*args, status=0, **more):
+    done = run('train.py', *args, *HERE, **more)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def contents(folder):
+    """{name: bytes} of the files in a folder and below."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def records(out_dir, kind):
+    """The records of log.jsonl of a kind, 'iter' or 'step', in their order."""
+    lines = (out_dir / 'log.jsonl').read_text(encoding='utf-8').splitlines()
+    parsed = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return [record for record in parsed if kind in record]
+
+
+@pytest.fixture
+def again(trained, tmp_path):
+    """A copy of the finished run, to go on with."""
+    return shutil.copytree(trained, tmp_path / 'again')
+
+
+@pytest.fixture(scope='module')
+def signals(tmp_path_factory):
+    """A function that makes a config file, with which a run gets a signal in the middle of a step."""
+    folder = tmp_path_factory.mktemp('signals')
+
+    def config(name, step, times=1):
+        (folder / f'{name}.py').write_text(
+            f'import signal\nimport optim\n_rate_at = optim.learning_rate_at\n\n'
+            f'def _with_signal(step, *rest):\n'
+            f'    for _ in range({times} if step == {step} else 0):\n'
+            f'        signal.raise_signal(signal.{name})\n'
+            f'    return _rate_at(step, *rest)\n\n'
+            f'optim.learning_rate_at = _with_signal\n')
+        return folder / f'{name}.py'
+
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
+
+def fresh_model(**changes):
+    """The model of the tiny config before its first step."""
+    torch.manual_seed(1337)
+    return GPT(GPTConfig(20, 16, n_layer=2, n_embd=32, n_head=2, bias=False, **changes))
+
+
+def plain_adamw(model):
+    groups = [{'params': [p for p in model.parameters() if p.dim() > 1], 'weight_decay': 0.1},
+              {'params': [p for p in model.parameters() if p.dim() == 1], 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
+
+
+def plain_loop(model, optimizer, dataset, steps, max_norm):
+    """The tiny config as the shortest loop: no micro-batches, no fused kernels. Returns what iter records hold."""
+    found = []
+    for step in steps:
+        low, peak, warmup, end = 1e-3, 1e-2, 2, 20
+        wave = math.cos(math.pi * (step - warmup) / (end - warmup))
+        rate = peak * (step + 1) / (warmup + 1) if step < warmup else (peak + low) / 2 + (peak - low) / 2 * wave
+        x, y = (rows[0] for rows in Dataset(str(dataset)).train_batch(step, 1337, 1, 8, 16, CPU))
+        loss = torch.nn.functional.cross_entropy(model(x, y)[0].reshape(-1, 20), y.reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum((p.grad ** 2).sum().item() for p in model.parameters()))
+        for group in optimizer.param_groups:
+            group['lr'] = rate
+        for p in model.parameters():
+            p.grad *= min(1, max_norm / norm)
+        optimizer.step()
+        found.append({'iter': step, 'loss': loss.item(), 'lr': rate, 'grad_norm': norm})
+    return found
+
+
+def assert_close(found, expected, rel=1e-4):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        assert one == {name: pytest.approx(value, rel=rel) for name, value in other.items()}
+
+
+@torch.no_grad()
+def plain_loss(model, dataset, split):
+    """The mean loss over eight windows spread evenly over a split."""
+    ids = np.fromfile(dataset / f'{split}.bin', '<u2').astype(np.int64)
+    starts = [int(i * (len(ids) - 17) / 7) for i in range(8)]
+    rows = torch.from_numpy(np.stack([ids[start:start + 17] for start in starts]))
+    return model.eval()(rows[:, :-1], rows[:, 1:])[1].item()
+
+
+CLOCK = ('dt', 'tok_per_s', 'mfu')
+
+
+def test_a_run_with_micro_batches_equals_the_plain_loop(trained, char_dataset):
+    model = fresh_model()
+    evals = [{split: plain_loss(model, char_dataset, split) for split in ('train', 'val')}]
+    steps = plain_loop(model.train(), plain_adamw(model), char_dataset, range(20), max_norm=1.0)
+    evals.append({split: plain_loss(model, char_dataset, split) for split in ('train', 'val')})
+    assert steps[0]['grad_norm'] > 1 > steps[-1]['grad_norm']   # clipped, and not
+    assert_close([record for record in log_of(trained) if 'iter' in record], steps)
+    logged = records(trained, 'step')
+    assert [record['step'] for record in logged] == [0, 10, 20]
+    assert_close([{split: record[f'{split}_loss'] for split in ('train', 'val')} for record in logged[::2]], evals)
+    ckpt = load(trained / 'ckpt.pt')
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(ckpt['model'][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_one_batch_equals_its_micro_batches_and_grad_clip_0_is_no_limit(tmp_path, tiny, trained, char_dataset):
+    train(tiny, f'--out_dir={tmp_path}', '--batch_size=8', '--gradient_accumulation_steps=1', '--eval_iters=1',
+          '--grad_clip=0.0', '--max_iters=6', '--lr_decay_iters=20')
+    model = fresh_model()
+    steps = plain_loop(model, plain_adamw(model), char_dataset, range(6), max_norm=math.inf)
+    assert_close([record for record in log_of(tmp_path) if 'iter' in record], steps)
+    clipped, free = log_of(trained), log_of(tmp_path)
+    assert free[0] == pytest.approx(clipped[0], rel=1e-6)   # the losses of step 0, over the same windows
+    assert free[1] == pytest.approx(clipped[1], rel=1e-5)   # iter 0: loss and gradient before any clipping
+    assert free[4]['loss'] != pytest.approx(clipped[4]['loss'], rel=1e-4)
+
+
+def test_a_run_makes_exactly_max_iters_updates(trained):
+    assert [record['iter'] for record in records(trained, 'iter')] == list(range(20))
+    ckpt = load(trained / 'ckpt.pt')
+    assert ckpt['iter_num'] == 20
+    assert {state['step'].item() for state in ckpt['optimizer']['state'].values()} == {20}
+    assert len(ckpt['optimizer']['state']) == len(ckpt['model']) - 1   # all but the tied head
+
+
+def test_the_loss_goes_down_and_best_pt_is_the_last_when_the_last_is_best(trained):
+    losses = [record['val_loss'] for record in records(trained, 'step')]
+    assert losses[2] < losses[1] < losses[0] - 0.5
+    assert abs(losses[0] - math.log(20)) < 0.1   # at first it knows nothing
+    ckpt, best = load(trained / 'ckpt.pt'), load(trained / 'best.pt')
+    assert best['iter_num'] == 20 and best['best_val_loss'] == ckpt['best_val_loss'] == losses[2]
+    assert_same_weights(best['model'], ckpt['model'])
+
+
+def test_a_checkpoint_says_all_that_is_needed_to_use_it(trained, char_dataset):
+    ckpt = load(trained / 'ckpt.pt')
+    assert ckpt['version'] == 1 and ckpt['config']['learning_rate'] == 1e-2 and ckpt['config']['max_iters'] == 20
+    assert ckpt['model_args'] == {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16, 'bias': False,
+                                  'vocab_size': 20, 'dropout': 0.0}
+    assert ckpt['tokenizer'] == Dataset(str(char_dataset)).tokenizer
+    assert {path.name for path in trained.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl'}
+
+
+STEP = re.compile(r'step (\d+): train loss (\d\.\d{4}), val loss (\d\.\d{4})')
+ITER = re.compile(r'iter (\d+): loss (\d\.\d{4}), time (\d+\.\d\d)ms, mfu (-|\d+\.\d\d%), ([\d,]+) tok/s')
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, tiny):
+    """(what it printed, out_dir) of an uninterrupted run in float16 with dropout."""
+    out_dir = tmp_path_factory.mktemp('whole')
+    return train(tiny, f'--out_dir={out_dir}', '--dtype=float16', '--dropout=0.2'), out_dir
+
+
+def test_stdout_has_the_losses_in_the_known_form_and_the_log_has_the_same_numbers(whole):
+    done, out_dir = whole
+    logged = [json.loads(line) for line in (out_dir / 'log.jsonl').read_text().splitlines()]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(logged) == 23
+    for line, record in zip(lines, logged):
+        if 'step' in record:
+            match = STEP.fullmatch(line)
+            assert match and int(match[1]) == record['step'] and record['tokens'] == 128 * record['step']
+            assert match[2] == f'{record["train_loss"]:.4f}' and match[3] == f'{record["val_loss"]:.4f}'
+        else:
+            match = ITER.fullmatch(line)
+            assert match and int(match[1]) == record['iter'] and match[2] == f'{record["loss"]:.4f}'
+            assert match[3] == f'{record["dt"] * 1000:.2f}' and match[5] == f'{record["tok_per_s"]:,.0f}'
+            assert match[4] == (f'{record["mfu"]:.2%}' if record['mfu'] else '-')
+    assert [logged[i].get('step') for i in (0, 11, 22)] == [0, 10, 20]   # each before the update of that step
+
+
+def test_the_log_has_consistent_times(whole):
+    iters, steps = records(whole[1], 'iter'), records(whole[1], 'step')
+    model = fresh_model()
+    assert iters[0]['mfu'] is None   # the first step warms up
+    for record in iters[1:]:
+        assert record['tok_per_s'] == pytest.approx(128 / record['dt'])
+        assert record['mfu'] == pytest.approx(model.flops_per_token() * record['tok_per_s'] / 1e12)
+    seconds = [record['seconds'] for record in steps]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    assert sum(record['dt'] for record in iters) < seconds[2]
+
+
+def test_notices_go_to_stderr(whole):
+    done, out_dir = whole
+    machine, size, *rest = done.stderr.splitlines()
+    assert machine.startswith('cpu (') and 'float16, not compiled, 1 process' in machine
+    assert f'{fresh_model().get_num_params(non_embedding=False):,} parameters, 128 tokens per step' in size
+    assert all('step 20' in line for line in rest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# interruptions
+
+def assert_same_run(out_dir, other):
+    """Weights, optimizer, scaler, counters, options and log of two runs are equal bit for bit."""
+    for name in ('ckpt.pt', 'best.pt'):
+        one, two = load(out_dir / name), load(other / name)
+        assert one.keys() == two.keys()
+        assert_same_weights(one['model'], two['model'])
+        if name == 'ckpt.pt':
+            states, others = one['optimizer']['state'], two['optimizer']['state']
+            assert states.keys() == others.keys()
+            for i in states:
+                assert_same_weights(states[i], others[i])
+            assert one['optimizer']['param_groups'] == two['optimizer']['param_groups']
+            for part in ('scaler', 'evaluated', 'bad_evals'):
+                assert one[part] == two[part]
+        for part in ('iter_num', 'best_val_loss', 'model_args', 'tokenizer'):
+            assert one[part] == two[part]
+        local = {'out_dir', 'init_from', 'peak_flops'}
+        assert {k: v for k, v in one['config'].items() if k not in local} == \
+               {k: v for k, v in two['config'].items() if k not in local}
+    assert log_of(out_dir) == log_of(other)
+
+
+def test_resumed_at_an_evaluation_equals_uninterrupted(tmp_path, tiny, trained):
+    train(tiny, f'--out_dir={tmp_path}', '--max_iters=10', '--lr_decay_iters=20')
+    done = train(f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=20', '--lr_decay_iters=None')
+    assert f'resumed {tmp_path / "ckpt.pt"}: step 10, 1,280 tokens seen' in done.stderr
+    assert done.stdout.startswith('iter 10: ')   # the evaluation of step 10 is not made again
+    assert_same_run(tmp_path, trained)
+    seconds = [record['seconds'] for record in records(tmp_path, 'step')]
+    assert seconds == sorted(seconds)
+
+
+def interrupt_and_resume(out_dir, signals, name, *args):
+    done = train(*args, signals(name, step=13), f'--out_dir={out_dir}', status=130)
+    assert done.stdout.splitlines()[-1].startswith('iter 13: ')   # the step at hand was finished
+    assert_one_line(done, 130, 'step 14', str(out_dir / 'ckpt.pt'), '--init_from=resume')
+    assert load(out_dir / 'ckpt.pt')['iter_num'] == 14
+    assert load(out_dir / 'best.pt')['iter_num'] == 10
+    train(f'--out_dir={out_dir}', '--init_from=resume')   # the options are in the checkpoint
+
+
+def test_interrupted_between_evaluations_and_resumed_equals_uninterrupted(tmp_path, tiny, whole, signals):
+    interrupt_and_resume(tmp_path, signals, 'SIGINT', tiny, '--dtype=float16', '--dropout=0.2')
+    assert_same_run(tmp_path, whole[1])
+    assert load(tmp_path / 'ckpt.pt')['scaler']['scale'] > 1
+
+
+@pytest.fixture(scope='module')
+def second(tmp_path_factory, trained, tiny):
+    """(what it printed, out_dir) of a run in bfloat16 with dropout in a folder where another run had been."""
+    out_dir = shutil.copytree(trained, tmp_path_factory.mktemp('second') / 'out')
+    return train(tiny, f'--out_dir={out_dir}', '--dtype=bfloat16', '--dropout=0.2'), out_dir
+
+
+def test_a_new_run_sets_the_earlier_one_aside(second, trained):
+    done, out_dir = second
+    assert f'the run that was in {out_dir} is now in {out_dir / "previous"}' in done.stderr
+    assert contents(out_dir / 'previous') == contents(trained)
+    assert len(records(out_dir, 'iter')) == 20
+    assert not torch.equal(*(load(folder / 'ckpt.pt')['model']['lm_head.weight'] for folder in (out_dir, trained)))
+
+
+def test_terminated_in_bfloat16_and_resumed_equals_uninterrupted(tmp_path, tiny, second, signals):
+    interrupt_and_resume(tmp_path, signals, 'SIGTERM', tiny, '--dtype=bfloat16', '--dropout=0.2')
+    assert_same_run(tmp_path, second[1])
+
+
+def test_a_second_interrupt_leaves_at_once_with_the_latest_checkpoint_whole(tmp_path, tiny, signals):
+    done = train(tiny, signals('SIGINT', step=13, times=2), f'--out_dir={tmp_path}', status=130)
+    assert_one_line(done, 130, 'interrupted')
+    assert done.stdout.splitlines()[-1].startswith('iter 12: ')   # step 13 was not finished
+    assert load(tmp_path / 'ckpt.pt')['iter_num'] == 10
+    assert {path.name for path in tmp_path.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl'}
+
+
+def test_a_signal_from_outside_saves_the_steps_that_were_made(tmp_path, tiny):
+    args = [tiny, f'--out_dir={tmp_path}', '--max_iters=1000000', '--eval_interval=1000000', *HERE]
+    with subprocess.Popen([sys.executable, ROOT / 'train.py', *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}) as process:
+        for line in process.stdout:
+            if line.startswith('iter 20:'):
+                process.send_signal(signal.SIGTERM)
+                break
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in err
+    ckpt, iters = load(tmp_path / 'ckpt.pt'), records(tmp_path, 'iter')
+    assert ckpt['iter_num'] == iters[-1]['iter'] + 1 == len(iters) > 20
+    assert {state['step'].item() for state in ckpt['optimizer']['state'].values()} == {len(iters)}
+
+
+def test_auto_starts_then_goes_on_from_any_folder_and_says_what_changed(tmp_path, tiny):
+    done = train(os.path.relpath(tiny, tmp_path), '--init_from=auto', '--out_dir=out', '--max_iters=3',
+                 '--schedule=constant', cwd=tmp_path)
+    assert 'resumed' not in done.stderr and 'changed' not in done.stderr
+    done = train('--init_from=auto', '--out_dir=out', '--max_iters=6', '--learning_rate=0.02', cwd=tmp_path)
+    assert 'resumed out/ckpt.pt: step 3,' in done.stderr
+    changed = {line for line in done.stderr.splitlines() if line.startswith('changed')}
+    assert changed == {'changed: max_iters=6, was 3', 'changed: learning_rate=0.02, was 0.01'}
+    assert [(record['iter'], record['lr']) for record in records(tmp_path / 'out', 'iter')][2:] == [
+        (2, 0.01), (3, 0.02), (4, 0.02), (5, 0.02)]
+    assert [record['step'] for record in records(tmp_path / 'out', 'step')] == [0, 3, 6]
+    config = load(tmp_path / 'out' / 'ckpt.pt')['config']
+    assert config['n_embd'] == 32 and config['schedule'] == 'constant' and config['learning_rate'] == 0.02
+
+
+def test_a_finished_run_is_not_trained_again(again, tiny):
+    before = contents(again)
+    assert train(tiny, f'--out_dir={again}', '--init_from=auto').stdout == ''
+    assert contents(again) == before
+
+
+def test_weights_of_another_run_start_at_step_0_and_may_be_cropped(tmp_path, trained, tiny):
+    done = train(tiny, f'--init_from={trained}', f'--out_dir={tmp_path}', '--block_size=8', '--max_iters=0')
+    assert 'resumed' not in done.stderr and done.stdout.count('\n') == 1
+    ckpt, source = load(tmp_path / 'ckpt.pt'), load(trained / 'best.pt')['model']
+    source['transformer.wpe.weight'] = source['transformer.wpe.weight'][:8]
+    assert_same_weights(ckpt['model'], source)
+    assert ckpt['iter_num'] == 0 and not ckpt['optimizer']['state'] and ckpt['model_args']['block_size'] == 8
+
+
+@pytest.mark.parametrize('start, step', [('scratch', 0), ('resume', 20), ('path', 20)])
+def test_eval_only_gives_the_loss_that_training_logged_and_writes_nothing(
+        tmp_path, trained, tiny, char_dataset, start, step):
+    before, out_dir = contents(trained), trained if start == 'resume' else tmp_path / 'out'
+    if start == 'path':   # the checkpoint says which model, and the command line the rest
+        args = [f'--init_from={trained / "ckpt.pt"}', f'--dataset={char_dataset}', '--batch_size=4', '--eval_iters=2',
+                '--dtype=float32', '--dropout=0.5']   # which an evaluation does not use
+    else:
+        args = [tiny, f'--init_from={start}']
+    done = train(*args, '--eval_only=True', f'--out_dir={out_dir}')
+    record = next(record for record in records(trained, 'step') if record['step'] == step)
+    match = STEP.fullmatch(done.stdout.strip())
+    assert match and int(match[1]) == (0 if start == 'path' else step)
+    assert match[2] == f'{record["train_loss"]:.4f}' and match[3] == f'{record["val_loss"]:.4f}'
+    assert contents(trained) == before and not (tmp_path / 'out').exists()
+
+
+def test_a_nanogpt_run_goes_on_with_its_optimizer(tmp_path, char_dataset):
+    model = fresh_model(gelu='erf')
+    optimizer = plain_adamw(model)
+    plain_loop(model, optimizer, char_dataset, range(5), max_norm=1.0)
+    config = {'out_dir': 'elsewhere', 'eval_interval': 5, 'log_interval': 1, 'eval_iters': 2, 'eval_only': False,
+              'always_save_checkpoint': False, 'init_from': 'scratch', 'wandb_log': False, 'wandb_project': 'owt',
+              'wandb_run_name': 'gpt2', 'dataset': str(char_dataset), 'gradient_accumulation_steps': 2,
+              'batch_size': 4, 'block_size': 16, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'dropout': 0.0,
+              'bias': False, 'learning_rate': 1e-2, 'max_iters': 20, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95,
+              'grad_clip': 1.0, 'decay_lr': True, 'warmup_iters': 2, 'lr_decay_iters': 20, 'min_lr': 1e-3,
+              'backend': 'nccl', 'device': 'cuda', 'dtype': 'float32', 'compile': True}
+    torch.save(as_nanogpt(model, '_orig_mod.', iter_num=5, config=config, optimizer=optimizer.state_dict()),
+               tmp_path / 'ckpt.pt')
+    train('--init_from=resume', f'--out_dir={tmp_path}', '--device=cpu', '--max_iters=10')
+    steps = plain_loop(model, optimizer, char_dataset, range(5, 10), max_norm=1.0)
+    assert_close([record for record in log_of(tmp_path) if 'iter' in record], steps)
+    ckpt = load(tmp_path / 'ckpt.pt')
+    assert ckpt['model_args']['gelu'] == 'erf'
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(ckpt['model'][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs that go wrong
+
+def test_patience_stops_a_run_that_gets_worse_and_best_pt_keeps_the_best(tmp_path, tiny):
+    done = train(tiny, f'--out_dir={tmp_path}', '--learning_rate=0.2', '--warmup_iters=40', '--max_iters=100',
+                 '--eval_interval=2', '--patience=3')
+    steps = records(tmp_path, 'step')
+    losses = [record['val_loss'] for record in steps]
+    lowest = losses.index(min(losses))
+    assert 0 < lowest == len(losses) - 4   # three without a new best, and no more
+    assert [record['best_val_loss'] for record in steps] == [min(losses[:i + 1]) for i in range(len(losses))]
+    best, ckpt = load(tmp_path / 'best.pt'), load(tmp_path / 'ckpt.pt')
+    assert best['iter_num'] == steps[lowest]['step'] and 'optimizer' not in best
+    assert best['best_val_loss'] == ckpt['best_val_loss'] == min(losses)
+    assert ckpt['iter_num'] == steps[-1]['step'] and ckpt['bad_evals'] == 3
+    assert '3 evaluations' in done.stderr.splitlines()[-1] and f'{min(losses):.4f}' in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize('log_interval, what', [
+    (1, 'the loss is nan at step 21'), (1000, 'the train loss is nan at step 25'), (1000, 'a weight is nan at step 23'),
+], ids=['in a step', 'in an evaluation', 'at an interrupt'])
+def test_a_loss_that_becomes_nan_ends_the_run_and_the_checkpoint_stays_good(again, signals, log_interval, what):
+    before = contents(again)
+    interrupt = [signals('SIGINT', step=22)] if 'weight' in what else []
+    done = train(*interrupt, f'--out_dir={again}', '--init_from=resume', '--max_iters=25', '--learning_rate=1e30',
+                 '--schedule=constant', f'--log_interval={log_interval}', status=1)
+    assert_one_line(done, 1, what, 'learning_rate', f'{again / "ckpt.pt"} holds the last good state')
+    after = contents(again)
+    assert {name: after[name] for name in ('ckpt.pt', 'best.pt')} == {name: before[name] for name in
+                                                                     ('ckpt.pt', 'best.pt')}
+    assert after.keys() == before.keys()
+    assert [record['iter'] for record in records(again, 'iter')][20:] in ([], [20])   # and all lines are JSON
+    assert [record['step'] for record in records(again, 'step')] == [0, 10, 20]
+
+
+def test_a_full_disk_does_not_end_the_run_and_leaves_the_old_checkpoint(again):
+    resource = pytest.importorskip('resource')
+    before = contents(again)
+    limit = (len(before['log.jsonl']) + len(before['best.pt'])) // 2   # room for the log, none for weights
+    done = subprocess.run(
+        [sys.executable, ROOT / 'train.py', f'--out_dir={again}', '--init_from=resume', '--max_iters=24',
+         '--eval_interval=2', *HERE], capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert_one_line(done, 1, 'cannot write', str(again), 'intact')
+    assert done.stdout.count('step ') == 2 and done.stderr.count('cannot write') == 3   # at 22, at 24, at the end
+    after = contents(again)
+    assert {name: file for name, file in after.items() if name != 'log.jsonl'} == {
+        name: file for name, file in before.items() if name != 'log.jsonl'}
+    assert len(records(again, 'iter')) == 24
+
+
+@pytest.fixture(scope='module')
+def bad(tmp_path_factory, trained, char_dataset):
+    """A folder of things that no run can start from."""
+    folder = tmp_path_factory.mktemp('bad')
+    for name in ('odd', 'beyond'):
+        shutil.copytree(char_dataset, folder / name)
+    with open(folder / 'odd' / 'train.bin', 'ab') as f:
+        f.write(b'x')
+    ids = np.fromfile(folder / 'beyond' / 'val.bin', '<u2')
+    ids[-1] = 60000
+    ids.tofile(folder / 'beyond' / 'val.bin')
+    text = 'other characters ' * 100
+    tok = CharTokenizer.of(text)
+    (folder / 'other').mkdir()
+    write(folder / 'other', {'train': tok.encode(text), 'val': tok.encode(text)}, tok, {})
+    for name in ('cut', 'hostile', 'weights'):
+        (folder / name).mkdir()
+    whole = (trained / 'ckpt.pt').read_bytes()
+    (folder / 'cut' / 'ckpt.pt').write_bytes(whole[:len(whole) // 2])
+    torch.save({**load(trained / 'ckpt.pt'), 'tokenizer': Code(folder / 'marker')}, folder / 'hostile' / 'ckpt.pt')
+    shutil.copy(trained / 'best.pt', folder / 'weights' / 'ckpt.pt')
+    torch.save({'version': 1, 'model': {}, 'model_args': {}}, folder / 'empty.pt')
+    (folder / 'file').touch()
+    (folder / 'typo.py').write_text('learning_rat = 1e-3\n')
+    return folder
+
+
+@pytest.mark.parametrize('args, status, words', [
+    (['--dataset=nowhere'], 1, ["no dataset 'nowhere'", 'shakespeare_char']),
+    (['--dataset={bad}/odd'], 1, ['train.bin', 'bytes', 'multiple of 2']),
+    (['--dataset={bad}/beyond'], 1, ['val.bin', '60,000']),
+    (['--block_size=5000'], 1, ['val.bin', '3,000', 'block_size=5000']),
+    (['--dataset={bad}/other', '--init_from={trained}'], 2, ['another tokenizer', 'other']),
+    (['--out_dir={bad}/cut', '--init_from=resume'], 1, ['cut/ckpt.pt', 'cut off']),
+    (['--out_dir={bad}/hostile', '--init_from=resume'], 1, ['code', 'open', 'not run']),
+    (['--out_dir={bad}/weights', '--init_from=resume'], 1, ['weights/ckpt.pt', 'optimizer']),
+    (['--init_from={bad}/empty.pt'], 1, ['empty.pt']),
+    (['--init_from=resume'], 1, ['out/ckpt.pt', 'No such file']),
+    (['--init_from=gpt2-xl'], 1, ['gpt2-xl']),
+    (['--out_dir={trained}', '--init_from=resume', '--n_layer=3', '--block_size=8'], 2,
+     ['n_layer=2, not 3', 'block_size=16, not 8']),
+    (['--init_from={trained}', '--bias=True', '--block_size=32'], 2, ['bias=False, not True', 'block_size=16, not 32']),
+    (['--out_dir={bad}/file/out'], 1, ['out_dir', 'file/out']),
+    (['{bad}/typo.py'], 2, ['typo.py', "'learning_rat'", "'learning_rate'"]),
+    (['--n_embd=33'], 2, ['n_embd=33', 'n_head=2', '34']),
+    (['--dtype=float8'], 2, ["dtype='float8'", "'bfloat16'"]),
+    (['--device=tpu'], 2, ["device='tpu'", "'auto'"]),
+    (['--compile=maybe'], 2, ["compile='maybe'", 'True']),
+    (['--attention=flash'], 2, ["attention='flash'", "'sdpa'"]),
+    (['--schedule=step'], 2, ["schedule='step'", "'cosine'"]),
+    (['--batch_size=0'], 2, ['batch_size=0', '1 or more']),
+    (['--gradient_accumulation_steps=0'], 2, ['gradient_accumulation_steps=0', '1 or more']),
+    (['--learning_rate=-1'], 2, ['learning_rate=-1']),
+], ids=lambda value: ' '.join(value) if isinstance(value, list) and value[0][0] in '-{' else '')
+def test_what_cannot_be_ends_in_one_line(tmp_path, tiny, trained, bad, args, status, words):
+    done = run('train.py', tiny, f'--out_dir={tmp_path / "out"}', *(arg.format(bad=bad, trained=trained)
+                                                                    for arg in args))
+    assert_one_line(done, status, *words)
+    assert done.stdout == '' and not (bad / 'marker').exists()
+    assert not contents(tmp_path)
+
+
+def test_micro_batches_must_divide_among_the_processes_and_are_refused_in_one_line(tmp_path, tiny):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
+           'MASTER_PORT': str(port)}
+    args = [sys.executable, ROOT / 'train.py', tiny, f'--out_dir={tmp_path}', '--gradient_accumulation_steps=3']
+    processes = [subprocess.Popen(args, env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, text=True,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in (0, 1)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert any('gradient_accumulation_steps=3: expected a multiple of the 2 processes' in err for err in errors)
+    assert not any('Traceback' in err for err in errors)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize('seed', [0, -1, 20261120123456, 2**63 - 1])
+def test_any_integer_is_a_seed_and_dropout_a_function_of_it_and_the_step(char_dataset, seed):
+    rt = runtime.setup('cpu', 'float32', False, seed)
+    drawn = []
+    for step in (0, 1, 10**6, 0):
+        rt.reseed(seed, step)
+        drawn.append(torch.rand(4).tolist())
+        Dataset(str(char_dataset)).train_batch(step, seed, 1, 2, 16, CPU)
+    assert drawn[0] == drawn[3] and len({tuple(numbers) for numbers in drawn}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# companions
+
+@pytest.mark.skipif(not importlib.util.find_spec('wandb'), reason='needs wandb')
+def test_wandb_gets_what_is_logged(tmp_path, tiny):
+    done = train(tiny, '--out_dir=out', '--wandb_log=True', '--max_iters=2', cwd=tmp_path)
+    written = b''.join(path.read_bytes() for path in (tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
+    assert b'val_loss' in written and b'grad_norm' in written
+    lines = done.stdout.splitlines()
+    assert [line.split(':')[0] for line in lines] == ['step 0', 'iter 0', 'iter 1', 'step 2']
+
+
+def test_without_wandb_wandb_log_names_what_to_install(tmp_path, tiny):
+    (tmp_path / 'wandb.py').write_text('raise ImportError')
+    done = run('train.py', tiny, f'--out_dir={tmp_path / "out"}', '--wandb_log=True', PYTHONPATH=str(tmp_path))
+    assert_one_line(done, 1, 'wandb_log=True', 'pip install wandb')
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_losses_and_parameter_names(tmp_path, tiny, trained):
+    done = train(tiny, f'--out_dir={tmp_path}', '--compile=True', '--max_iters=3', '--lr_decay_iters=20', timeout=600)
+    assert ', compiled,' in done.stderr
+    assert_close([record for record in log_of(tmp_path) if 'iter' in record],
+                 [record for record in log_of(trained) if 'iter' in record][:3])
+    assert load(tmp_path / 'ckpt.pt')['model'].keys() == load(trained / 'ckpt.pt')['model'].keys()
