@@ -9,20 +9,20 @@
 out_dir = 'out-python-char'
 dataset = 'python_char'
 
-eval_interval = 250
-eval_iters = 20
-log_interval = 25
+eval_interval = 500
+eval_iters = 40
+log_interval = 100
 
 n_layer = 4
-n_embd = 192
-n_head = 6
+n_embd = 128
+n_head = 4
 block_size = 128
-batch_size = 16
+batch_size = 8
 gradient_accumulation_steps = 1
 
-max_iters = 1500
-learning_rate = 2e-3
+max_iters = 4000
+learning_rate = 4e-3   # high, for a small model and a short run that ends at zero
 min_lr = 0.0
 warmup_iters = 100
 schedule = 'linear'
-beta2 = 0.99
+beta2 = 0.99   # higher than usual, since a step sees few tokens

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, run
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import configurator
@@ -209,6 +209,7 @@ def test_a_value_of_another_type_in_a_config_file_is_refused(folder, source):
 @pytest.mark.parametrize('word, expected', [
     ('--count=True', 'expected an integer'), ('--count=2.0', 'expected an integer'),
     ('--count=None', 'expected an integer'), ('--count=1e3', 'expected an integer'),
+    ('--count=0x10', 'expected an integer'), ('--rate=0x10', 'expected a number'), ('--rate=[1]', 'expected a number'),
     ('--count=', 'expected an integer'), ('--count=' + '9' * 5000, 'expected an integer'),
     ('--rate=fast', 'expected a number'), ('--rate=True', 'expected a number'), ('--rate=', 'expected a number'),
     ('--flag=1', 'expected True or False'), ('--flag=', 'expected True or False'),
@@ -499,6 +500,10 @@ def test_no_arguments_whatever_give_a_traceback(folder, argv):
 
 @settings(quick, max_examples=200)
 @given(st.binary(max_size=60))
+@example(b'# caf\xe9')
+@example(b'# coding: unheard-of')
+@example(b'count = 4\n\xff')
+@example(b'\xef\xbb\xbf# coding: latin-1')
 def test_no_bytes_whatever_in_a_config_file_give_a_traceback(folder, content):
     try:
         call(folder, write(folder, content))
