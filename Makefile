@@ -26,7 +26,7 @@ train: data/python_char/meta.json
 	$(PY) train.py config/train_python_char.py --init_from=auto
 
 sample: train
-	$(PY) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=400 --start="def "
+	$(PY) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=400 --temperature=0.6 --start="def "
 
 bench: .venv/runtime
 	$(PY) bench.py

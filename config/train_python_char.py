@@ -10,7 +10,7 @@ out_dir = 'out-python-char'
 dataset = 'python_char'
 
 eval_interval = 500
-eval_iters = 40
+eval_iters = 20
 log_interval = 100
 
 n_layer = 4
@@ -20,7 +20,7 @@ block_size = 128
 batch_size = 8
 gradient_accumulation_steps = 1
 
-max_iters = 4000
+max_iters = 3500
 learning_rate = 4e-3   # high, for a small model and a short run that ends at zero
 min_lr = 0.0
 warmup_iters = 100

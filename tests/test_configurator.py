@@ -610,8 +610,9 @@ def test_any_other_error_keeps_its_traceback(folder):
     assert done.stderr.startswith('Traceback') and done.stderr.endswith('ZeroDivisionError: a defect\n')
 
 
-def test_a_closed_stdout_ends_a_script_quietly(folder):
-    (folder / 'body.py').write_text(SCRIPT + 'print("x" * 99_999, flush=True)\n')
+@pytest.mark.parametrize('n', [1, 99_999])   # what fits into the buffer of stdout is tried again at the end
+def test_a_closed_stdout_ends_a_script_quietly(folder, n):
+    (folder / 'body.py').write_text(SCRIPT + f'print("x" * {n}, flush=True)\n')
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, folder / 'body.py'], stdout=write, stderr=subprocess.PIPE,
