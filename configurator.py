@@ -12,10 +12,8 @@ A config file is Python and is executed. An option takes the type of its default
 
 import ast
 import difflib
-import importlib.util
 import io
 import os
-import symtable
 import sys
 import tokenize
 import traceback
@@ -113,7 +111,9 @@ def apply_file(path, config, kinds, script):
         raise UsageError(f'{path} is a script, expected a config file such as config/train_shakespeare_char.py')
     scope = {**config, '__name__': '__config__', '__file__': os.path.abspath(path)}
     try:
-        exec(compile(source, path, 'exec'), scope)
+        tree = ast.parse(source)
+        stored = set(names_stored(tree))
+        exec(compile(tree, path, 'exec'), scope)
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:   # whatever a file may raise
@@ -121,8 +121,6 @@ def apply_file(path, config, kinds, script):
         line = own[-1] if own else getattr(error, 'lineno', None) or '?'
         reason = shown(getattr(error, 'msg', error), str)
         raise UsageError(f'{path}, line {line}: {type(error).__name__}: {reason}') from None
-    symbols = symtable.symtable(importlib.util.decode_source(source), path, 'exec').get_symbols()
-    stored = {symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_namespace()}
     passed_over = []
     for name, value in scope.items():
         if name in kinds:
@@ -139,6 +137,17 @@ def apply_file(path, config, kinds, script):
             raise UsageError(f'{path}: {unknown(name, kinds)}; names of its own must begin with an underscore')
     if passed_over:
         print(f'{path}: not for {script.name}, passed over: {", ".join(passed_over)}', file=sys.stderr)
+
+
+def names_stored(node):
+    """The names that a tree assigns to in its own scope, not in those of its functions, classes and comprehensions."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda,
+             ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, inner):
+            yield from names_stored(child)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

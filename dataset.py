@@ -45,6 +45,9 @@ def write(folder, splits, tok, source):
         replace(folder / 'meta.json', json.dumps(meta, indent=1).encode())
     except OSError as error:
         raise UserError(f'cannot write the dataset {folder}: {error.strerror}') from None
+    finally:
+        for split in SPLITS:
+            (folder / f'{split}.bin.new').unlink(missing_ok=True)
     counts = ', '.join(f'{n:,} {split} tokens' for split, n in meta['tokens'].items())
     print(f'{folder}: vocabulary of {tok.vocab_size:,}, {counts}')
 

@@ -66,5 +66,5 @@ dt = time.perf_counter() - t0
 samples = torch.stack(tokens, dim=1) if tokens else torch.empty(num_samples, 0)           # (B, max_new_tokens)
 for sample in samples.tolist():
     print(text + tok.decode(sample))
-    print('-' * 15)
+    print('-' * 15, flush=True)
 print(f'{samples.numel():,} tokens in {dt:.1f} s, {samples.numel() / dt:,.0f} tok/s', file=sys.stderr)

@@ -616,7 +616,7 @@ def test_a_closed_stdout_ends_a_script_quietly(folder, n):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, folder / 'body.py'], stdout=write, stderr=subprocess.PIPE,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=60)
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': ''}, timeout=60)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b'')
 

@@ -5,8 +5,9 @@ The source code of Python's standard library, as characters: a dataset that ever
 
 It takes the .py files that came with the interpreter which runs this script, in an order that is random but the same
 everywhere: by the sha256 of their path. Left out are tests, tables, tools of their own, and what some systems package
-apart, so that one version of Python gives one text. Four blanks of indentation become one tab, since a small model
-loses count of blanks and has better uses for its context; characters that occur fewer than a hundred times are dropped.
+apart, so that one version of Python gives one text. Four blanks of indentation become one tab, six at most, and
+any other blanks in a row at most two, since a small model loses count of them and has better uses for its context;
+characters that occur fewer than a hundred times are dropped.
 """
 
 import hashlib
@@ -38,7 +39,8 @@ names = [path.relative_to(library).as_posix() for path in library.rglob('*.py')]
 names = [name for name in names if not LEFT_OUT & set(name.split('/')) and not name.startswith(BUILT)]
 names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 text = '\n\n'.join((library / name).read_text(encoding='utf-8', errors='ignore') for name in names)
-text = re.sub('^(?: {4})+', lambda blanks: '\t' * (len(blanks[0]) // 4), text, flags=re.MULTILINE)
+text = re.sub('^(?: {4})+', lambda blanks: '\t' * min(len(blanks[0]) // 4, 6), text, flags=re.MULTILINE)
+text = re.sub(' {3,}', '  ', text)
 if len(text) < 4_000_000:
     raise UserError(f'{library} has only {len(text):,} characters of Python: install the complete standard library')
 
