@@ -21,7 +21,7 @@ import torch
 import tokenizer
 from configurator import UserError
 from dataset import find, read_meta, replace
-from model import GPT, GPTConfig
+from model import NANOGPT_FIELDS, GPT, GPTConfig
 
 VERSION = 1
 
@@ -78,6 +78,11 @@ def load(path):
         ckpt['model'] = {k: v for k, v in ckpt['model'].items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         ckpt['model_args'] = {**GPTConfig(gelu='erf').to_dict(), **ckpt['model_args']}
         ckpt['best_val_loss'] = float(ckpt.get('best_val_loss', math.inf))
+        if ckpt.get('config', {}).get('decay_lr') is False:   # neither warmup nor decay
+            ckpt['config'] |= {'schedule': 'constant', 'warmup_iters': 0}
+    missing = [name for name in NANOGPT_FIELDS if name not in ckpt['model_args']]
+    if missing:
+        raise UserError(f'{path} does not say the {", ".join(missing)} of its model: it is damaged')
     return {'iter_num': 0, 'best_val_loss': math.inf, 'config': {}, **ckpt}
 
 

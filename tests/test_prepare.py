@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ STDLIB = Path(sysconfig.get_path('stdlib'))
 
 
 def blanks(text):
-    return text.replace('\t', '    ')
+    return re.sub('[ \t]+', ' ', text)
 
 
 @pytest.mark.parametrize('name', ['heapq.py', 'json/decoder.py', 'asyncio/base_events.py', 'unittest/case.py'])
@@ -135,7 +136,8 @@ def test_library_decodes_to_python_source(library, name):
 def test_lines_are_indented_with_tabs_of_four(library):
     assert '\ndef heappush(heap, item):\n\t"""Push item onto heap' in library[0].whole
     assert '\n\t\treturn ' in library[0].whole
-    assert '\n    ' not in library[0].whole
+    assert '   ' not in library[0].whole and '\n' + 7 * '\t' not in library[0].whole
+    assert '\n' + 6 * '\t' in library[0].whole
 
 
 @pytest.mark.parametrize('pattern', ['encodings/cp1252.py', '_sysconfigdata*.py', 'test/test_heapq.py',
