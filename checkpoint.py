@@ -21,7 +21,7 @@ import torch
 import tokenizer
 from configurator import UserError
 from dataset import find, read_meta, replace
-from model import NANOGPT_FIELDS, GPT, GPTConfig
+from model import GPT, NANOGPT_FIELDS, GPTConfig
 
 VERSION = 1
 

@@ -86,7 +86,7 @@ else:
     start_path = ckpt_path if resuming else checkpoint.resolve(init_from)
     ckpt = checkpoint.load(start_path)
     if resuming and 'optimizer' not in ckpt:
-        raise UserError(f'{start_path} holds weights but no optimizer to go on with: start from it, --init_from={start_path}')
+        raise UserError(f'{start_path} has weights but no optimizer to go on with: give --init_from={start_path}')
     if resuming:   # what this command line leaves open stays as it was
         config.adopt(ckpt['config'], but=LOCAL)
     shape = {name: ckpt['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
