@@ -10,6 +10,7 @@ all: sample
 
 # the pins are installed again only when they change
 .venv/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("flatgpt needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
