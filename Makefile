@@ -24,7 +24,7 @@ data/python_char/meta.json: .venv/runtime data/python_char/prepare.py
 
 # goes on where an interrupted run stopped; a finished one is not trained again
 train: data/python_char/meta.json
-	$(PY) train.py config/train_python_char.py --init_from=auto
+	$(PY) train.py config/train_python_char.py --out_dir=$(OUT) --init_from=auto
 
 sample: train
 	$(PY) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=400 --temperature=0.6 --start="def "

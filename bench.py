@@ -48,6 +48,8 @@ rows = batch_size or (1 if rt.device.type == 'cpu' else 12)
 for name, value in (('batch_size', rows), ('block_size', block_size), ('steps', steps), ('vocab_size', vocab_size)):
     if value < 1:
         raise UsageError(f'{name}={value}: expected 1 or more')
+if warmup_steps < 0:
+    raise UsageError(f'warmup_steps={warmup_steps}: expected 0 or more')
 print(rt.describe(), file=sys.stderr)
 
 # data: the same shapes as in training; one batch is as good as another

@@ -9,6 +9,7 @@ Files are plain tensors and plain data, written whole or not at all, and read wi
 nanoGPT's ckpt.pt is read too, and reads ours.
 """
 
+import itertools
 import json
 import math
 import os
@@ -134,16 +135,17 @@ def load_model(path, tokenizer_of=None, **overrides):
 # the log
 
 def set_aside(out_dir):
-    """Move the files of an earlier run to out_dir/previous, which keeps one; returns whether there were any."""
-    out_dir, previous, names = Path(out_dir), Path(out_dir) / 'previous', ('ckpt.pt', 'best.pt', 'log.jsonl')
-    if not any((out_dir / name).exists() for name in names):
-        return False
-    previous.mkdir(exist_ok=True)
+    """Move the files of an earlier run to out_dir/previous-1, or the next number; returns that folder, or None."""
+    out_dir = Path(out_dir)
+    names = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl') if (out_dir / name).exists()]
+    if not names:
+        return None
+    number = next(n for n in itertools.count(1) if not (out_dir / f'previous-{n}').exists())
+    previous = out_dir / f'previous-{number}'
+    previous.mkdir()
     for name in names:
-        (previous / name).unlink(missing_ok=True)
-        if (out_dir / name).exists():
-            os.replace(out_dir / name, previous / name)
-    return True
+        os.replace(out_dir / name, previous / name)
+    return previous
 
 
 def append_log(out_dir, record):

@@ -48,12 +48,12 @@ class Config(dict):
             self.put(name, check(name, values[name], self.kinds[name], 'checkpoint'))
 
 
-# What nanoGPT has as an option and ours derives: name -> (a value that would change the run, what to say)
+# What nanoGPT has as an option and ours derives: name -> (what False sets in its place, what to say)
 RETIRED = {
-    'always_save_checkpoint': (None, 'ckpt.pt is always the latest state and best.pt the best one'),
-    'backend': (None, 'it follows from the device'),
-    'decay_lr': (False, "a constant rate is schedule='constant' with warmup_iters=0"),
-    'real_data': (None, 'bench.py measures on random ids, or on those of --dataset=NAME'),
+    'always_save_checkpoint': ({}, 'ckpt.pt is always the latest state and best.pt the best one'),
+    'backend': ({}, 'it follows from the device'),
+    'decay_lr': ({'schedule': 'constant', 'warmup_iters': 0}, "False is schedule='constant' with warmup_iters=0"),
+    'real_data': ({}, 'bench.py measures on random ids, or on those of --dataset=NAME'),
 }
 
 
@@ -80,7 +80,7 @@ def configure(namespace, argv=None):
         takes = kinds.get(name, (str, bool))
         value = parse(name, text if equals else next_value(name, takes, words), takes)
         if old:
-            pass_over(name, value, 'command line')
+            replace_retired(name, value, config, 'command line')
         else:
             config.put(name, value)
             config.given.add(name)
@@ -130,7 +130,7 @@ def apply_file(path, config, kinds, script):
         elif name not in stored or name.startswith('_'):
             continue   # its imports, functions and private names
         elif name in RETIRED:
-            pass_over(name, value, path)
+            replace_retired(name, value, config, path)
         elif owner(name, script):
             passed_over.append(name)
         else:
@@ -215,12 +215,13 @@ def unknown(name, kinds, owner=None):
     return f'unknown option {shown(name)}' + (f', an option of {owner}' if owner else f', the nearest is {near!r}')
 
 
-def pass_over(name, value, where):
-    """Say that a retired option has no effect; UsageError if it should have one."""
-    refused, advice = RETIRED[name]
-    if value is refused:
-        raise UsageError(f'{where}: {name}={value}: {advice}')
-    print(f'{where}: {name} passed over: {advice}', file=sys.stderr)
+def replace_retired(name, value, config, where):
+    """Set what stands in the place of a retired option, if anything does, and say so."""
+    instead, advice = RETIRED[name]
+    for other in instead.keys() & config.keys() if value is False else ():
+        config.put(other, instead[other])
+        config.given.add(other)
+    print(f'{where}: {name} is not needed: {advice}', file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

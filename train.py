@@ -26,7 +26,7 @@ import optim
 import runtime
 from configurator import UsageError, UserError, configure
 from dataset import Dataset
-from model import GPT, GPTConfig
+from model import ATTEND, GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # output
@@ -103,6 +103,15 @@ else:
 for name in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
     if config[name] < 1:
         raise UsageError(f'{name}={config[name]}: expected 1 or more')
+for name in ('max_iters', 'patience', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
+             'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'peak_flops'):
+    if config[name] is not None and not 0 <= config[name] < math.inf:
+        raise UsageError(f'{name}={config[name]}: expected 0 or more')
+for name in ('beta1', 'beta2', 'dropout'):
+    if not 0 <= config[name] < 1:
+        raise UsageError(f'{name}={config[name]}: expected 0 or more, and less than 1')
+if attention not in ATTEND:
+    raise UsageError(f'attention={attention!r}: expected one of {", ".join(map(repr, ATTEND))}')
 optim.check_schedule(schedule)
 if schedule != 'constant' and min_lr > learning_rate:
     raise UsageError(f'min_lr={min_lr} is above learning_rate={learning_rate}: give both')
@@ -172,17 +181,21 @@ ckpt = None   # gives its memory back
 
 # the record of the run
 
-if rt.master and not eval_only:
-    if resuming:
-        checkpoint.rewind_log(out_dir, step)
-    elif checkpoint.set_aside(out_dir):
-        say(f'the run that was in {out_dir} is now in {os.path.join(out_dir, "previous")}', file=sys.stderr)
 if wandb_log and rt.master:
     try:
         import wandb
+        wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=dict(config))
     except ImportError:
         raise UserError('wandb_log=True needs the wandb package: pip install wandb') from None
-    wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=dict(config))
+    except wandb.Error as error:
+        raise UserError(f'wandb: {error}; WANDB_MODE=offline keeps the log on this machine') from None
+if rt.master and not eval_only:
+    if resuming:
+        checkpoint.rewind_log(out_dir, step)
+    else:
+        before = checkpoint.set_aside(out_dir)
+        if before:
+            say(f'the run that was in {out_dir} is now in {before}', file=sys.stderr)
 
 
 def require_finite(value, what):
@@ -245,7 +258,7 @@ def on_signal(number, frame):
     say('stopping after this step, once more to leave at once', file=sys.stderr)
 
 
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in () if eval_only else (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, on_signal)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,10 +331,12 @@ if wandb_log and rt.master:
     with contextlib.redirect_stdout(sys.stderr):   # where its farewell belongs
         wandb.finish()
 if unsaved:
-    raise unsaved
+    sys.exit(1)   # save() has said why
 if signals and not last:
     say(f'interrupted at step {step:,}, saved in {ckpt_path}: go on with --init_from=resume', file=sys.stderr)
     sys.exit(130)
-if not eval_only:
+if first > max_iters:
+    say(f'nothing to do: step {first:,} is past max_iters={max_iters:,}', file=sys.stderr)
+elif not eval_only:
     early = f'no better loss in {bad_evals} evaluations, ' if 0 < patience <= bad_evals else ''
     say(f'stopped at step {step:,}: {early}best val loss {best_val_loss:.4f}, in {out_dir}', file=sys.stderr)

@@ -2,6 +2,8 @@
 #
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
+# The dataset is one that nanoGPT's data/openwebtext/prepare.py made: give its folder as --dataset=PATH.
+#
 # hardware: 8 GPUs of 40 GB or more | time: not yet measured | result: not yet measured
 
 out_dir = 'out-gpt2'

@@ -325,18 +325,18 @@ def test_a_tokenizer_that_nobody_knows_is_refused(tmp_path, description):
 # ---------------------------------------------------------------------------------------------------------------------
 # the log, and the run before
 
-def test_set_aside_keeps_the_latest_earlier_run_whole(tmp_path):
+def test_set_aside_keeps_every_earlier_run_whole(tmp_path):
     runs = [{'ckpt.pt': 'a', 'best.pt': 'b', 'log.jsonl': 'c'}, {'ckpt.pt': 'd', 'log.jsonl': 'e'}]
     (tmp_path / 'notes.txt').write_text('mine')
-    assert not checkpoint.set_aside(tmp_path)
-    for files in runs:
+    assert checkpoint.set_aside(tmp_path) is None
+    for n, files in enumerate(runs, start=1):
         for name, content in files.items():
             (tmp_path / name).write_text(content)
-        assert checkpoint.set_aside(tmp_path)
-        assert {file.name: file.read_text() for file in (tmp_path / 'previous').iterdir()} == files
-        assert {file.name for file in tmp_path.iterdir()} == {'notes.txt', 'previous'}
-    assert not checkpoint.set_aside(tmp_path)   # nothing came since: what lies there stays
-    assert {file.name for file in (tmp_path / 'previous').iterdir()} == {'ckpt.pt', 'log.jsonl'}
+        assert checkpoint.set_aside(tmp_path) == tmp_path / f'previous-{n}'
+    assert checkpoint.set_aside(tmp_path) is None   # nothing came since
+    assert {file.name for file in tmp_path.iterdir()} == {'notes.txt', 'previous-1', 'previous-2'}
+    for n, files in enumerate(runs, start=1):
+        assert {file.name: file.read_text() for file in (tmp_path / f'previous-{n}').iterdir()} == files
 
 
 def test_rewind_log_drops_what_will_be_written_again_and_keeps_the_rest_byte_for_byte(tmp_path):

@@ -430,26 +430,36 @@ def test_retired_keys_are_passed_over_with_what_replaces_them(folder, capsys, na
     *_, advice = configurator.RETIRED[name]
     path = write(folder, f'{name} = {value}\ncount = 4')
     assert call(folder, path)[0].given == {'count'}
-    assert capsys.readouterr().err == f'{path}: {name} passed over: {advice}\n'
+    assert capsys.readouterr().err == f'{path}: {name} is not needed: {advice}\n'
     config, namespace = call(folder, f'--{name}={value}')
-    assert capsys.readouterr().err == f'command line: {name} passed over: {advice}\n'
+    assert capsys.readouterr().err == f'command line: {name} is not needed: {advice}\n'
     assert not config.given and name not in config and name not in namespace
 
 
 @pytest.mark.parametrize('words', [['--backend', 'nccl'], ['--decay_lr', 'True'], ['--decay_lr'], ['--real_data']])
 def test_a_retired_key_takes_its_value_with_it(folder, capsys, words):
     config, _ = call(folder, *words, '--count=4')
-    assert config.given == {'count'} and 'passed over' in capsys.readouterr().err
+    assert config.given == {'count'} and 'is not needed' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('words', [['--decay_lr=False'], ['--decay_lr=false'], ['--decay_lr', 'False']])
-def test_a_retired_key_that_changes_the_result_is_refused_on_the_command_line(folder, words):
-    assert refusal(folder, *words) == f'command line: decay_lr=False: {configurator.RETIRED["decay_lr"][-1]}'
+@pytest.fixture
+def trainer(tmp_path):
+    """A folder with a script that has the options which stand for a retired one."""
+    (tmp_path / 'options.py').write_text("schedule = 'cosine'\nwarmup_iters = 2000\nconfigure(globals())\n")
+    return tmp_path
 
 
-def test_a_retired_key_that_changes_the_result_is_refused_in_a_config_file(folder):
-    path = write(folder, 'decay_lr = False')
-    assert refusal(folder, path) == f'{path}: decay_lr=False: {configurator.RETIRED["decay_lr"][-1]}'
+@pytest.mark.parametrize('words', [['--decay_lr=False'], ['--decay_lr=false'], ['--decay_lr', 'False'], ['file']])
+def test_no_decay_is_translated_and_says_so(trainer, capsys, words):
+    if words == ['file']:
+        (trainer / 'config.py').write_text('decay_lr = False\nwarmup_iters = 100')
+        words = [str(trainer / 'config.py')]
+    namespace = {'__file__': str(trainer / 'options.py'), 'schedule': 'cosine', 'warmup_iters': 2000}
+    config = configurator.configure(namespace, words)
+    assert dict(config) == {'schedule': 'constant', 'warmup_iters': 0}
+    assert config.given == {'schedule', 'warmup_iters'} and namespace['schedule'] == 'constant'
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and 'decay_lr is not needed' in err and "schedule='constant'" in err
 
 
 def test_an_option_that_has_the_name_of_a_retired_one_is_an_option(tmp_path):

@@ -287,8 +287,8 @@ def second(tmp_path_factory, trained, tiny):
 
 def test_a_new_run_sets_the_earlier_one_aside(second, trained):
     done, out_dir = second
-    assert f'the run that was in {out_dir} is now in {out_dir / "previous"}' in done.stderr
-    assert contents(out_dir / 'previous') == contents(trained)
+    assert f'the run that was in {out_dir} is now in {out_dir / "previous-1"}' in done.stderr
+    assert contents(out_dir / 'previous-1') == contents(trained)
     assert len(records(out_dir, 'iter')) == 20
     assert not torch.equal(*(load(folder / 'ckpt.pt')['model']['lm_head.weight'] for folder in (out_dir, trained)))
 
@@ -393,6 +393,26 @@ def test_a_nanogpt_run_goes_on_with_its_optimizer(tmp_path, char_dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 # runs that go wrong
 
+@pytest.mark.parametrize('option', ['--beta1=1.5', '--beta2=1', '--learning_rate=nan', '--grad_clip=-1', '--dropout=1',
+                                    '--weight_decay=-0.1', '--max_iters=-5', '--warmup_iters=-1', '--peak_flops=inf'])
+def test_a_number_that_cannot_be_is_refused(tmp_path, tiny, option):
+    name, _, value = option[2:].partition('=')
+    assert_one_line(run('train.py', tiny, option, f'--out_dir={tmp_path}'), 2, f'{name}={value}', 'expected 0 or more')
+
+
+def test_an_interrupted_eval_only_ends_at_once_and_claims_no_save(tmp_path, tiny, signals):
+    (tmp_path / 'stop.py').write_text('import signal\nfrom dataset import Dataset\n'
+                                      'def _stop(*args):\n    signal.raise_signal(signal.SIGINT)\n'
+                                      'Dataset.eval_batch = _stop\n')
+    done = run('train.py', tiny, tmp_path / 'stop.py', '--eval_only', f'--out_dir={tmp_path / "out"}')
+    assert_one_line(done, 130, 'interrupted')
+    assert 'saved' not in done.stderr and not (tmp_path / 'out').exists()
+
+
+def test_a_resume_with_nothing_to_do_says_so(again):
+    done = train('--init_from=resume', f'--out_dir={again}', '--max_iters=7')
+    assert 'nothing to do: step 20 is past max_iters=7' in done.stderr
+
 def test_patience_stops_a_run_that_gets_worse_and_best_pt_keeps_the_best(tmp_path, tiny):
     done = train(tiny, f'--out_dir={tmp_path}', '--learning_rate=0.2', '--warmup_iters=40', '--max_iters=100',
                  '--eval_interval=2', '--patience=3')
@@ -434,7 +454,7 @@ def test_a_full_disk_does_not_end_the_run_and_leaves_the_old_checkpoint(again):
          '--eval_interval=2', *HERE], capture_output=True, text=True, timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert_one_line(done, 1, 'cannot write', str(again), 'intact')
-    assert done.stdout.count('step ') == 2 and done.stderr.count('cannot write') == 3   # at 22, at 24, at the end
+    assert done.stdout.count('step ') == 2 and done.stderr.count('cannot write') == 2   # at 22, at 24
     after = contents(again)
     assert {name: file for name, file in after.items() if name != 'log.jsonl'} == {
         name: file for name, file in before.items() if name != 'log.jsonl'}
