@@ -36,7 +36,7 @@ lint: .venv/dev
 	$(PY) -m ruff check .
 
 test: lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n auto
 
 test-slow: .venv/dev
 	$(PY) -m pytest -m slow

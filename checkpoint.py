@@ -1,20 +1,26 @@
 """
 The output folder on disk, and models out of it.
 
-    out_dir/ckpt.pt      everything that a run needs to go on: weights, optimizer, step, ...
-    out_dir/best.pt      the weights at the lowest validation loss
-    out_dir/log.jsonl    one JSON object per log line
+    out_dir/ckpt.pt          everything that a run needs to go on: weights, optimizer, step, ...
+    out_dir/ckpt-1000.pt     the same as it was at an earlier step, if keep_last asks for it
+    out_dir/best.pt          the weights at the lowest validation loss
+    out_dir/log.jsonl        one JSON object per log line
+    out_dir/.lock            held by the run that writes here
 
 Files are plain tensors and plain data, written whole or not at all, and read without executing anything in them.
 nanoGPT's ckpt.pt is read too, and reads ours.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import re
+import socket
 import sys
+import threading
+import zipfile
 from pathlib import Path
 
 import torch
@@ -25,17 +31,30 @@ from dataset import find, read_meta, replace
 from model import GPT, NANOGPT_FIELDS, GPTConfig
 
 VERSION = 1
+RUN_ONLY = ('optimizer', 'scaler', 'evaluated', 'bad_evals', 'seconds')   # what only a run that goes on needs
 
 
-def make_folder(folder):
-    """Make sure that out_dir is there and can be written to; UserError otherwise."""
-    probe = Path(folder) / f'.probe-{os.getpid()}'
+def claim(out_dir):
+    """Make out_dir and hold it for this process until it ends, however it ends. Returns the open lock file, which must
+    be kept; UserError if another run holds it or it cannot be written to."""
     try:
-        os.makedirs(folder, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        os.makedirs(out_dir, exist_ok=True)
+        lock = open(Path(out_dir) / '.lock', 'a+')
     except OSError as error:
-        raise UserError(f'cannot write to out_dir={str(folder)!r}: {error.strerror}; choose another') from None
+        raise UserError(f'cannot write to out_dir={str(out_dir)!r}: {error.strerror}; choose another') from None
+    try:
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise UserError(f'another run writes to out_dir={str(out_dir)!r}, {lock.read().strip()}: stop it, or choose '
+                        f'another folder') from None
+    except (ImportError, OSError):   # Windows, or a file system without locks
+        return lock
+    lock.truncate(0)
+    lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    lock.flush()
+    return lock
 
 
 def save(path, state):
@@ -56,20 +75,83 @@ def save(path, state):
         new.unlink(missing_ok=True)
 
 
+class Writer:
+    """Writes the states of a run into out_dir in the background, one at a time. A write that fails ends nothing: it is
+    reported, the older files stay, and the next one may find room."""
+
+    def __init__(self, out_dir, keep_last=0, step=None):
+        self.out_dir, self.keep_last = Path(out_dir), keep_last   # how many earlier states to keep
+        self.step = step       # of the state in ckpt.pt, if there is one
+        self.best = None       # the best weights, until they are on the disk
+        self.error = None      # why the latest write failed
+        self.thread = None
+
+    def put(self, state, best):
+        """Begin to write a state, which must not change any more, to ckpt.pt, and its weights to best.pt if they are
+        the best so far. Waits for the write before it."""
+        self.wait()
+        if best:
+            self.best = {key: value for key, value in state.items() if key not in RUN_ONLY}
+        self.thread = threading.Thread(target=self.write, args=(state,))
+        self.thread.start()
+
+    def wait(self):
+        """Returns why the latest write failed, or None, once it has ended."""
+        if self.thread:
+            self.thread.join()
+        return self.error
+
+    def write(self, state):
+        self.error = 'the write was cut short'
+        try:
+            if self.best:
+                save(self.out_dir / 'best.pt', self.best)
+                self.best = None
+            if self.keep_last and self.step not in (None, state['iter_num']):
+                keep(self.out_dir, self.step, self.keep_last)
+            save(self.out_dir / 'ckpt.pt', state)
+            self.step, self.error = state['iter_num'], None
+        except UserError as error:
+            self.error = error
+            print(error, file=sys.stderr, flush=True)
+
+
+def keep(out_dir, step, n):
+    """Let the state in ckpt.pt, of a step, stay as ckpt-<step>.pt when a newer one takes its place, and drop all but
+    the n latest of such. A link, so that there is a ckpt.pt at every moment."""
+    older = out_dir / f'ckpt-{step}.pt'
+    try:
+        older.unlink(missing_ok=True)
+        os.link(out_dir / 'ckpt.pt', older)
+        for path in sorted(older_states(out_dir), key=os.path.getmtime)[:-n]:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f'cannot keep {older}: {error.strerror}; give --keep_last=0') from None
+
+
+def older_states(out_dir):
+    return [path for path in Path(out_dir).glob('ckpt-*.pt') if re.fullmatch(r'ckpt-\d+\.pt', path.name)]
+
+
 def load(path):
     """The checkpoint in a file, on the CPU, in one form whoever wrote it: a dictionary with 'model', 'model_args' and
-    what else it holds. UserError if the file is anything else; nothing in it is executed."""
+    what else it holds. UserError if the file is anything else or any of its bytes has changed; nothing in it is
+    executed."""
     path = Path(path)
     try:
         open(path, 'rb').close()
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read the checkpoint {path}: {getattr(error, "strerror", error)}') from None
     try:
+        if zipfile.is_zipfile(path):   # torch's format, with a checksum (CRC-32) of each part, which torch ignores
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip():
+                    raise ValueError('checksum')
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:   # a damaged or hostile file may raise anything
         code = re.search(r'GLOBAL ([\w.]+)', str(error))
         what = f'it carries code ({code[1]}), which is not run' if code else 'it is cut off, damaged or no checkpoint'
-        raise UserError(f'cannot load {path}: {what}; use best.pt or another checkpoint') from None
+        raise UserError(f'cannot load {path}: {what}; {instead_of(path)}') from None
     if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(part), dict) for part in ('model', 'model_args')):
         raise UserError(f"{path} is no checkpoint of flatgpt or nanoGPT: it has no 'model' and 'model_args'")
     if ckpt.get('version', VERSION) != VERSION:
@@ -85,6 +167,16 @@ def load(path):
     if missing:
         raise UserError(f'{path} does not say the {", ".join(missing)} of its model: it is damaged')
     return {'iter_num': 0, 'best_val_loss': math.inf, 'config': {}, **ckpt}
+
+
+def instead_of(path):
+    """What to do without a checkpoint that cannot be read."""
+    older = [other.name for other in sorted(older_states(path.parent), key=os.path.getmtime) if other != path]
+    if older:
+        return f'to go on from an earlier state, copy {older[-1]} over {path.name}'
+    if path.name != 'best.pt' and (path.parent / 'best.pt').exists():
+        return f'start from the best weights with --init_from={path.parent / "best.pt"}'
+    return 'use another checkpoint'
 
 
 def resolve(path):
@@ -138,6 +230,7 @@ def set_aside(out_dir):
     """Move the files of an earlier run to out_dir/previous-1, or the next number; returns that folder, or None."""
     out_dir = Path(out_dir)
     names = [name for name in ('ckpt.pt', 'best.pt', 'log.jsonl') if (out_dir / name).exists()]
+    names += [path.name for path in older_states(out_dir)]
     if not names:
         return None
     number = next(n for n in itertools.count(1) if not (out_dir / f'previous-{n}').exists())
@@ -157,7 +250,7 @@ def append_log(out_dir, record):
         with open(path, 'ab') as f:
             f.write(json.dumps(plain).encode() + b'\n')
     except OSError as error:
-        if path.exists():
+        with contextlib.suppress(OSError):
             os.truncate(path, size)   # half a line would spoil the next one
         print(f'cannot write to {path}: {error.strerror}', file=sys.stderr)
 

@@ -7,6 +7,7 @@ import math
 import torch
 
 from configurator import UsageError
+from runtime import spread_like
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 
@@ -29,7 +30,10 @@ def load_state(optimizer, state):
     configuration of this run decides them."""
     ours = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
     groups = [{**group, **options} for group, options in zip(state['param_groups'], ours, strict=True)]
-    optimizer.load_state_dict({**state, 'param_groups': groups})
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    moments = {i: {key: spread_like(value, params[i]) if torch.is_tensor(value) else value for key, value in of.items()}
+               for i, of in state['state'].items()}
+    optimizer.load_state_dict({**state, 'state': moments, 'param_groups': groups})
 
 
 def learning_rate_at(step, schedule, peak, low, warmup_iters, decay_iters, cooldown_iters):

@@ -4,19 +4,27 @@ that knows the names of accelerators and of torchrun's variables; everything els
 """
 
 import contextlib
+import datetime
+import functools
 import os
 import platform
 import re
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from configurator import UsageError
+from configurator import UsageError, UserError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+PARALLEL = ('ddp', 'fsdp')
+PATIENCE = 600   # seconds that a process waits for another before it gives up; DIST_TIMEOUT in the environment
 
 # Dense bfloat16 matrix TFLOP/s of a device, by a part of its name, the longest that matches; from the data sheets
 PEAK_TFLOPS = {
@@ -48,15 +56,37 @@ class Runtime:
         """Loss scaling, which float16 needs (Micikevicius et al., 2018); for other types it does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def wrap(self, model):
-        """The model to call in training: with more than one process, one that averages gradients over them."""
+    def wrap(self, model, parallel='ddp'):
+        """The model to call in training: with more than one process, one that averages gradients over them.
+
+        'ddp' keeps all of the model in each process (Li et al., 2020). 'fsdp' keeps a share of each parameter, of its
+        gradient and of its moments, and puts a block together only while it is needed (ZeRO stage 3, Rajbhandari et
+        al., 2020): model changes in place, its parameters become DTensors.
+        """
         if self.world_size == 1:
             return model
-        return torch.nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
+        if parallel == 'ddp':
+            return DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
+
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)   # gradients add up exactly
+        for block in model.transformer.h:
+            fully_shard(block, mp_policy=policy)
+        return fully_shard(model, mp_policy=policy)
 
     def average_gradients(self, model, on):
         """Whether the coming forward and backward pass averages: only the last micro-batch of a step needs to."""
-        return contextlib.nullcontext() if on or self.world_size == 1 else model.no_sync()
+        if hasattr(model, 'set_requires_gradient_sync'):   # FSDP
+            model.set_requires_gradient_sync(on)
+        elif self.world_size > 1 and not on:
+            return model.no_sync()
+        return contextlib.nullcontext()
+
+    def clip_gradients(self, model, limit):
+        """Scale the gradients so that their norm, over all parameters and processes, is at most limit; returns what it
+        was, a tensor."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        return together(norm)
 
     def mean(self, tensor):
         """The mean of a tensor over all processes."""
@@ -65,8 +95,28 @@ class Runtime:
         return tensor / self.world_size
 
     def any(self, flag):
-        """Whether flag is true in any process."""
-        return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+        """Whether flag is true in any process. Between CPUs, so that no GPU is waited for."""
+        return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag))).item() > 0
+
+    def whole(self, state):
+        """A copy on the CPU of a nested state, for the master process, None for the others. Every process must call it,
+        because tensors that are spread over them are put together."""
+        copies = {}   # by the tensor copied: what was one, such as tied weights, stays one
+
+        def copy(node):
+            if isinstance(node, dict):
+                return {key: copy(value) for key, value in node.items()}
+            if isinstance(node, (list, tuple)):
+                return type(node)(map(copy, node))
+            if not isinstance(node, torch.Tensor):
+                return node
+            if id(node) not in copies:
+                full = together(node.detach())
+                copies[id(node)] = torch.empty_like(full, device='cpu').copy_(full) if self.master else None
+            return copies[id(node)]
+
+        state = copy(state)
+        return state if self.master else None
 
     def reseed(self, seed, step):
         """Make dropout a function of (seed, step, rank), so that a resumed run drops what it would have dropped."""
@@ -111,9 +161,14 @@ class Runtime:
                 f'{self.world_size} process{"es" * (self.world_size > 1)}, torch {torch.__version__}, '
                 f'Python {platform.python_version()}, {platform.system()}')
 
-    def close(self):
+    def close(self, status=0):
+        """End this process with an exit status. One of several leaves at once, without the interpreter's clean-up, in
+        which communication threads that still hold a tensor would abort it."""
         if self.world_size > 1:
             dist.destroy_process_group()
+            leave(status)
+        if status:
+            sys.exit(status)
 
 
 def setup(device='auto', dtype='auto', compile='auto', seed=0):
@@ -126,9 +181,53 @@ def setup(device='auto', dtype='auto', compile='auto', seed=0):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')   # TensorFloat-32 where float32 is asked for
     if world_size > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        join(device)
     torch.manual_seed(seed % 2**64)   # the same weights in every process
     return Runtime(device, dtype, compile, rank, world_size)
+
+
+def join(device):
+    """Meet the other processes that torchrun started, here and on other hosts; UserError if they do not come."""
+    seconds = os.environ.get('DIST_TIMEOUT', str(PATIENCE))
+    if not seconds.isdecimal() or int(seconds) == 0:
+        raise UsageError(f'DIST_TIMEOUT={seconds}: expected a whole number of seconds')
+    try:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                                timeout=datetime.timedelta(seconds=int(seconds)))
+    except (RuntimeError, ValueError) as error:
+        where = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+        raise UserError(f'the {os.environ["WORLD_SIZE"]} processes did not meet at {where} within {seconds} s: '
+                        f'{first_line(error)}') from None
+    sys.excepthook = functools.partial(leave_with_error, sys.excepthook)
+
+
+def leave_with_error(show, kind, error, trace):
+    """sys.excepthook of one process among several: show the error and leave at once, upon which torchrun ends the
+    others. They lose their connection then, which is no error of theirs."""
+    status = 1
+    if issubclass(kind, dist.DistError) or 'gloo' in str(error):
+        print(f'rank {dist.get_rank()}: no connection to another process any more ({first_line(error)}); what the '
+              f'first to fail has printed says why', file=sys.__stderr__)
+    else:
+        try:
+            show(kind, error, trace)
+        except SystemExit as end:
+            status = end.code
+    leave(status)
+
+
+def leave(status):
+    """End this process once its threads have written what they have to."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
 
 
 def pick_device(name, local_rank):
@@ -146,6 +245,8 @@ def pick_device(name, local_rank):
         return torch.device('cuda', index)
     if kind == 'mps' and not torch.backends.mps.is_available():
         raise UsageError("device='mps': torch finds no Apple GPU here; try device='auto'")
+    if kind == 'mps' and local_rank is not None:
+        raise UsageError("device='mps': several processes cannot share an Apple GPU; try device='cpu'")
     return torch.device(kind)
 
 
@@ -178,6 +279,30 @@ def pick_compile(choice, device):
     except Exception as error:   # no Triton, no C compiler, an old GPU: torch has a different exception for each
         print(f'torch.compile does not work here ({type(error).__name__}), going on without', file=sys.stderr)
         return False
+
+
+def recompute(block):
+    """Make a module drop the activations of its forward pass and compute them again in the backward pass (Chen et al.,
+    2016): the same gradients from less memory, for a third more FLOPs."""
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def local(tensor):
+    """What this process has of a tensor that may be spread over the processes."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def together(tensor):
+    """A tensor that may be spread over the processes (a DTensor), whole; every process must call it."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+
+def spread_like(tensor, parameter):
+    """A tensor that every process has, spread over the processes as a parameter is."""
+    if not hasattr(parameter, 'placements') or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)   # no messages
 
 
 def to_device(tensor, device):

@@ -7,7 +7,8 @@ Train a GPT: from scratch, from where a run stopped, or from other weights; on a
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 Every evaluation prints the loss on both splits and writes out_dir/ckpt.pt, from which a run goes on, and best.pt when
-the validation loss has not been lower before; log.jsonl holds what was printed. Ctrl-C saves before it leaves.
+the validation loss has not been lower before; log.jsonl holds what was printed. Ctrl-C saves before it leaves. With
+--init_from=auto the command that starts a run also restarts it, after whatever ended it (torchrun --max-restarts=3).
 Without a config file the options below are those of GPT-2 (124M) on OpenWebText.
 """
 
@@ -33,6 +34,8 @@ from model import ATTEND, GPT, GPTConfig
 out_dir = 'out'                       # folder of checkpoints and log
 init_from = 'scratch'                 # 'scratch', 'resume', 'auto' (resume if there is one), a path (weights only)
 eval_interval = 2000                  # steps between evaluations; each one saves
+checkpoint_interval = 0               # steps between saves besides those, 0 for none
+keep_last = 0                         # how many earlier states stay, as ckpt-<step>.pt
 eval_iters = 200                      # batches per split and evaluation, always the same ones
 eval_only = False                     # evaluate once and leave; writes nothing
 log_interval = 1                      # steps between loss lines
@@ -70,6 +73,8 @@ seed = 1337                           # of the weights, the batches and dropout
 device = 'auto'                       # 'cuda', 'cuda:1', 'mps', 'cpu', 'auto' (the first of them that is there)
 dtype = 'auto'                        # 'float32', 'bfloat16', 'float16' (scales the loss), 'auto' (bfloat16 if native)
 compile: str | bool = 'auto'          # torch.compile: True, False, 'auto' (where it pays for itself)
+parallel = 'ddp'                      # several processes: 'ddp' (each has all of the model), 'fsdp' (each has a share)
+activation_checkpointing = False      # a third more work for much less memory: keep only what enters each block
 peak_flops: float | None = None       # FLOP/s of a device at most, for the mfu figure; None: from a table, or measured
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())   # config files and --key=val onto the options above; --help prints them
@@ -103,8 +108,8 @@ else:
 for name in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
     if config[name] < 1:
         raise UsageError(f'{name}={config[name]}: expected 1 or more')
-for name in ('max_iters', 'patience', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
-             'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'peak_flops'):
+for name in ('checkpoint_interval', 'keep_last', 'patience', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay',
+             'grad_clip', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'peak_flops'):
     if config[name] is not None and not 0 <= config[name] < math.inf:
         raise UsageError(f'{name}={config[name]}: expected 0 or more')
 for name in ('beta1', 'beta2', 'dropout'):
@@ -112,6 +117,8 @@ for name in ('beta1', 'beta2', 'dropout'):
         raise UsageError(f'{name}={config[name]}: expected 0 or more, and less than 1')
 if attention not in ATTEND:
     raise UsageError(f'attention={attention!r}: expected one of {", ".join(map(repr, ATTEND))}')
+if parallel not in runtime.PARALLEL:
+    raise UsageError(f'parallel={parallel!r}: expected one of {", ".join(map(repr, runtime.PARALLEL))}')
 optim.check_schedule(schedule)
 if schedule != 'constant' and min_lr > learning_rate:
     raise UsageError(f'min_lr={min_lr} is above learning_rate={learning_rate}: give both')
@@ -123,9 +130,10 @@ say = functools.partial(print, flush=True) if rt.master else lambda *args, **kwa
 if gradient_accumulation_steps % rt.world_size:
     raise UsageError(f'gradient_accumulation_steps={gradient_accumulation_steps}: expected a multiple of the '
                      f'{rt.world_size} processes')
+if parallel == 'fsdp' and rt.dtype == torch.float16:
+    raise UsageError("parallel='fsdp' does not scale the loss of dtype='float16': give --dtype=bfloat16")
 say(rt.describe(), file=sys.stderr)
-if not eval_only:
-    checkpoint.make_folder(out_dir)
+lock = checkpoint.claim(out_dir) if rt.master and not eval_only else None   # one run per folder
 
 # data
 
@@ -156,9 +164,11 @@ data.check(block_size, model.config.vocab_size)
 model.to(rt.device)
 say(f'{model.get_num_params(non_embedding=False):,} parameters, {tokens_per_iter:,} tokens per step, '
     f'{len(data.data["train"]):,} tokens in {dataset}', file=sys.stderr)
+for block in model.transformer.h if activation_checkpointing else ():
+    runtime.recompute(block)
 if rt.compile:
     model.compile()   # in place: the names of the parameters stay
-wrapped = rt.wrap(model)
+wrapped = rt.wrap(model, parallel)
 
 # optimizer, and where the run stands
 
@@ -212,35 +222,39 @@ def log(**record):
         wandb.log(record, step=step)
 
 
+writer = checkpoint.Writer(out_dir, keep_last, step if resuming else None)
+
+
 def save():
-    """Write ckpt.pt, and best.pt when this is it, but never ruined weights. A full disk ends nothing: the older files
-    stay, and the next save may find room. Returns the error or None."""
-    require_finite(sum(p.detach().abs().max().item() for p in model.parameters()), 'a weight')
-    state = {'version': checkpoint.VERSION, 'model': model.state_dict(), 'model_args': model.config.to_dict(),
-             'tokenizer': data.tokenizer, 'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss}
-    try:
-        if evaluated == step and bad_evals == 0:
-            checkpoint.save(os.path.join(out_dir, 'best.pt'), state)
-        state |= {'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                  'evaluated': evaluated, 'bad_evals': bad_evals, 'seconds': time.perf_counter() - begun}
-        checkpoint.save(ckpt_path, state)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error
+    """Copy the state of the run, unless the weights are ruined, and write it in the background: ckpt.pt, and best.pt
+    when this is it."""
+    ruined = rt.any(not all(runtime.local(p).isfinite().all() for p in model.parameters()))
+    require_finite(math.nan if ruined else 0.0, 'a weight')
+    state = rt.whole({
+        'version': checkpoint.VERSION, 'model': model.state_dict(keep_vars=True), 'model_args': model.config.to_dict(),
+        'tokenizer': data.tokenizer, 'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss,
+        'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+        'evaluated': evaluated, 'bad_evals': bad_evals, 'seconds': time.perf_counter() - begun})
+    if rt.master:
+        writer.put(state, best=evaluated == step and bad_evals == 0)
 
 
 # measure: the mean loss over the fixed batches of each split, in nats per token; every process takes its share
 
 @torch.no_grad()
 def evaluate():
+    """{split: loss}, or None if a signal came in between."""
     model.eval()
     losses = {}
     for split in ('train', 'val'):
         total = torch.zeros((), device=rt.device)
-        for i in range(rt.rank, eval_iters, rt.world_size):
-            x, y = data.eval_batch(split, i, eval_iters, batch_size, block_size, rt.device)
+        for start in range(0, eval_iters, rt.world_size):
+            if rt.any(bool(signals)):
+                return None
+            i = start + rt.rank   # past the end there is nothing to measure, but FSDP needs every process in each pass
+            x, y = data.eval_batch(split, min(i, eval_iters - 1), eval_iters, batch_size, block_size, rt.device)
             with rt.autocast():
-                total += model(x, y)[1]
+                total += model(x, y)[1] * (i < eval_iters)
         losses[split] = rt.mean(total).item() * rt.world_size / eval_iters
     model.train()
     return losses
@@ -248,14 +262,15 @@ def evaluate():
 
 # Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once
 
-signals = []
+signals = []   # when they came
 
 
 def on_signal(number, frame):
-    if signals:
+    if not signals:
+        say('stopping after this step, once more to leave at once', file=sys.stderr)
+    elif time.monotonic() - signals[0] > 1:   # a scheduler signals this process, and torchrun passes on its own too
         raise KeyboardInterrupt
-    signals.append(number)
-    say('stopping after this step, once more to leave at once', file=sys.stderr)
+    signals.append(time.monotonic())
 
 
 for number in () if eval_only else (signal.SIGINT, signal.SIGTERM):
@@ -266,31 +281,35 @@ for number in () if eval_only else (signal.SIGINT, signal.SIGTERM):
 
 peak = peak_flops or rt.peak_flops()
 x, y = batch_of(step)   # (micro-batches of this process, B, T) each
-unsaved = None          # the error of the latest save, if it failed
+changed = not resuming  # since the last save
 begun = time.perf_counter() - seconds
 t0, first, timed = time.perf_counter(), step, 0   # timed: steps since t0
 model.train()
 while True:
     last = step >= max_iters
 
-    # evaluate and save
+    # evaluate
+    losses = None
     if eval_only or evaluated != step and (last or step % eval_interval == 0):
         losses = evaluate()
+    if losses:
         say(f'step {step}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         for split, loss in losses.items():
             require_finite(loss, f'the {split} loss')
-        evaluated, bad_evals = step, 0 if losses['val'] < best_val_loss else bad_evals + 1
+        evaluated, bad_evals, changed = step, 0 if losses['val'] < best_val_loss else bad_evals + 1, True
         best_val_loss = min(best_val_loss, losses['val'])
         log(step=step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=best_val_loss,
             tokens=step * tokens_per_iter, seconds=time.perf_counter() - begun)
-        if rt.master and not eval_only:
-            unsaved = save()
+
+    # save and leave
+    interrupted = rt.any(bool(signals))
+    done = last or interrupted or 0 < patience <= bad_evals
+    due = losses or done or checkpoint_interval and step % checkpoint_interval == 0
+    if due and changed and not eval_only:
+        save()
+        changed = False
         t0, timed = time.perf_counter(), 0
-    if last or eval_only or 0 < patience <= bad_evals:
-        break
-    if rt.any(bool(signals)):
-        if rt.master and evaluated != step:
-            unsaved = save()
+    if done or eval_only:
         break
 
     # one update: forward and backward over the micro-batches, whose gradients add up
@@ -307,11 +326,11 @@ while True:
         mean_loss += loss.detach()
     x, y = batch_of(step + 1)   # while the device still works
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = rt.clip_gradients(model, grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    timed += 1
+    timed, changed = timed + 1, True
 
     # everything below is bookkeeping
     if step % log_interval == 0:
@@ -326,17 +345,18 @@ while True:
     step += 1
 
 # ---------------------------------------------------------------------------------------------------------------------
-rt.close()
-if wandb_log and rt.master:
-    with contextlib.redirect_stdout(sys.stderr):   # where its farewell belongs
-        wandb.finish()
-if unsaved:
-    sys.exit(1)   # save() has said why
-if signals and not last:
+status = 0
+if writer.wait():   # it has said why
+    status = 1
+elif interrupted and not (last and evaluated == step):
     say(f'interrupted at step {step:,}, saved in {ckpt_path}: go on with --init_from=resume', file=sys.stderr)
-    sys.exit(130)
-if first > max_iters:
+    status = 130
+elif first > max_iters:
     say(f'nothing to do: step {first:,} is past max_iters={max_iters:,}', file=sys.stderr)
 elif not eval_only:
     early = f'no better loss in {bad_evals} evaluations, ' if 0 < patience <= bad_evals else ''
     say(f'stopped at step {step:,}: {early}best val loss {best_val_loss:.4f}, in {out_dir}', file=sys.stderr)
+if wandb_log and rt.master:
+    with contextlib.redirect_stdout(sys.stderr):   # where its farewell belongs
+        wandb.finish()
+rt.close(status)

@@ -1,10 +1,15 @@
 """What all tests share: running a script as a person would, a small dataset, a small recipe."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
+
+os.environ['OMP_NUM_THREADS'] = '1'   # before torch is imported: tests run side by side, one per core
 
 import pytest
 
@@ -36,7 +41,35 @@ def run(script, *args, cwd=ROOT, timeout=120, **env):
     """Run a script of the project, and return its CompletedProcess with stdout and stderr as text."""
     return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, timeout=timeout, text=True,
                           capture_output=True, stdin=subprocess.DEVNULL,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'offline', **env})
+                          env={**os.environ, 'WANDB_MODE': 'offline', **env})
+
+
+@contextlib.contextmanager
+def started(*command, cwd=ROOT, **env):
+    """The running process of a command; when the block ends, nothing that it started runs on."""
+    mark = f'FLATGPT_TEST={uuid.uuid4()}'
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, text=True, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, **dict([mark.split('=')]), **env})
+    try:
+        yield process
+    finally:
+        for folder in Path('/proc').glob('[0-9]*'):   # torchrun's children are in sessions of their own
+            with contextlib.suppress(OSError):
+                if mark in (folder / 'environ').read_text():
+                    os.kill(int(folder.name), signal.SIGKILL)
+        process.kill()
+        process.communicate()
+
+
+def torchrun(script, *args, processes=2, restarts=0, status=0, timeout=120, cwd=ROOT, **env):
+    """Run a script of the project in several processes on this machine; its CompletedProcess."""
+    launcher = ('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
+                f'--max-restarts={restarts}')
+    with started(*launcher, ROOT / script, *args, cwd=cwd, **env) as process:
+        out, err = process.communicate(timeout=timeout)
+    assert process.returncode == status, err
+    return subprocess.CompletedProcess(process.args, status, out, err)
 
 
 def log_of(out_dir):

@@ -1,16 +1,22 @@
 """Checkpoints on disk: written whole or not at all, read without running anything, whoever wrote them."""
 
 import contextlib
+import errno
 import functools
 import json
 import math
+import os
 import pickle
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import ROOT, SHARED
 
 import checkpoint
 from configurator import UserError
@@ -124,18 +130,145 @@ def test_a_first_save_that_finds_no_room_says_that_there_is_none_yet(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_make_folder_makes_it_with_its_parents_and_leaves_it_empty(tmp_path):
-    checkpoint.make_folder(tmp_path / 'a' / 'b')
-    checkpoint.make_folder(tmp_path / 'a' / 'b')
-    assert not list((tmp_path / 'a' / 'b').iterdir())
+# ---------------------------------------------------------------------------------------------------------------------
+# one run per folder
+
+def claim_elsewhere(out_dir):
+    """What another process that claims out_dir prints."""
+    code = f'import checkpoint; lock = checkpoint.claim({str(out_dir)!r}); print("claimed")'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+def test_a_folder_is_made_with_its_parents_and_held_by_one_process_at_a_time(tmp_path):
+    out_dir = tmp_path / 'a' / 'b'
+    lock = checkpoint.claim(out_dir)
+    refusal = claim_elsewhere(out_dir).splitlines()[-1]
+    assert str(out_dir) in refusal and f'process {os.getpid()} on {socket.gethostname()}: stop it' in refusal
+    lock.close()
+    assert claim_elsewhere(out_dir) == 'claimed\n'
+    assert [path.name for path in out_dir.iterdir()] == ['.lock']
+    checkpoint.claim(out_dir).close()   # that process has ended, which freed it
+
+
+def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip('fcntl')
+
+    def lockf(*args):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(fcntl, 'lockf', lockf)
+    checkpoint.claim(tmp_path).close()
 
 
 @pytest.mark.parametrize('out_dir', ['file', 'file/out', 'a' * 300])
-def test_make_folder_refuses_what_cannot_be_a_folder(tmp_path, out_dir):
+def test_what_cannot_be_a_folder_is_refused(tmp_path, out_dir):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match='out_dir') as error:
-        checkpoint.make_folder(tmp_path / out_dir)
+        checkpoint.claim(tmp_path / out_dir)
     assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing in the background
+
+def steps_in(folder):
+    """{name: step} of the checkpoints in a folder."""
+    return {path.name: checkpoint.load(path)['iter_num'] for path in folder.glob('*.pt')}
+
+
+def put(writer, step, best=False):
+    writer.put(state_of(small_model(), iter_num=step, optimizer={}, seconds=1.0), best)
+    return writer.wait()
+
+
+def test_the_writer_writes_the_state_and_the_best_weights(tmp_path):
+    writer = checkpoint.Writer(tmp_path)
+    assert writer.wait() is None
+    put(writer, 10, best=True)
+    put(writer, 20)
+    assert steps_in(tmp_path) == {'ckpt.pt': 20, 'best.pt': 10}
+    assert 'optimizer' not in checkpoint.load(tmp_path / 'best.pt')
+    assert 'optimizer' in checkpoint.load(tmp_path / 'ckpt.pt')
+
+
+def test_put_returns_before_the_state_is_written_and_no_two_writes_overlap(tmp_path, monkeypatch):
+    go, busy, most, written = threading.Event(), [], [], []
+
+    def save(path, state):
+        busy.append(path)
+        most.append(len(busy))
+        assert go.wait(60)
+        written.append((path.name, state['iter_num']))
+        busy.remove(path)
+    monkeypatch.setattr(checkpoint, 'save', save)
+    writer = checkpoint.Writer(tmp_path)
+    writer.put({'iter_num': 1}, best=True)
+    assert not written   # and yet we are here
+    threading.Timer(0.2, go.set).start()
+    writer.put({'iter_num': 2}, best=False)
+    writer.put({'iter_num': 3}, best=False)
+    writer.wait()
+    assert written == [('best.pt', 1), ('ckpt.pt', 1), ('ckpt.pt', 2), ('ckpt.pt', 3)] and max(most) == 1
+
+
+def test_a_write_that_fails_is_reported_and_the_next_one_makes_up_for_it(tmp_path, monkeypatch, capsys):
+    writer = checkpoint.Writer(tmp_path)
+    put(writer, 10, best=True)
+    with file_size_limit(1000):
+        assert 'cannot write' in str(put(writer, 20, best=True))
+        assert 'cannot write' in str(put(writer, 30))
+    assert capsys.readouterr().err.count('cannot write') == 2
+    assert steps_in(tmp_path) == {'ckpt.pt': 10, 'best.pt': 10}
+    assert put(writer, 40) is None
+    assert steps_in(tmp_path) == {'ckpt.pt': 40, 'best.pt': 20}   # the best weights were not forgotten
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_a_write_that_ends_in_any_other_way_is_an_error_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'save', lambda *args: 1 / 0)
+    writer = checkpoint.Writer(tmp_path)
+    assert put(writer, 10)
+
+
+@pytest.mark.parametrize('keep_last', [0, 1, 3])
+def test_the_last_states_are_kept_under_their_steps(tmp_path, keep_last):
+    writer = checkpoint.Writer(tmp_path, keep_last)
+    for step in (5, 10, 15, 20, 25, 25):   # the last one again, as a signal at an evaluation may
+        put(writer, step)
+        os.utime(tmp_path / 'ckpt.pt', (step, step))   # the clock of a file system may be coarse
+    kept = (20, 15, 10)[:keep_last]
+    assert steps_in(tmp_path) == {'ckpt.pt': 25, **{f'ckpt-{step}.pt': step for step in kept}}
+    resumed = checkpoint.Writer(tmp_path, keep_last, step=25)
+    put(resumed, 30)
+    assert steps_in(tmp_path) == {'ckpt.pt': 30, **{f'ckpt-{step}.pt': step for step in (25, 20, 15)[:keep_last]}}
+
+
+def test_there_is_a_whole_checkpoint_at_every_moment_of_a_save_that_keeps_older_ones(tmp_path, monkeypatch):
+    writer, seen = checkpoint.Writer(tmp_path, keep_last=1), []
+    put(writer, 5)
+
+    def watched(do):
+        def look(*args):
+            seen.append(checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'])
+            do(*args)
+            seen.append(checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'])
+        return look
+    for name in ('link', 'replace', 'fsync'):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    put(writer, 10)
+    put(writer, 15)
+    assert seen == [5] * 5 + [10] * 6 + [15]
+
+
+def test_a_folder_that_cannot_link_says_what_to_do(tmp_path, monkeypatch):
+    writer = checkpoint.Writer(tmp_path, keep_last=1)
+    put(writer, 5)
+
+    def link(*args):
+        raise OSError(errno.EPERM, 'Operation not permitted')
+    monkeypatch.setattr(os, 'link', link)
+    assert '--keep_last=0' in str(put(writer, 10))
+    assert steps_in(tmp_path) == {'ckpt.pt': 5}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,6 +293,39 @@ def test_a_truncated_checkpoint_is_refused(path, part):
 def test_a_checkpoint_without_its_last_byte_is_refused(path):
     path.write_bytes(path.read_bytes()[:-1])
     assert_refused(path, 'cut off')
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_a_flipped_bit_is_refused_or_changes_nothing(path, seed):
+    def plain(node):
+        if isinstance(node, torch.Tensor):
+            return node.tolist()
+        return {key: plain(value) for key, value in node.items()} if isinstance(node, dict) else node
+    whole, expected, refused = path.read_bytes(), plain(checkpoint.load(path)), 0
+    for number in np.random.Philox(key=seed).random_raw(100):
+        at, bit = int(number) // 8 % len(whole), int(number) % 8
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:])
+        try:
+            assert plain(checkpoint.load(path)) == expected
+        except UserError as error:
+            refused += 1
+            assert 'damaged' in str(error)
+    assert refused > 20   # the rest were in the padding and the names of the parts
+
+
+def test_a_flipped_bit_in_a_weight_is_refused_with_the_way_out(path, tmp_path):
+    weight = small_model().transformer.wte.weight.detach().numpy().tobytes()
+    damaged = path.read_bytes()
+    at = damaged.index(weight)
+    path.write_bytes(damaged[:at] + bytes([damaged[at] ^ 1]) + damaged[at + 1:])
+    assert torch.load(path, weights_only=True)   # which torch does not notice
+    assert_refused(path, 'damaged', 'use another checkpoint')
+    checkpoint.save(tmp_path / 'best.pt', state_of(small_model()))
+    assert_refused(path, 'damaged', f'start from the best weights with --init_from={tmp_path / "best.pt"}')
+    for step in (9, 10, 8):
+        checkpoint.save(tmp_path / f'ckpt-{step}.pt', state_of(small_model()))
+        os.utime(tmp_path / f'ckpt-{step}.pt', (step, step))
+    assert_refused(path, 'damaged', 'copy ckpt-10.pt over ckpt.pt')
 
 
 @pytest.mark.parametrize('content', [
@@ -326,7 +492,7 @@ def test_a_tokenizer_that_nobody_knows_is_refused(tmp_path, description):
 # the log, and the run before
 
 def test_set_aside_keeps_every_earlier_run_whole(tmp_path):
-    runs = [{'ckpt.pt': 'a', 'best.pt': 'b', 'log.jsonl': 'c'}, {'ckpt.pt': 'd', 'log.jsonl': 'e'}]
+    runs = [{'ckpt.pt': 'a', 'ckpt-50.pt': 'z', 'best.pt': 'b', 'log.jsonl': 'c'}, {'ckpt.pt': 'd', 'log.jsonl': 'e'}]
     (tmp_path / 'notes.txt').write_text('mine')
     assert checkpoint.set_aside(tmp_path) is None
     for n, files in enumerate(runs, start=1):

@@ -25,11 +25,12 @@ RUNNABLE = [f'{name}.py' for name in SCRIPTS] + PREPARES
 
 # A new option is a decision: it comes here too, and something else may have to go
 TRAIN_OPTIONS = """
-    out_dir init_from eval_interval eval_iters eval_only log_interval patience wandb_log wandb_project wandb_run_name
+    out_dir init_from eval_interval checkpoint_interval keep_last eval_iters eval_only log_interval patience
+    wandb_log wandb_project wandb_run_name
     dataset batch_size block_size gradient_accumulation_steps n_layer n_embd n_head bias dropout attention
     max_iters weight_decay grad_clip beta1 beta2
     learning_rate schedule warmup_iters lr_decay_iters cooldown_iters min_lr
-    seed device dtype compile peak_flops
+    seed device dtype compile parallel activation_checkpointing peak_flops
 """.split()
 
 

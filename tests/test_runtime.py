@@ -2,15 +2,12 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, log_of
+from conftest import ROOT, torchrun
 
 import runtime
 from configurator import UsageError
@@ -267,14 +264,14 @@ def test_peak_of_an_apple_gpu_is_unknown():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_peak_of_a_cpu_is_what_a_matrix_product_reaches(dtype):
-    """Within a factor of 4, on a machine that others use too."""
+    """Within a factor of 10, on a machine that others use too."""
     a = torch.ones(768, 768, dtype=dtype)
     times = []
     for _ in range(6):
         t0 = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - t0)
-    assert 1 / 4 < a_runtime(dtype=dtype).peak_flops() / (2 * 768 ** 3 / min(times)) < 4
+    assert 1 / 10 < a_runtime(dtype=dtype).peak_flops() / (2 * 768 ** 3 / min(times)) < 10
 
 
 def test_peak_memory_grows_by_what_is_allocated_and_does_not_shrink():
@@ -315,22 +312,13 @@ MACHINE = re.compile(r'(?<![a-z])(cuda|mps|nccl|gloo)(?![a-z])|\b(LOCAL_)?RANK\b
 def test_only_runtime_names_accelerators_and_the_variables_of_torchrun(path):
     found = sorted({name for name in names_in_code(path) if MACHINE.search(name)})
     if path.name == 'runtime.py':
-        assert {'cuda', 'mps', 'nccl', 'RANK'} <= set(found)   # so the search works
+        assert {'cuda', 'mps', 'cpu:gloo,cuda:nccl', 'RANK'} <= set(found)   # so the search works
     else:
         assert found == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # two processes
-
-def torchrun(script, *args, cwd):
-    """Run a script in two processes on this machine."""
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                           script, *map(str, args)], cwd=cwd, timeout=120, text=True, capture_output=True,
-                          stdin=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    return done
-
 
 PROBE = f"""
 import json, sys
@@ -350,15 +338,20 @@ for on in (False, True):
 rt.reseed(7, 1)
 result = {{'master': rt.master, 'start': start, 'reseeded': torch.rand(2).tolist(), 'gradients': gradients,
           'mean': rt.mean(torch.tensor([1.0, 10.0]) * (1 + rt.rank)).tolist(), 'one': rt.any(rt.rank == 1),
-          'none': rt.any(False), 'all': rt.any(True), 'line': rt.describe(), 'left': (rt.close(),
-          torch.distributed.is_initialized())[1]}}
+          'none': rt.any(False), 'all': rt.any(True), 'line': rt.describe()}}
+print('held until the end', end='')
 open(f'{{rt.rank}}.json', 'w').write(json.dumps(result))
+rt.close()
+open('not reached', 'w')
 """
 
 
+@pytest.mark.processes
 def test_two_processes_share_means_flags_and_gradients(tmp_path):
     (tmp_path / 'probe.py').write_text(PROBE, encoding='utf-8')
-    torchrun('probe.py', cwd=tmp_path)
+    done = torchrun(tmp_path / 'probe.py', cwd=tmp_path)
+    assert done.stdout == 2 * 'held until the end'
+    assert not (tmp_path / 'not reached').exists()   # close() ends the process
     first, second = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in (0, 1))
     assert (first['master'], second['master']) == (True, False)
     assert first['start'] == second['start']           # the same weights at the start
@@ -369,17 +362,3 @@ def test_two_processes_share_means_flags_and_gradients(tmp_path):
         assert result['mean'] == [1.5, 15.0]
         assert (result['one'], result['none'], result['all']) == (True, False, True)
         assert '2 processes' in result['line']
-        assert result['left'] is False
-
-
-def test_two_processes_train_as_one(tmp_path, tiny, trained):
-    done = torchrun(ROOT / 'train.py', tiny, f'--out_dir={tmp_path}', cwd=tmp_path)
-    assert done.stdout.count('step 20: train loss') == 1   # only one of them talks
-    alone, both = log_of(trained), log_of(tmp_path)
-    assert len(alone) == len(both) == 20 + 3
-    for ours, theirs in zip(both, alone):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    one, two = (torch.load(folder / 'ckpt.pt', weights_only=True)['model'] for folder in (trained, tmp_path))
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)

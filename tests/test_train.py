@@ -37,8 +37,9 @@ def load(path):
 
 
 def contents(folder):
-    """{name: bytes} of the files in a folder and below."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    """{name: bytes} of the files in a folder and below, but for the lock."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*')
+            if path.is_file() and path.name != '.lock'}
 
 
 def records(out_dir, kind):
@@ -59,12 +60,13 @@ def signals(tmp_path_factory):
     """A function that makes a config file, with which a run gets a signal in the middle of a step."""
     folder = tmp_path_factory.mktemp('signals')
 
-    def config(name, step, times=1):
+    def config(name, step, times=1, pause=0):
         (folder / f'{name}.py').write_text(
-            f'import signal\nimport optim\n_rate_at = optim.learning_rate_at\n\n'
+            f'import signal, time\nimport optim\n_rate_at = optim.learning_rate_at\n\n'
             f'def _with_signal(step, *rest):\n'
             f'    for _ in range({times} if step == {step} else 0):\n'
             f'        signal.raise_signal(signal.{name})\n'
+            f'        time.sleep({pause})\n'
             f'    return _rate_at(step, *rest)\n\n'
             f'optim.learning_rate_at = _with_signal\n')
         return folder / f'{name}.py'
@@ -176,7 +178,7 @@ def test_a_checkpoint_says_all_that_is_needed_to_use_it(trained, char_dataset):
     assert ckpt['model_args'] == {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16, 'bias': False,
                                   'vocab_size': 20, 'dropout': 0.0}
     assert ckpt['tokenizer'] == Dataset(str(char_dataset)).tokenizer
-    assert {path.name for path in trained.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl'}
+    assert contents(trained).keys() == {'ckpt.pt', 'best.pt', 'log.jsonl'}
 
 
 STEP = re.compile(r'step (\d+): train loss (\d\.\d{4}), val loss (\d\.\d{4})')
@@ -299,11 +301,17 @@ def test_terminated_in_bfloat16_and_resumed_equals_uninterrupted(tmp_path, tiny,
 
 
 def test_a_second_interrupt_leaves_at_once_with_the_latest_checkpoint_whole(tmp_path, tiny, signals):
-    done = train(tiny, signals('SIGINT', step=13, times=2), f'--out_dir={tmp_path}', status=130)
+    done = train(tiny, signals('SIGINT', step=13, times=2, pause=1.1), f'--out_dir={tmp_path}', status=130)
     assert_one_line(done, 130, 'interrupted')
     assert done.stdout.splitlines()[-1].startswith('iter 12: ')   # step 13 was not finished
     assert load(tmp_path / 'ckpt.pt')['iter_num'] == 10
-    assert {path.name for path in tmp_path.iterdir()} == {'ckpt.pt', 'best.pt', 'log.jsonl'}
+    assert contents(tmp_path).keys() == {'ckpt.pt', 'best.pt', 'log.jsonl'}
+
+
+def test_one_ctrl_c_that_arrives_twice_counts_once(tmp_path, tiny, signals):
+    done = train(tiny, signals('SIGINT', step=13, times=2), f'--out_dir={tmp_path}', status=130)
+    assert done.stderr.count('stopping after this step') == 1
+    assert load(tmp_path / 'ckpt.pt')['iter_num'] == 14
 
 
 def test_a_signal_from_outside_saves_the_steps_that_were_made(tmp_path, tiny):
@@ -394,7 +402,8 @@ def test_a_nanogpt_run_goes_on_with_its_optimizer(tmp_path, char_dataset):
 # runs that go wrong
 
 @pytest.mark.parametrize('option', ['--beta1=1.5', '--beta2=1', '--learning_rate=nan', '--grad_clip=-1', '--dropout=1',
-                                    '--weight_decay=-0.1', '--max_iters=-5', '--warmup_iters=-1', '--peak_flops=inf'])
+                                    '--weight_decay=-0.1', '--max_iters=-5', '--warmup_iters=-1', '--peak_flops=inf',
+                                    '--keep_last=-1', '--checkpoint_interval=-1'])
 def test_a_number_that_cannot_be_is_refused(tmp_path, tiny, option):
     name, _, value = option[2:].partition('=')
     assert_one_line(run('train.py', tiny, option, f'--out_dir={tmp_path}'), 2, f'{name}={value}', 'expected 0 or more')
@@ -412,6 +421,7 @@ def test_an_interrupted_eval_only_ends_at_once_and_claims_no_save(tmp_path, tiny
 def test_a_resume_with_nothing_to_do_says_so(again):
     done = train('--init_from=resume', f'--out_dir={again}', '--max_iters=7')
     assert 'nothing to do: step 20 is past max_iters=7' in done.stderr
+
 
 def test_patience_stops_a_run_that_gets_worse_and_best_pt_keeps_the_best(tmp_path, tiny):
     done = train(tiny, f'--out_dir={tmp_path}', '--learning_rate=0.2', '--warmup_iters=40', '--max_iters=100',
@@ -509,6 +519,8 @@ def bad(tmp_path_factory, trained, char_dataset):
     (['--dtype=float8'], 2, ["dtype='float8'", "'bfloat16'"]),
     (['--device=tpu'], 2, ["device='tpu'", "'auto'"]),
     (['--compile=maybe'], 2, ["compile='maybe'", 'True']),
+    (['--parallel=zero'], 2, ["parallel='zero'", "'ddp', 'fsdp'"]),
+    (['--parallel=fsdp', '--dtype=float16'], 2, ["dtype='float16'", '--dtype=bfloat16']),
     (['--attention=flash'], 2, ["attention='flash'", "'sdpa'"]),
     (['--schedule=step'], 2, ["schedule='step'", "'cosine'"]),
     (['--batch_size=0'], 2, ['batch_size=0', '1 or more']),

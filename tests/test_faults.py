@@ -1,0 +1,254 @@
+"""What machines do to a run: it is killed, its disk is full, its files are damaged, its numbers overflow."""
+
+import random
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, assert_one_line, log_of, run, started
+from test_train import HERE, assert_same_run, contents, load, records, train
+
+pytestmark = pytest.mark.processes
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kill -9
+
+# Starts train.py again and again in a fork of a process that has imported torch already, until it is left to finish;
+# each life is killed at a random instant, every other one while a checkpoint is being written
+LIVES = """
+import os, random, runpy, signal, sys, time
+import numpy, torch, torch._dynamo
+
+kills, seed, out_dir, *sys.argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *sys.argv[4:]
+chance, writing = random.Random(seed), os.path.join(out_dir, 'ckpt.pt.tmp')
+for life in range(kills + 1):
+    pid = os.fork()
+    if pid == 0:
+        os.environ['HASTE'] = str(int(life == kills))
+        sys.path[0] = os.path.dirname(sys.argv[0])
+        runpy.run_path(sys.argv[0], run_name='__main__')
+        sys.exit()
+    if life == kills:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    end = time.monotonic() + (chance.uniform(0, 0.8) if life % 2 else 30)
+    while time.monotonic() < end and not (life % 2 == 0 and os.path.exists(writing) and chance.random() < 0.2):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            sys.exit(f'life {life} ended before it was killed')
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    print('killed', 'in a save' if os.path.exists(writing) else 'elsewhere', flush=True)
+"""
+
+# No faster than 100 steps a second, so that no life reaches the end, until the last one
+SLOW = """
+import os, time
+import optim
+_rate_at = optim.learning_rate_at
+def _slow(*args):
+    time.sleep(0 if os.environ.get('HASTE') == '1' else 0.01)
+    return _rate_at(*args)
+optim.learning_rate_at = _slow
+"""
+
+
+def test_a_run_killed_twenty_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, tiny):
+    (tmp_path / 'slow.py').write_text(SLOW)
+    args = [tiny, tmp_path / 'slow.py', *HERE, '--init_from=auto', '--max_iters=1500', '--eval_interval=20',
+            '--checkpoint_interval=3', '--keep_last=2', '--dropout=0.1', '--log_interval=5']
+    train(*args, f'--out_dir={tmp_path / "calm"}', HASTE='1')
+    seed = random.randrange(10**6)
+    print(f'seed {seed}')   # of the instants
+    out_dir = tmp_path / 'out'
+    with started('-c', LIVES, 20, seed, out_dir, ROOT / 'train.py', *args, f'--out_dir={out_dir}') as process:
+        out, err = process.communicate(timeout=170)
+    assert process.returncode == 0, err
+    print(f'{out.count("killed")} kills, {out.count("in a save")} of them in a save, '
+          f'{err.count("resumed")} lives resumed')
+    assert out.count('killed') == 20 and out.count('in a save') >= 5
+    assert err.count('resumed') >= 5
+    assert_same_run(out_dir, tmp_path / 'calm')
+    assert {path.name for path in out_dir.iterdir() if 'previous' not in path.name} == {
+        '.lock', 'ckpt.pt', 'ckpt-1497.pt', 'ckpt-1494.pt', 'best.pt', 'log.jsonl'}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# signals
+
+def config_with(tmp_path, code):
+    path = tmp_path / 'fault.py'
+    path.write_text('import os, signal, threading, time\n' + code)
+    return path
+
+
+IN_EVALUATION = """
+from dataset import Dataset
+_eval_batch, _calls = Dataset.eval_batch, []
+def _signal(*args):
+    _calls.append(args)
+    if len(_calls) == 6:    # in the second of three evaluations, of four batches each
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert len(_calls) <= 6, 'the evaluation goes on'
+    return _eval_batch(*args)
+Dataset.eval_batch = _signal
+"""
+
+IN_SAVE = """
+import checkpoint
+_save = checkpoint.save
+def _signal(path, state):
+    if state['iter_num'] == 10 and path.name == 'ckpt.pt':
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+    _save(path, state)
+checkpoint.save = _signal
+"""
+
+
+@pytest.mark.parametrize('code, at', [(IN_EVALUATION, range(10, 11)), (IN_SAVE, range(10, 20))],
+                         ids=['evaluation', 'save'])
+def test_sigterm_during(tmp_path, tiny, trained, code, at):
+    done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}', status=130)
+    ckpt = load(tmp_path / 'out' / 'ckpt.pt')
+    assert_one_line(done, 130, f'interrupted at step {ckpt["iter_num"]}', '--init_from=resume')
+    assert ckpt['iter_num'] in at
+    train(f'--out_dir={tmp_path / "out"}', '--init_from=resume')
+    assert_same_run(tmp_path / 'out', trained)
+
+
+@pytest.mark.slow
+def test_sigterm_during_compile(tmp_path, tiny):
+    code = """
+import optim
+_rate_at = optim.learning_rate_at
+def _signal(step, *rest):
+    if step == 0:
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    return _rate_at(step, *rest)
+optim.learning_rate_at = _signal
+"""
+    done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}', '--compile=True', status=130,
+                 TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
+    assert_one_line(done, 130, 'interrupted at step 1,')
+    assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 1
+
+
+def test_an_early_stop_can_be_overruled_and_the_run_is_as_if_it_had_not_stopped(tmp_path, tiny):
+    args = (tiny, '--learning_rate=0.2', '--warmup_iters=40', '--max_iters=30', '--eval_interval=2')
+    train(*args, f'--out_dir={tmp_path / "whole"}')
+    done = train(*args, f'--out_dir={tmp_path / "parts"}', '--patience=2')
+    stopped = load(tmp_path / 'parts' / 'ckpt.pt')['iter_num']
+    assert 'no better loss in 2 evaluations' in done.stderr and stopped < 30
+    again = train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume')
+    assert f'stopped at step {stopped}' in again.stderr and again.stdout == ''
+    train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume', '--patience=0')
+    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('more', [['--schedule=constant'], ['--lr_decay_iters=20']], ids=['constant', 'decayed'])
+def test_a_finished_run_whose_max_iters_is_raised_goes_on_as_if_it_had_been_so_from_the_start(tmp_path, tiny, more):
+    train(tiny, *more, f'--out_dir={tmp_path / "whole"}', '--max_iters=30')
+    train(tiny, *more, f'--out_dir={tmp_path / "parts"}')
+    train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume', '--max_iters=30')
+    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def test_checkpoints_between_evaluations_and_older_ones_are_kept_if_asked(tmp_path, tiny, trained):
+    train(tiny, f'--out_dir={tmp_path}', '--checkpoint_interval=4', '--keep_last=3')
+    steps = {path.name: load(path)['iter_num'] for path in tmp_path.glob('ckpt*.pt')}
+    assert steps == {'ckpt.pt': 20, 'ckpt-16.pt': 16, 'ckpt-12.pt': 12, 'ckpt-10.pt': 10}
+    assert log_of(tmp_path) == log_of(trained)
+    shutil.copy(tmp_path / 'ckpt-12.pt', tmp_path / 'ckpt.pt')   # back to an older one
+    done = train(f'--out_dir={tmp_path}', '--init_from=resume')
+    assert 'step 12, ' in done.stderr
+    assert log_of(tmp_path) == log_of(trained)
+
+
+@pytest.mark.parametrize('damage', ['cut', 'flip'])
+@pytest.mark.parametrize('init_from', ['resume', 'auto'])
+def test_a_damaged_checkpoint_is_refused_and_stays_and_an_older_one_helps(tmp_path, trained, tiny, init_from, damage):
+    out_dir = shutil.copytree(trained, tmp_path / 'out')
+    whole = (out_dir / 'ckpt.pt').read_bytes()
+    middle = len(whole) // 2
+    damaged = whole[:middle] if damage == 'cut' else whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1:]
+    (out_dir / 'ckpt.pt').write_bytes(damaged)
+    before = contents(out_dir)
+    done = run('train.py', tiny, f'--out_dir={out_dir}', f'--init_from={init_from}', *HERE)
+    assert_one_line(done, 1, str(out_dir / 'ckpt.pt'), 'damaged', f'--init_from={out_dir / "best.pt"}')
+    assert contents(out_dir) == before
+    done = train(tiny, f'--init_from={out_dir / "best.pt"}', f'--out_dir={tmp_path / "new"}', '--eval_only')
+    assert f'val loss {load(out_dir / "best.pt")["best_val_loss"]:.4f}' in done.stdout
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(tmp_path, tiny):
+    args = [ROOT / 'train.py', tiny, *HERE, f'--out_dir={tmp_path}', '--max_iters=1000000', '--eval_interval=1000000']
+    with started(*args) as process:
+        next(line for line in process.stdout if line.startswith('iter 3:'))
+        before = contents(tmp_path).keys()
+        for init_from in ('scratch', 'auto', 'resume'):
+            done = run(*args, f'--init_from={init_from}')
+            assert_one_line(done, 1, str(tmp_path), f'process {process.pid} on', 'choose another folder')
+        assert contents(tmp_path).keys() == before
+        process.kill()   # which frees the folder
+        process.communicate()
+    train(tiny, f'--out_dir={tmp_path}', '--init_from=auto', '--max_iters=3')
+    assert load(tmp_path / 'ckpt.pt')['iter_num'] == 3
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs a file system that is full at once: /dev/full')
+def test_a_full_disk_under_the_log_costs_lines_and_not_the_run(tmp_path, tiny):
+    (tmp_path / 'log.jsonl').symlink_to('/dev/full')
+    done = train(tiny, config_with(tmp_path, 'import checkpoint\ncheckpoint.set_aside = lambda out_dir: None\n'),
+                 f'--out_dir={tmp_path}', '--max_iters=3')
+    assert done.stderr.count('cannot write to') >= 3 and 'No space left' in done.stderr
+    assert load(tmp_path / 'ckpt.pt')['iter_num'] == 3
+
+
+def test_a_full_disk_leaves_the_old_state_and_the_run_goes_on_when_there_is_room_again(tmp_path, tiny, trained):
+    resource = pytest.importorskip('resource')
+    code = """
+import checkpoint, resource
+_save = checkpoint.save
+def _full(path, state):
+    limit = 50_000 if state['iter_num'] == 10 else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        _save(path, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if state['iter_num'] == 10:
+            (path.parent / 'then').write_text(str(checkpoint.load(path.parent / 'ckpt.pt')['iter_num']))
+checkpoint.save = _full
+"""
+    assert resource
+    done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}')
+    assert done.stderr.count('cannot write') == 1 and 'the one before it is intact; make room' in done.stderr
+    assert (tmp_path / 'out' / 'then').read_text() == '0'   # the old state, whole
+    assert_same_run(tmp_path / 'out', trained)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers
+
+def test_a_nan_at_a_step_ends_the_run_with_advice_and_the_checkpoint_before_it_goes_on(tmp_path, tiny, trained):
+    code = """
+import runtime
+_autocast, _passes = runtime.Runtime.autocast, []
+def _spoil(self):
+    _passes.append(1)
+    if len(_passes) == 4 + 2 * 13 + 4 + 1:   # two evaluations of four passes, and the first of two in step 13
+        for object in __import__('gc').get_objects():
+            if type(object).__name__ == 'GPT':
+                object.transformer.ln_f.weight.data.fill_(float('nan'))
+    return _autocast(self)
+runtime.Runtime.autocast = _spoil
+"""
+    done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}', '--checkpoint_interval=6',
+                 status=1)
+    assert_one_line(done, 1, 'the loss is nan at step 13', 'ckpt.pt holds the last good state', 'learning_rate')
+    ckpt = load(tmp_path / 'out' / 'ckpt.pt')
+    assert ckpt['iter_num'] == 12 and all(weight.isfinite().all() for weight in ckpt['model'].values())
+    train(f'--out_dir={tmp_path / "out"}', '--init_from=resume')
+    assert records(tmp_path / 'out', 'step')[-1]['val_loss'] == records(trained, 'step')[-1]['val_loss']
