@@ -188,6 +188,9 @@ if resuming:
         if name in config.given - set(LOCAL) and config[name] != old:
             say(f'changed: {name}={config[name]!r}, was {old!r}', file=sys.stderr)
 ckpt = None   # gives its memory back
+if rt.any(rt.mean(torch.tensor(step, dtype=torch.float64)).item() != step):
+    raise UserError(f'not all processes start at the same step, this one at {step:,}: '
+                    f'out_dir={out_dir!r} must be a folder that all hosts share')
 
 # the record of the run
 
