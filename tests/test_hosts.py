@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 
@@ -46,10 +47,10 @@ def launched(hosts, *args):
     with ExitStack() as stack:
         processes = []
         for i, (name, cable) in enumerate(hosts):
-            inside = f'import os, sys; os.execvp("ip", "ip netns exec {name}".split() + [sys.executable] + sys.argv[1:])'
+            inside = f'import os, sys; os.execvp("ip", "ip netns exec {name}".split() + sys.argv[1:])'
             processes.append(stack.enter_context(started(
-                '-c', inside, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={i}', '--nproc_per_node=1',
-                '--master_addr=10.77.0.1', '--master_port=29500', ROOT / 'train.py', *args,
+                '-c', inside, sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={i}',
+                '--nproc_per_node=1', '--master_addr=10.77.0.1', '--master_port=29500', ROOT / 'train.py', *args,
                 GLOO_SOCKET_IFNAME=cable, DIST_TIMEOUT=str(GIVE_UP))))
         yield processes
 
