@@ -3,9 +3,11 @@ The GPT: configuration, modules, forward pass, initialisation, arithmetic (param
 
 The architecture is GPT-2's (Radford et al., 2019): pre-norm blocks of causal self-attention and a GELU MLP, learned
 positions, and one matrix that both embeds tokens and scores the next one. Modules and parameters carry GPT-2's names.
+What has come since is a switch of GPTConfig; ARCHS names sets of switches that belong together.
 
 Letters of the shape comments:
-B batch · T time · C width, n_embd · H heads, n_head · D width of a head, C / H · V vocabulary · L layers
+B batch · T time · C width, n_embd · H heads, n_head · K heads of keys and values, n_kv_head · D width of a head, C / H
+V vocabulary · L layers
 """
 
 import math
@@ -31,17 +33,36 @@ class GPTConfig:
     dropout: float = 0.0        # of embeddings, attention weights, and what a block adds
     gelu: str = 'tanh'          # the approximation that GPT-2 was trained with, or 'erf', the exact one (nanoGPT)
     attention: str = 'auto'     # 'sdpa' (torch's fused kernels), 'math' (written out) or 'auto' (the faster one here)
+    pos: str = 'learned'        # 'learned' (a table), 'rope' (turns queries and keys), 'alibi' (favours what is near)
+    norm: str = 'layernorm'     # 'layernorm', 'rmsnorm' (does not centre)
+    mlp: str = 'gelu'           # 'gelu', 'relu2' (ReLU squared), 'swiglu' (gated, 2/3 as wide)
+    qk_norm: bool = False       # norm queries and keys, which lets the learning rate be higher
+    n_kv_head: int | None = None        # heads of keys and values, each shared by several of queries; None: n_head
+    window: int | None = None   # how many tokens back attention reaches, itself included; None: all
+    tie_weights: bool = True    # one matrix for embedding and head
+    softcap: float | None = None        # logits stay within ± this, by tanh
+    layer_scale: float | None = None    # initial gain, per channel, of what a block adds; None: no gains
+    zero_init: bool = False     # what a block adds, and an untied head, begin at zero
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'window'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
+        for name in ('softcap', 'layer_scale'):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f'{name}={getattr(self, name)}: expected more than 0')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} does not divide among n_head={self.n_head} heads: '
                              f'make it a multiple of n_head, such as {-(-self.n_embd // self.n_head) * self.n_head}')
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head={self.n_head} heads cannot share n_kv_head={self.n_kv_head} evenly: '
+                             f'make it a divisor of n_head')
+        if self.pos == 'rope' and self.n_embd // self.n_head % 2:
+            raise ValueError(f"pos='rope' turns pairs of channels: n_embd / n_head = {self.n_embd // self.n_head} "
+                             f"must be even")
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: expected a probability below 1, such as 0.1')
-        for name, known in (('attention', ATTEND), ('gelu', GELU)):
+        for name, known in (('attention', ATTEND), ('gelu', GELU), ('pos', POS), ('norm', NORM), ('mlp', MLPS)):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}={getattr(self, name)!r}: expected one of {", ".join(map(repr, known))}')
 
@@ -52,32 +73,81 @@ class GPTConfig:
         return {k: v for k, v in asdict(self).items() if k in NANOGPT_FIELDS or k != 'attention' and v != default[k]}
 
 
+# Sets of switches: GPT-2 (Radford et al., 2019), Llama 2 (Touvron et al., 2023), Qwen3 (Yang et al., 2025), and what
+# reached a loss soonest in the public speed runs on GPT-2's size (github.com/KellerJordan/modded-nanogpt)
+MODERN = {'pos': 'rope', 'norm': 'rmsnorm'}
+ARCHS = {
+    'gpt2': {},
+    'llama': {**MODERN, 'mlp': 'swiglu', 'tie_weights': False},
+    'qwen3': {**MODERN, 'mlp': 'swiglu', 'qk_norm': True},
+    'speedrun': {**MODERN, 'mlp': 'relu2', 'qk_norm': True, 'tie_weights': False, 'softcap': 15.0, 'zero_init': True},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# positions
+
+def rope(T, D, device, base=10_000):
+    """The angles by which rotary positions turn pairs of channels (Su et al., 2021): cosines and sines, (T, D / 2) each,
+    in float32. Pair i turns by base^(-2i / D) from one position to the next."""
+    speed = base ** (-torch.arange(0, D, 2, device=device).float() / D)               # (D / 2,)
+    angle = torch.arange(T, device=device).float()[:, None] * speed                   # (T, D / 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, angles):
+    """Turn queries or keys, (..., T, D), each position by its angles; channel i is paired with channel i + D / 2."""
+    cos, sin = (part.to(x.dtype) for part in angles)
+    first, second = x.chunk(2, dim=-1)                                                # (..., T, D / 2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def score_bias(T, n_head, pos, window, device):
+    """What is added to the scores of attention, query by key: (H or 1, T, T); None if that is only causality.
+
+    'alibi' takes off slope times distance, with slopes 2^(-8h / H) for h = 1 ... H (Press et al., 2022); a window
+    forbids keys that lie window or more positions back (Child et al., 2019); the future is always forbidden.
+    """
+    if pos != 'alibi' and (window is None or window >= T):
+        return None
+    place = torch.arange(T, device=device)
+    distance = place[:, None] - place                                                 # (T, T)
+    slope = 2 ** (-8 / n_head * torch.arange(1, n_head + 1, device=device)) if pos == 'alibi' else place.new_zeros(1)
+    forbidden = (distance < 0) | (distance >= (window or T))
+    return (-slope[:, None, None].float() * distance).masked_fill(forbidden, -math.inf)
+
+
+POS = ('learned', 'rope', 'alibi')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # attention: three ways to the same result
 
-def attend_math(q, k, v, dropout):
+def attend_math(q, k, v, dropout, bias=None):
     """softmax(q kᵀ / √D) v, each position looking at itself and what came before (Vaswani et al., 2017, eq. 1).
 
-    q, k, v and the result: (B, H, T, D). dropout: probability of dropping a weight. Written out, this is the reference
-    for every other way.
+    q, k, v and the result: (B, H, T, D). dropout: probability of dropping a weight. bias: that of score_bias(). Written
+    out, this is the reference for every other way.
     """
     T, D = q.shape[-2:]
     scores = q @ k.transpose(-2, -1) / math.sqrt(D)                                   # (B, H, T, T), query by key
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)     # key comes after query
-    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)                   # each row sums to one
+    if bias is None:
+        bias = torch.full((T, T), -math.inf, device=q.device).triu(diagonal=1)        # no key after the query
+    weights = (scores + bias).softmax(dim=-1).to(v.dtype)                             # each row sums to one
     return F.dropout(weights, dropout) @ v                                            # (B, H, T, D)
 
 
-def attend_sdpa(q, k, v, dropout):
+def attend_sdpa(q, k, v, dropout, bias=None):
     """The same by torch's fused kernels, which never hold the (T, T) weights (Dao et al., 2022)."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    bias = bias if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, is_causal=bias is None)
 
 
-def attend_auto(q, k, v, dropout):
+def attend_auto(q, k, v, dropout, bias=None):
     """The faster of the two: on a CPU the fused kernel knows no dropout, and its backward pass in bfloat16 is slower
     than plain matrix products while T is short."""
     plain = q.device.type == 'cpu' and (dropout > 0 or q.size(-2) <= 128 and q.dtype != torch.float32)
-    return attend_math(q, k, v, dropout) if plain else attend_sdpa(q, k, v, dropout)
+    return attend_math(q, k, v, dropout, bias) if plain else attend_sdpa(q, k, v, dropout, bias)
 
 
 ATTEND = {'auto': attend_auto, 'sdpa': attend_sdpa, 'math': attend_math}
@@ -86,14 +156,23 @@ ATTEND = {'auto': attend_auto, 'sdpa': attend_sdpa, 'math': attend_math}
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout, self.attend = config.n_head, config.dropout, ATTEND[config.attention]
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # queries, keys, values in one
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        C, H, K = config.n_embd, config.n_head, config.n_kv_head or config.n_head
+        self.heads, self.dropout, self.attend = (H, K, K), config.dropout, ATTEND[config.attention]
+        self.c_attn = nn.Linear(C, (H + K + K) * C // H, bias=config.bias)            # queries, keys, values in one
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.q_norm = nn.RMSNorm(C // H, eps=1e-6) if config.qk_norm else nn.Identity()   # Dehghani et al., 2023
+        self.k_norm = nn.RMSNorm(C // H, eps=1e-6) if config.qk_norm else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x, angles=None, bias=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # 3 of (B, H, T, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)              # (B, H, T, D)
+        heads = self.c_attn(x).view(B, T, sum(self.heads), -1).transpose(1, 2)        # (B, H + K + K, T, D)
+        q, k, v = heads.split(self.heads, dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if k.size(1) < q.size(1):   # groups of queries share keys and values (Ainslie et al., 2023)
+            k, v = (part.repeat_interleave(q.size(1) // k.size(1), dim=1) for part in (k, v))
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, bias)        # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))                        # heads side by side again
 
 
@@ -101,17 +180,52 @@ class CausalSelfAttention(nn.Module):
 # the rest of the model
 
 GELU = {'tanh': 'tanh', 'erf': 'none'}   # our name -> torch's
+NORM = {'layernorm': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
+        'rmsnorm': lambda config: nn.RMSNorm(config.n_embd, eps=1e-6)}                # Zhang & Sennrich, 2019
+
+
+class ReLU2(nn.Module):
+    """The square of what is above zero (So et al., 2021)."""
+
+    def forward(self, x):
+        return F.relu(x).square()
+
+
+class SwiGLU(nn.Module):
+    """One half of the channels, times the SiLU of the other (Shazeer, 2020)."""
+
+    def forward(self, x):
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+MLPS = {'gelu': lambda config: nn.GELU(approximate=GELU[config.gelu]),
+        'relu2': lambda config: ReLU2(),
+        'swiglu': lambda config: SwiGLU()}
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate=GELU[config.gelu])
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        C, gated = config.n_embd, config.mlp == 'swiglu'
+        width = -(-8 * C // (3 * 64)) * 64 if gated else 4 * C   # a gate is a third matrix: 2/3 as wide, times 64
+        self.c_fc = nn.Linear(C, width * (1 + gated), bias=config.bias)
+        self.act = MLPS[config.mlp](config)
+        self.c_proj = nn.Linear(width, C, bias=config.bias)
 
     def forward(self, x):
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel (Touvron et al., 2021)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((config.n_embd,), config.layer_scale))
+
+    def forward(self, x):
+        return x * self.weight
 
 
 class Block(nn.Module):
@@ -119,15 +233,14 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        scale = LayerScale if config.layer_scale else nn.Identity
+        self.ln_1, self.attn, self.scale_1 = NORM[config.norm](config), CausalSelfAttention(config), scale(config)
+        self.ln_2, self.mlp, self.scale_2 = NORM[config.norm](config), MLP(config), scale(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        x = x + self.drop(self.attn(self.ln_1(x)))
-        x = x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(self, x, angles=None, bias=None):
+        x = x + self.drop(self.scale_1(self.attn(self.ln_1(x), angles, bias)))
+        x = x + self.drop(self.scale_2(self.mlp(self.ln_2(x))))
         return x
 
 
@@ -137,25 +250,30 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
-            'wpe': nn.Embedding(config.block_size, config.n_embd),
+            **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.pos == 'learned' else {}),
             'drop': nn.Dropout(config.dropout),
             'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
+            'ln_f': NORM[config.norm](config),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight   # one matrix both ways (Press & Wolf, 2017)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight   # one matrix both ways (Press & Wolf, 2017)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's initialisation, by name, so that a parameter nobody thought of is an error and not a surprise."""
         for name, p in self.named_parameters():
-            if name.endswith('c_proj.weight'):
+            if self.config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+                p.zero_()
+            elif name.endswith('c_proj.weight'):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))   # 2L of these add up in the residual stream
-            elif name.endswith(('wte.weight', 'wpe.weight', 'c_attn.weight', 'c_fc.weight')):
+            elif name.endswith(('wte.weight', 'wpe.weight', 'c_attn.weight', 'c_fc.weight', 'lm_head.weight')):
                 p.normal_(std=0.02)
-            elif name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
+            elif name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight', 'q_norm.weight', 'k_norm.weight')):
                 p.fill_(1.0)
+            elif name.endswith(('scale_1.weight', 'scale_2.weight')):
+                p.fill_(self.config.layer_scale)
             elif name.endswith('.bias'):
                 p.zero_()
             else:
@@ -163,13 +281,22 @@ class GPT(nn.Module):
 
     def hidden(self, idx):
         """The residual stream after the last norm, (B, T, C), of token ids idx, (B, T)."""
-        T = idx.size(1)
-        assert T <= self.config.block_size, f'{T} tokens in a context of {self.config.block_size}'
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]    # (B, T, C) + (T, C)
+        c, T = self.config, idx.size(1)
+        assert T <= c.block_size, f'{T} tokens in a context of {c.block_size}'
+        x = self.transformer.wte(idx)                                                 # (B, T, C)
+        if c.pos == 'learned':
+            x = x + self.transformer.wpe.weight[:T]                                   # + (T, C)
         x = self.transformer.drop(x)
+        angles = rope(T, c.n_embd // c.n_head, idx.device) if c.pos == 'rope' else None
+        bias = score_bias(T, c.n_head, c.pos, c.window, idx.device)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, angles, bias)
         return self.transformer.ln_f(x)
+
+    def score(self, x):
+        """Logits of the next token, (..., V), of hidden states x, (..., C)."""
+        logits, cap = self.lm_head(x), self.config.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)              # Gemma 2, 2024
 
     def forward(self, idx, targets=None):
         """Logits and loss of token ids idx, (B, T).
@@ -179,8 +306,8 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
+            return self.score(x[:, -1:]), None
+        logits = self.score(x)
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def crop_block_size(self, block_size):
@@ -188,23 +315,30 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions, '
                              f'which can be cut but not grown')
-        wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
-        self.config.block_size = wpe.num_embeddings = block_size
+        self.config.block_size = block_size
+        if self.config.pos == 'learned':
+            wpe = self.transformer.wpe
+            wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight.detach()[:block_size].clone()), block_size
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; without the position table by default. The token table counts: it is also the head."""
+        """Number of parameters; by default without those that are only looked up: the position table, and the token
+        table unless it is also the head."""
         total = sum(p.numel() for p in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        if non_embedding and self.config.pos == 'learned':
+            total -= self.transformer.wpe.weight.numel()
+        if non_embedding and not self.config.tie_weights:
+            total -= self.transformer.wte.weight.numel()
+        return total
 
     def flops_per_token(self):
         """FLOPs per token of a training step, forward and backward: 6 N + 12 L C T (Chowdhery et al., 2022, app. B).
 
-        N is get_num_params(). A multiply-add counts two, the backward pass twice the forward, recomputation nothing,
-        and attention as if it were not causal: the convention of most published MFU figures, nanoGPT's among them.
+        N is get_num_params(), T the context or, if it is shorter, the window. A multiply-add counts two, the backward
+        pass twice the forward, recomputation nothing, and attention as if it were not causal: the convention of most
+        published MFU figures, nanoGPT's among them.
         """
         c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * min(c.window or c.block_size, c.block_size)
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=0, vocab_size=None):
