@@ -88,7 +88,7 @@ ARCHS = {
 # positions
 
 def rope(T, D, device, base=10_000):
-    """The angles by which rotary positions turn pairs of channels (Su et al., 2021): cosines and sines, (T, D / 2) each,
+    """The angles by which rotary positions turn pairs of channels (Su et al., 2021): cosines, sines, (T, D / 2) each,
     in float32. Pair i turns by base^(-2i / D) from one position to the next."""
     speed = base ** (-torch.arange(0, D, 2, device=device).float() / D)               # (D / 2,)
     angle = torch.arange(T, device=device).float()[:, None] * speed                   # (T, D / 2)
