@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 NANOGPT_FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 
@@ -43,9 +44,10 @@ class GPTConfig:
     softcap: float | None = None        # logits stay within ± this, by tanh
     layer_scale: float | None = None    # initial gain, per channel, of what a block adds; None: no gains
     zero_init: bool = False     # what a block adds, and an untied head, begin at zero
+    loss_chunks: int = 1        # logits and loss in so many pieces, none of which is kept
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'window'):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'window', 'loss_chunks'):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
         for name in ('softcap', 'layer_scale'):
@@ -68,20 +70,26 @@ class GPTConfig:
 
     def to_dict(self):
         """What a checkpoint keeps: nanoGPT's fields, so that nanoGPT reads it too, and any newer one that is not at its
-        default. How attention is computed belongs to the machine, not to the model."""
+        default. How attention and loss are computed belongs to the machine, not to the model."""
         default = {f.name: f.default for f in fields(self)}
-        return {k: v for k, v in asdict(self).items() if k in NANOGPT_FIELDS or k != 'attention' and v != default[k]}
+        return {k: v for k, v in asdict(self).items() if k in NANOGPT_FIELDS
+                or k not in ('attention', 'loss_chunks') and v != default[k]}
 
 
-# Sets of switches: GPT-2 (Radford et al., 2019), Llama 2 (Touvron et al., 2023), Qwen3 (Yang et al., 2025), and what
-# reached a loss soonest in the public speed runs on GPT-2's size (github.com/KellerJordan/modded-nanogpt)
-MODERN = {'pos': 'rope', 'norm': 'rmsnorm'}
-ARCHS = {
-    'gpt2': {},
-    'llama': {**MODERN, 'mlp': 'swiglu', 'tie_weights': False},
-    'qwen3': {**MODERN, 'mlp': 'swiglu', 'qk_norm': True},
-    'speedrun': {**MODERN, 'mlp': 'relu2', 'qk_norm': True, 'tie_weights': False, 'softcap': 15.0, 'zero_init': True},
-}
+# Switches that belong together: GPT-2's (Radford et al., 2019), Llama 2's (Touvron et al., 2023), Qwen3's (Yang et al.,
+# 2025), and those with which public speed runs reach a loss soonest (github.com/KellerJordan/modded-nanogpt)
+GPT2 = {'pos': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'qk_norm': False, 'tie_weights': True, 'softcap': None,
+        'zero_init': False}
+LLAMA = {**GPT2, 'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'tie_weights': False}
+ARCHS = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': {**LLAMA, 'qk_norm': True, 'tie_weights': True},
+         'speedrun': {**LLAMA, 'mlp': 'relu2', 'qk_norm': True, 'softcap': 15.0, 'zero_init': True}}
+
+
+def switches(arch, **changes):
+    """The fields of GPTConfig that an architecture sets, and those of changes that are not None. Raises ValueError."""
+    if arch not in ARCHS:
+        raise ValueError(f'arch={arch!r}: expected one of {", ".join(map(repr, ARCHS))}')
+    return {**ARCHS[arch], **{name: value for name, value in changes.items() if value is not None}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,13 +310,24 @@ class GPT(nn.Module):
         """Logits and loss of token ids idx, (B, T).
 
         With targets, (B, T), the ids one step ahead: all logits, (B, T, V), and the mean cross-entropy in nats over the
-        targets that are not -1. Without: the last position's logits, (B, 1, V), and None.
+        targets that are not -1. With loss_chunks, only the loss. Without targets: the last position's logits,
+        (B, 1, V), and None.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.score(x[:, -1:]), None
-        logits = self.score(x)
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        x, targets, n = x.flatten(0, 1), targets.flatten(), self.config.loss_chunks
+        if n == 1:
+            logits = self.score(x)
+            loss = F.cross_entropy(logits.float(), targets, ignore_index=-1)
+            return logits.view(*idx.shape, -1), loss
+        total = sum(checkpoint(self.surprise, *part, use_reentrant=False)   # computed again in the backward pass
+                    for part in zip(x.chunk(n), targets.chunk(n)))
+        return None, total / (targets != -1).sum()
+
+    def surprise(self, x, targets):
+        """The sum of the cross-entropies of hidden states x, (N, C), with targets, (N,)."""
+        return F.cross_entropy(self.score(x).float(), targets, ignore_index=-1, reduction='sum')
 
     def crop_block_size(self, block_size):
         """Shorten the context to block_size tokens by dropping the positions beyond, to finetune in less memory."""

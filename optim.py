@@ -1,15 +1,15 @@
 """
-What moves the weights: which parameters decay, AdamW, and the learning rate of a step.
+What moves the weights: which parameters decay, AdamW, Muon, and the learning rate of a step.
 """
 
 import math
 
 import torch
 
-from configurator import UsageError
-from runtime import spread_like
+from runtime import spread_like, together
 
 SCHEDULES = ('cosine', 'linear', 'constant')
+OPTIMIZERS = ('adamw', 'muon')
 
 
 def param_groups(model, weight_decay):
@@ -23,6 +23,70 @@ def param_groups(model, weight_decay):
 def adamw(model, learning_rate, betas, weight_decay):
     """AdamW (Loshchilov & Hutter, 2019), in torch's fused form, which updates all parameters in one pass."""
     return torch.optim.AdamW(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices of the blocks, AdamW for all else: embeddings, head, biases, norms.
+
+    Muon (Jordan et al., 2024) moves a matrix by its momentum, made orthogonal, so that no direction is favoured. Its
+    steps are scaled to the size of AdamW's (Liu et al., 2025, eq. 4): one learning rate serves both. Matrices of one
+    shape are handled in one batch, which is what makes it cheap. dtype: that of its matrix products.
+    """
+
+    def __init__(self, model, learning_rate, betas, weight_decay, momentum=0.95, dtype=torch.bfloat16):
+        of_blocks = {p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad}
+        rest = param_groups(model, weight_decay)
+        matrices = [p for group in rest for p in group['params'] if p in of_blocks]
+        for group in rest:
+            group['params'] = [p for p in group['params'] if p not in of_blocks]
+        self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, fused=True)
+        self.dtype = dtype
+        muon = {'params': matrices, 'lr': learning_rate, 'weight_decay': weight_decay, 'momentum': momentum}
+        super().__init__([*self.adamw.param_groups, muon], defaults={})
+
+    @torch.no_grad()
+    def step(self):
+        *self.adamw.param_groups, muon = self.param_groups
+        self.adamw.state = self.state
+        self.adamw.step()
+        self.move(**muon)
+
+    def move(self, params, lr, weight_decay, momentum):
+        """One step of Muon."""
+        alike = {}   # (parameter, direction) by shape
+        for p in params:
+            if p.grad is None:
+                continue
+            mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+            mean.lerp_(p.grad, 1 - momentum)
+            alike.setdefault(p.shape, []).append((p, p.grad.lerp(mean, momentum)))    # Nesterov's look ahead
+        for (rows, columns), pairs in alike.items():
+            directions = torch.stack([together(direction) for _, direction in pairs])
+            size = 0.2 * math.sqrt(max(rows, columns))   # the root mean square of AdamW's steps, at full rank
+            for (p, _), direction in zip(pairs, orthogonalise(directions.to(self.dtype))):
+                p.mul_(1 - lr * weight_decay)
+                p.add_(spread_like(direction.to(p.dtype), p), alpha=-lr * size)
+
+
+def orthogonalise(matrices, steps=5):
+    """Matrices, (n, rows, columns), with their singular values brought near 1, between about 0.7 and 1.2, and their
+    singular vectors kept: a Newton-Schulz iteration of degree 5, whose coefficients make small values grow fast
+    (Jordan et al., 2024)."""
+    x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)   # no singular value above 1
+    for _ in range(steps):
+        a = x @ x.mT                                                                  # (n, rows, rows)
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+
+
+def build(optimizer, model, learning_rate, betas, weight_decay, dtype):
+    """The optimizer of a name, for the trainable parameters of a model; dtype is that of the run's matrix products."""
+    if optimizer == 'adamw':
+        return adamw(model, learning_rate, betas, weight_decay)
+    bfloat16 = dtype == torch.bfloat16   # whose range orthogonalise needs: not float16
+    return Muon(model, learning_rate, betas, weight_decay, dtype=torch.bfloat16 if bfloat16 else torch.float32)
 
 
 def load_state(optimizer, state):
@@ -54,8 +118,3 @@ def learning_rate_at(step, schedule, peak, low, warmup_iters, decay_iters, coold
     done = min(max((step - start) / max(decay_iters - start, 1), 0.0), 1.0) if step < decay_iters else 1.0
     left = 1 - done if schedule == 'linear' else (1 + math.cos(math.pi * done)) / 2
     return low + (peak - low) * left
-
-
-def check_schedule(schedule):
-    if schedule not in SCHEDULES:
-        raise UsageError(f'schedule={schedule!r}: expected {", ".join(map(repr, SCHEDULES))}')

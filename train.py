@@ -27,7 +27,7 @@ import optim
 import runtime
 from configurator import UsageError, UserError, configure
 from dataset import Dataset
-from model import ATTEND, GPT, GPTConfig
+from model import ARCHS, ATTEND, GPT, GPTConfig, switches
 
 # ---------------------------------------------------------------------------------------------------------------------
 # output
@@ -49,13 +49,19 @@ batch_size = 12                       # rows per micro-batch
 block_size = 1024                     # tokens per row: the context
 gradient_accumulation_steps = 5 * 8   # micro-batches per step, over all processes
 # model
+arch = 'gpt2'                         # a set of switches in model.py: 'gpt2', 'llama', 'qwen3', 'speedrun'
+pos: str | None = None                # 'learned', 'rope', 'alibi'; None: that of arch
+window: int | None = None             # how many tokens back attention reaches, None: all
+layer_scale: float | None = None      # initial gain of what a block adds, None: no gains
 n_layer = 12
 n_embd = 768
 n_head = 12
 bias = False                          # biases in Linear and LayerNorm, as GPT-2 has them
 dropout = 0.0                         # 0.0 for pretraining; 0.1 or more for finetuning and small data
 attention = 'auto'                    # 'sdpa' (torch's fused kernels), 'math' (written out), 'auto' (the faster one)
+loss_chunks = 1                       # more: logits in so many pieces, which saves their memory, not their time
 # optimizer
+optimizer = 'adamw'                   # 'adamw', 'muon' (for the matrices of the blocks; needs fewer steps)
 max_iters = 600000                    # steps in all; one step is one update
 weight_decay = 1e-1                   # on matrices only
 grad_clip = 1.0                       # largest norm of the gradient, 0.0 for no limit
@@ -82,6 +88,7 @@ config = configure(globals())   # config files and --key=val onto the options ab
 
 # what to start from: nothing, the state of a run, or weights
 
+SWITCHES = ('arch', 'pos', 'window', 'layer_scale')
 LOCAL = ('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops')   # of this start, not of the run
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 resuming = init_from == 'resume' or init_from == 'auto' and os.path.exists(ckpt_path)
@@ -94,6 +101,9 @@ else:
         raise UserError(f'{start_path} has weights but no optimizer to go on with: give --init_from={start_path}')
     if resuming:   # what this command line leaves open stays as it was
         config.adopt(ckpt['config'], but=LOCAL)
+        if optimizer != ckpt['config'].get('optimizer', 'adamw'):
+            raise UsageError(f'{start_path} has the state of another optimizer than {optimizer}: give '
+                             f'--init_from={start_path} to start a new run from its weights')
     shape = {name: ckpt['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
     if not resuming and 'block_size' in config.given and block_size < shape['block_size']:
         del shape['block_size']   # weights may be cropped to a shorter context
@@ -101,11 +111,12 @@ else:
     if clash:
         raise UsageError(f'{start_path} has ' + ', '.join(f'{name}={shape[name]}, not {config[name]}' for name in clash)
                          + ': leave these options away, or start from scratch')
-    config.adopt(shape)
+    config.adopt({**{name: ckpt['config'][name] for name in SWITCHES if name in ckpt['config']}, **shape})
 
 # refusals
 
-for name in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size'):
+for name in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size',
+             'loss_chunks'):
     if config[name] < 1:
         raise UsageError(f'{name}={config[name]}: expected 1 or more')
 for name in ('checkpoint_interval', 'keep_last', 'patience', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay',
@@ -115,11 +126,10 @@ for name in ('checkpoint_interval', 'keep_last', 'patience', 'max_iters', 'learn
 for name in ('beta1', 'beta2', 'dropout'):
     if not 0 <= config[name] < 1:
         raise UsageError(f'{name}={config[name]}: expected 0 or more, and less than 1')
-if attention not in ATTEND:
-    raise UsageError(f'attention={attention!r}: expected one of {", ".join(map(repr, ATTEND))}')
-if parallel not in runtime.PARALLEL:
-    raise UsageError(f'parallel={parallel!r}: expected one of {", ".join(map(repr, runtime.PARALLEL))}')
-optim.check_schedule(schedule)
+for name, known in (('arch', ARCHS), ('attention', ATTEND), ('parallel', runtime.PARALLEL),
+                    ('optimizer', optim.OPTIMIZERS), ('schedule', optim.SCHEDULES)):
+    if config[name] not in known:
+        raise UsageError(f'{name}={config[name]!r}: expected one of {", ".join(map(repr, known))}')
 if schedule != 'constant' and min_lr > learning_rate:
     raise UsageError(f'min_lr={min_lr} is above learning_rate={learning_rate}: give both')
 
@@ -149,16 +159,22 @@ def batch_of(step):
 
 # model: build, load, crop, compile, wrap
 
+newer = switches(arch, pos=pos, window=window, layer_scale=layer_scale)
 if ckpt is None:
     vocab_size = data.vocab_size if data.vocab_size < 1000 else -(-data.vocab_size // 64) * 64   # see GPTConfig
     try:
-        model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout, attention=attention))
+        model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout, attention=attention,
+                              loss_chunks=loss_chunks, **newer))
     except ValueError as error:
         raise UsageError(error) from None
 else:
     if ckpt.get('tokenizer', data.tokenizer) != data.tokenizer:
         raise UsageError(f'{start_path} was trained with another tokenizer than the dataset {dataset!r} has')
-    model = checkpoint.build(ckpt, start_path, dropout=dropout, attention=attention)
+    model = checkpoint.build(ckpt, start_path, dropout=dropout, attention=attention, loss_chunks=loss_chunks)
+    clash = [f'{name}={getattr(model.config, name)!r}, not {value!r}' for name, value in newer.items()
+             if getattr(model.config, name) != value]
+    if clash and config.given & set(SWITCHES):
+        raise UsageError(f'{start_path} has {", ".join(clash)}: leave {", ".join(SWITCHES)} away')
     model.crop_block_size(block_size)
 data.check(block_size, model.config.vocab_size)
 model.to(rt.device)
@@ -172,14 +188,14 @@ wrapped = rt.wrap(model, parallel)
 
 # optimizer, and where the run stands
 
-optimizer = optim.adamw(model, learning_rate, (beta1, beta2), weight_decay)
+opt = optim.build(optimizer, model, learning_rate, (beta1, beta2), weight_decay, rt.dtype)
 scaler = rt.grad_scaler()
 step, seconds, best_val_loss = 0, 0.0, math.inf
 evaluated, bad_evals = -1, 0   # the step of the last evaluation; evaluations since the best one
 if resuming:
     step, best_val_loss, seconds = ckpt['iter_num'], ckpt['best_val_loss'], ckpt.get('seconds', 0.0)
     evaluated, bad_evals = ckpt.get('evaluated', -1), ckpt.get('bad_evals', 0)
-    optim.load_state(optimizer, ckpt['optimizer'])
+    optim.load_state(opt, ckpt['optimizer'])
     if ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
     say(f'resumed {ckpt_path}: step {step:,}, {step * tokens_per_iter:,} tokens seen, '
@@ -236,7 +252,7 @@ def save():
     state = rt.whole({
         'version': checkpoint.VERSION, 'model': model.state_dict(keep_vars=True), 'model_args': model.config.to_dict(),
         'tokenizer': data.tokenizer, 'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss,
-        'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+        'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
         'evaluated': evaluated, 'bad_evals': bad_evals, 'seconds': time.perf_counter() - begun})
     if rt.master:
         writer.put(state, best=evaluated == step and bad_evals == 0)
@@ -317,7 +333,7 @@ while True:
 
     # one update: forward and backward over the micro-batches, whose gradients add up
     rate = optim.learning_rate_at(step, schedule, learning_rate, min_lr, warmup_iters, decay_iters, cooldown_iters)
-    for group in optimizer.param_groups:
+    for group in opt.param_groups:
         group['lr'] = rate
     rt.reseed(seed, step)
     micro_steps, mean_loss = len(x), torch.zeros((), device=rt.device)
@@ -328,11 +344,11 @@ while True:
             scaler.scale(loss).backward()
         mean_loss += loss.detach()
     x, y = batch_of(step + 1)   # while the device still works
-    scaler.unscale_(optimizer)
+    scaler.unscale_(opt)
     grad_norm = rt.clip_gradients(model, grad_clip or math.inf)
-    scaler.step(optimizer)
+    scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
     timed, changed = timed + 1, True
 
     # everything below is bookkeeping

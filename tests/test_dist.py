@@ -98,6 +98,20 @@ def differences_without_extra_evaluations(out_dir, other):
     return differences(out_dir, other)
 
 
+@pytest.mark.parametrize('way', ['ddp', 'fsdp'])
+def test_two_processes_train_as_one_with_muon_and_every_switch(tmp_path, tiny, way):
+    args = (tiny, *FIFTY, '--optimizer=muon', '--arch=speedrun', '--window=9', '--layer_scale=0.5', '--max_iters=12')
+    for each in ('one', way):
+        go(each, *args, f'--out_dir={tmp_path / each}')
+    one, two = (log_of(tmp_path / each) for each in ('one', way))
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    one, two = (load(tmp_path / each / 'ckpt.pt') for each in ('one', way))
+    for name, weight in one['model'].items():
+        torch.testing.assert_close(two['model'][name], weight, rtol=0, atol=1e-4)
+    assert one['optimizer']['param_groups'] == two['optimizer']['param_groups']
+
+
 def test_fsdp_with_recomputed_activations_dropout_and_bfloat16_trains_and_resumes_bit_for_bit(tmp_path, tiny):
     args = (tiny, *HERE, '--dtype=bfloat16', '--dropout=0.1', '--activation_checkpointing', '--parallel=fsdp')
     torchrun('train.py', *args, f'--out_dir={tmp_path / "whole"}')

@@ -1,6 +1,7 @@
 """AdamW against its equations, what decays, and the learning rate at every step."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -8,9 +9,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from configurator import UsageError
 from model import GPT, GPTConfig
-from optim import SCHEDULES, adamw, check_schedule, learning_rate_at, load_state, param_groups
+from optim import OPTIMIZERS, SCHEDULES, adamw, build, learning_rate_at, load_state, orthogonalise, param_groups
 
 SHAPE = {'vocab_size': 11, 'block_size': 6, 'n_layer': 2, 'n_embd': 8, 'n_head': 2}
 
@@ -252,14 +252,107 @@ def test_the_rate_is_low_from_the_end_on_unless_constant(step, schedule, warmup,
     assert here == (1.0 if schedule == 'constant' else 0.1)
 
 
-@pytest.mark.parametrize('schedule', SCHEDULES)
-def test_known_schedules_pass(schedule):
-    assert check_schedule(schedule) is None
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+def a_gpt(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(23, 12, n_layer=2, n_embd=16, n_head=2, **changes))
 
 
-@pytest.mark.parametrize('schedule', ['cosin', '', 'wsd', 'Cosine'])
-def test_an_unknown_schedule_is_refused_with_the_known_ones(schedule):
-    with pytest.raises(UsageError) as refusal:
-        check_schedule(schedule)
-    assert f'schedule={schedule!r}' in str(refusal.value)
-    assert all(repr(known) in str(refusal.value) for known in SCHEDULES)
+def spoil_gradients(model, seed):
+    """Gradients at random, of very different sizes."""
+    torch.manual_seed(seed)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.randn_like(p) * 10.0 ** (i % 5 - 3)
+
+
+@pytest.mark.parametrize('shape', [(16, 16), (48, 16), (16, 64), (128, 32)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_orthogonalise_brings_all_singular_values_near_one_and_keeps_the_vectors(shape, dtype):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    found = orthogonalise(matrices.to(dtype)).float()
+    assert found.shape == matrices.shape
+    for matrix, direction in zip(matrices, found):
+        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        core = U.T @ direction @ Vh.T   # diagonal if the vectors are the same
+        values = torch.linalg.svdvals(direction)
+        assert 0.3 < values.min() and values.max() < 1.3
+        if dtype == torch.float32:
+            torch.testing.assert_close(core, core.diagonal().diag(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize('weight_decay', [0.0, 0.3])
+def test_muon_moves_the_matrices_of_the_blocks_as_torch_does_and_all_else_as_adamw(weight_decay):
+    ours, theirs = a_gpt(bias=True), a_gpt(bias=True)
+    opt = build('muon', ours, 1e-2, (0.9, 0.95), weight_decay, torch.bfloat16)
+    of_blocks = [p for name, p in theirs.named_parameters() if '.h.' in name and p.dim() == 2]
+    rest = [p for name, p in theirs.named_parameters() if '.h.' not in name or p.dim() < 2]
+    muon = torch.optim.Muon(of_blocks, lr=1e-2, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw')
+    plain = torch.optim.AdamW([{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
+                               {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}],
+                              lr=1e-2, betas=(0.9, 0.95))
+    for step in range(4):
+        before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+        for model in (ours, theirs):
+            spoil_gradients(model, step)
+        opt.step()
+        muon.step()
+        plain.step()
+        for (name, p), other in zip(ours.named_parameters(), theirs.parameters()):
+            moved = (other - before[name]).norm()
+            assert (p - other).norm() < 0.02 * moved, name   # products in bfloat16, in another order
+            p.data.copy_(other)
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@pytest.mark.parametrize('changes', [{}, {'tie_weights': False, 'layer_scale': 0.1, 'qk_norm': True, 'bias': True}])
+def test_every_parameter_is_in_exactly_one_group(optimizer, changes):
+    model = a_gpt(**changes)
+    groups = build(optimizer, model, 1e-2, (0.9, 0.95), 0.1, torch.float32).param_groups
+    ids = [id(p) for group in groups for p in group['params']]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    for group in groups:
+        assert all(p.dim() >= 2 for p in group['params']) if group['weight_decay'] else \
+               all(p.dim() < 2 for p in group['params'])
+
+
+def test_muon_holds_one_moment_for_a_matrix_and_passes_over_what_has_no_gradient():
+    model = a_gpt()
+    opt = build('muon', model, 1e-2, (0.9, 0.95), 0.1, torch.float32)
+    spoil_gradients(model, 0)
+    frozen = model.transformer.h[0].mlp.c_fc.weight
+    frozen.grad, before = None, frozen.detach().clone()
+    opt.step()
+    assert torch.equal(frozen, before) and frozen not in opt.state
+    assert opt.state[model.transformer.h[1].mlp.c_fc.weight].keys() == {'momentum_buffer'}
+    assert 'exp_avg_sq' in opt.state[model.transformer.wte.weight]
+
+
+def test_a_loss_scaler_that_meets_an_overflow_skips_the_whole_step_of_muon():
+    model = a_gpt()
+    opt = build('muon', model, 1e-2, (0.9, 0.95), 0.1, torch.float16)
+    assert opt.dtype == torch.float32
+    scaler = torch.amp.GradScaler('cpu')
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.scale(model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1]).backward()
+    model.transformer.wpe.weight.grad[0, 0] = math.inf
+    scaler.unscale_(opt)
+    scaler.step(opt)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+def test_the_state_of_muon_is_taken_over_and_the_next_step_is_the_same_bit_for_bit():
+    one, two = a_gpt(), a_gpt()
+    first = build('muon', one, 1e-2, (0.9, 0.95), 0.1, torch.bfloat16)
+    for step in range(3):
+        spoil_gradients(one, step)
+        first.step()
+    two.load_state_dict(one.state_dict())
+    second = build('muon', two, 1e-2, (0.9, 0.95), 0.1, torch.bfloat16)
+    load_state(second, copy.deepcopy(first.state_dict()))
+    for model, opt in ((one, first), (two, second)):
+        spoil_gradients(model, 9)
+        opt.step()
+    assert all(torch.equal(p, other) for p, other in zip(one.parameters(), two.parameters()))

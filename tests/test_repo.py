@@ -27,8 +27,9 @@ RUNNABLE = [f'{name}.py' for name in SCRIPTS] + PREPARES
 TRAIN_OPTIONS = """
     out_dir init_from eval_interval checkpoint_interval keep_last eval_iters eval_only log_interval patience
     wandb_log wandb_project wandb_run_name
-    dataset batch_size block_size gradient_accumulation_steps n_layer n_embd n_head bias dropout attention
-    max_iters weight_decay grad_clip beta1 beta2
+    dataset batch_size block_size gradient_accumulation_steps arch pos window layer_scale n_layer n_embd n_head bias
+    dropout attention loss_chunks
+    optimizer max_iters weight_decay grad_clip beta1 beta2
     learning_rate schedule warmup_iters lr_decay_iters cooldown_iters min_lr
     seed device dtype compile parallel activation_checkpointing peak_flops
 """.split()
@@ -150,7 +151,7 @@ def test_a_config_is_accepted_and_makes_a_model_and_a_schedule(path, monkeypatch
     config = configured('train.py', [path], monkeypatch)
     names = ('block_size', 'n_layer', 'n_embd', 'n_head', 'bias', 'dropout', 'attention')
     GPTConfig(**{name: config[name] for name in names})
-    optim.check_schedule(config['schedule'])
+    assert config['schedule'] in optim.SCHEDULES and config['optimizer'] in optim.OPTIMIZERS
     assert config['eval_only'] or 0 <= config['warmup_iters'] < config['max_iters']
     assert config['eval_only'] or config['out_dir'] != 'out'   # its own folder
     assert (ROOT / 'data' / config['dataset'] / 'prepare.py').exists() or config['dataset'] == 'openwebtext'

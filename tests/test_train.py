@@ -455,6 +455,21 @@ def test_a_loss_that_becomes_nan_ends_the_run_and_the_checkpoint_stays_good(agai
     assert [record['step'] for record in records(again, 'step')] == [0, 10, 20]
 
 
+def test_a_run_with_the_newest_of_everything_resumes_bit_for_bit_and_keeps_its_optimizer(tmp_path, tiny):
+    args = (tiny, '--arch=speedrun', '--optimizer=muon', '--loss_chunks=3', '--dtype=bfloat16', '--window=5')
+    train(*args, f'--out_dir={tmp_path / "whole"}')
+    train(*args, f'--out_dir={tmp_path / "parts"}', '--max_iters=13', '--lr_decay_iters=20')
+    done = run('train.py', f'--out_dir={tmp_path / "parts"}', '--init_from=resume', '--optimizer=adamw')
+    assert_one_line(done, 2, 'the state of another optimizer', 'give --init_from=')
+    train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume', '--max_iters=20', '--lr_decay_iters=None')
+    log = [record for record in log_of(tmp_path / 'parts') if record.get('step') != 13]
+    assert log == log_of(tmp_path / 'whole')
+    assert_same_weights(*(load(tmp_path / name / 'ckpt.pt')['model'] for name in ('parts', 'whole')))
+    assert log[-1]['val_loss'] < log[0]['val_loss'] - 0.5
+    train(f'--init_from={tmp_path / "parts"}', tiny, f'--out_dir={tmp_path / "new"}', '--max_iters=1')
+    assert load(tmp_path / 'new' / 'ckpt.pt')['config']['arch'] == 'speedrun'
+
+
 def test_a_full_disk_does_not_end_the_run_and_leaves_the_old_checkpoint(again):
     resource = pytest.importorskip('resource')
     before = contents(again)
@@ -521,6 +536,10 @@ def bad(tmp_path_factory, trained, char_dataset):
     (['--compile=maybe'], 2, ["compile='maybe'", 'True']),
     (['--parallel=zero'], 2, ["parallel='zero'", "'ddp', 'fsdp'"]),
     (['--parallel=fsdp', '--dtype=float16'], 2, ["dtype='float16'", '--dtype=bfloat16']),
+    (['--arch=gpt5'], 2, ["arch='gpt5'", "'gpt2', 'llama'"]),
+    (['--optimizer=sgd'], 2, ["optimizer='sgd'", "'adamw', 'muon'"]),
+    (['--init_from={trained}', '--arch=llama'], 2, ["has pos='learned', not 'rope'", 'leave arch']),
+    (['--init_from={trained}', '--window=4'], 2, ['window=None, not 4']),
     (['--attention=flash'], 2, ["attention='flash'", "'sdpa'"]),
     (['--schedule=step'], 2, ["schedule='step'", "'cosine'"]),
     (['--batch_size=0'], 2, ['batch_size=0', '1 or more']),
