@@ -52,13 +52,13 @@ class GPTConfig:
                 raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
         for name in ('softcap', 'layer_scale'):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f'{name}={getattr(self, name)}: expected more than 0')
+                raise ValueError(f'{name}={getattr(self, name)}: expected a finite number above 0')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} does not divide among n_head={self.n_head} heads: '
                              f'make it a multiple of n_head, such as {-(-self.n_embd // self.n_head) * self.n_head}')
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ValueError(f'n_head={self.n_head} heads cannot share n_kv_head={self.n_kv_head} evenly: '
-                             f'make it a divisor of n_head')
+                             f'make n_kv_head a divisor of n_head')
         if self.pos == 'rope' and self.n_embd // self.n_head % 2:
             raise ValueError(f"pos='rope' turns pairs of channels: n_embd / n_head = {self.n_embd // self.n_head} "
                              f"must be even")
@@ -138,10 +138,10 @@ def attend_math(q, k, v, dropout, bias=None):
     out, this is the reference for every other way.
     """
     T, D = q.shape[-2:]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(D)                                   # (B, H, T, T), query by key
     if bias is None:
         bias = torch.full((T, T), -math.inf, device=q.device).triu(diagonal=1)        # no key after the query
-    weights = (scores + bias).softmax(dim=-1).to(v.dtype)                             # each row sums to one
+    scores = (q / math.sqrt(D)) @ k.transpose(-2, -1) + bias.to(q.dtype)              # (B, H, T, T), query by key
+    weights = scores.softmax(dim=-1, dtype=scores.dtype)                              # each row sums to one
     return F.dropout(weights, dropout) @ v                                            # (B, H, T, D)
 
 
@@ -161,6 +161,14 @@ def attend_auto(q, k, v, dropout, bias=None):
 ATTEND = {'auto': attend_auto, 'sdpa': attend_sdpa, 'math': attend_math}
 
 
+class RMSNorm(nn.RMSNorm):
+    """x over its root mean square, times a weight (Zhang & Sennrich, 2019). torch's, which is slow and warns when x is
+    in bfloat16 and the weight is not."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -168,8 +176,8 @@ class CausalSelfAttention(nn.Module):
         self.heads, self.dropout, self.attend = (H, K, K), config.dropout, ATTEND[config.attention]
         self.c_attn = nn.Linear(C, (H + K + K) * C // H, bias=config.bias)            # queries, keys, values in one
         self.c_proj = nn.Linear(C, C, bias=config.bias)
-        self.q_norm = nn.RMSNorm(C // H, eps=1e-6) if config.qk_norm else nn.Identity()   # Dehghani et al., 2023
-        self.k_norm = nn.RMSNorm(C // H, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(C // H, eps=1e-6) if config.qk_norm else nn.Identity()   # Dehghani et al., 2023
+        self.k_norm = RMSNorm(C // H, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def forward(self, x, angles=None, bias=None):
         B, T, C = x.shape
@@ -189,7 +197,7 @@ class CausalSelfAttention(nn.Module):
 
 GELU = {'tanh': 'tanh', 'erf': 'none'}   # our name -> torch's
 NORM = {'layernorm': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
-        'rmsnorm': lambda config: nn.RMSNorm(config.n_embd, eps=1e-6)}                # Zhang & Sennrich, 2019
+        'rmsnorm': lambda config: RMSNorm(config.n_embd, eps=1e-6)}
 
 
 class ReLU2(nn.Module):

@@ -1,6 +1,8 @@
-"""The model: against a GPT-2 written a second time in numpy, against closed forms, and by what must never change."""
+"""The model: against one written a second time in numpy, against closed forms, and by what must never change."""
 
+import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -8,10 +10,40 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import optim
-from model import ATTEND, GPT, GPTConfig, attend_math, draw, uniform
+from model import ARCHS, ATTEND, GPT, NANOGPT_FIELDS, GPTConfig, attend_math, draw, rope, rotate, uniform
 
 SHAPE = {'vocab_size': 23, 'block_size': 12, 'n_layer': 2, 'n_embd': 16, 'n_head': 4}
 WAYS = sorted(ATTEND)
+
+# Each switch alone on top of GPT-2, at each of its values that takes another path; the context is 12 tokens
+SWITCHES = {
+    'rope': {'pos': 'rope'}, 'alibi': {'pos': 'alibi'}, 'alibi, 6 heads': {'pos': 'alibi', 'n_head': 6, 'n_embd': 24},
+    'rmsnorm': {'norm': 'rmsnorm'}, 'qk_norm': {'qk_norm': True},
+    'relu2': {'mlp': 'relu2'}, 'swiglu': {'mlp': 'swiglu'},
+    **{f'n_kv_head {n}': {'n_kv_head': n} for n in (1, 2, 4)},
+    **{f'window {n}': {'window': n} for n in (1, 5, 11, 12, 20)},
+    'untied': {'tie_weights': False}, 'softcap': {'softcap': 2.0}, 'layer_scale': {'layer_scale': 0.1},
+    'zero_init': {'zero_init': True}, 'zero_init, untied': {'zero_init': True, 'tie_weights': False},
+}
+CASES = {**ARCHS, **SWITCHES}
+CHOICES = {
+    'bias': [True, False], 'gelu': ['tanh', 'erf'], 'mlp': ['gelu', 'relu2', 'swiglu'],
+    'pos': ['learned', 'rope', 'alibi'], 'norm': ['layernorm', 'rmsnorm'], 'qk_norm': [True, False],
+    'n_head': [2, 4, 8], 'n_kv_head': [None, 1, 2], 'window': [None, 1, 5, 12],
+    'tie_weights': [True, False], 'softcap': [None, 2.0], 'layer_scale': [None, 0.1], 'zero_init': [True, False],
+}
+
+
+def mixture(seed):
+    source = random.Random(seed)
+    return {name: source.choice(values) for name, values in CHOICES.items()}
+
+
+MIXED = {f'mixture {seed}': mixture(seed) for seed in range(12)}
+
+
+def with_each(cases):
+    return pytest.mark.parametrize('changes', cases.values(), ids=list(cases))
 
 
 def make(dtype=torch.float64, spread=0.3, **changes):
@@ -36,38 +68,60 @@ def logits_of(model, idx):
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole model
 
-def gpt2_in_numpy(weights, ids, n_layer, n_head, gelu):
-    """Logits of one sequence of ids: GPT-2 read off its paper, one head and one position at a time."""
+def gpt_in_numpy(weights, ids, c):
+    """Logits of one sequence of ids: GPT-2 and all that may differ from it, read off the papers, one head and one
+    position at a time."""
     P = {name.removeprefix('transformer.'): p.numpy() for name, p in weights.items()}
+    T, C, H, K, D = len(ids), c.n_embd, c.n_head, c.n_kv_head or c.n_head, c.n_embd // c.n_head
 
     def linear(x, name):
         return x @ P[f'{name}.weight'].T + P.get(f'{name}.bias', 0)
 
-    def norm(x, name):
+    def norm(x, name, kind=c.norm):
+        if kind == 'rmsnorm':
+            return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * P[f'{name}.weight']
         centred = x - x.mean(-1, keepdims=True)
         return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5) * P[f'{name}.weight'] \
             + P.get(f'{name}.bias', 0)
 
     def activation(x):
-        if gelu == 'tanh':
+        if c.mlp == 'relu2':
+            return np.where(x > 0, x * x, 0)
+        if c.mlp == 'swiglu':
+            gate, value = np.split(x, 2, axis=-1)
+            return gate / (1 + np.exp(-gate)) * value
+        if c.gelu == 'tanh':
             return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
         return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
-    x = np.array([P['wte.weight'][token] + P['wpe.weight'][place] for place, token in enumerate(ids)])
-    T, C = x.shape
-    D = C // n_head
-    for layer in range(n_layer):
+    def turned(x):   # pairs of channels as complex numbers
+        if c.pos != 'rope':
+            return x
+        speed = [10_000 ** (-i / D) for i in range(0, D, 2)]
+        z = (x[:, :D // 2] + 1j * x[:, D // 2:]) * np.exp(1j * np.outer(np.arange(T), speed))
+        return np.concatenate((z.real, z.imag), axis=1)
+
+    x = np.array([P['wte.weight'][token] for token in ids])
+    if c.pos == 'learned':
+        x = x + P['wpe.weight'][:T]
+    for layer in range(c.n_layer):
         qkv = linear(norm(x, f'h.{layer}.ln_1'), f'h.{layer}.attn.c_attn')
         mixed = np.zeros((T, C))
-        for head in range(n_head):
-            mine = slice(head * D, (head + 1) * D)
-            q, k, v = (part[:, mine] for part in np.split(qkv, 3, axis=1))
+        for head in range(H):
+            shared = head * K // H   # the first H / K heads of queries share the first of keys, and so on
+            q, k, v = (qkv[:, n * D:(n + 1) * D] for n in (head, H + shared, H + K + shared))
+            if c.qk_norm:
+                q, k = (norm(part, f'h.{layer}.attn.{name}_norm', 'rmsnorm') for part, name in ((q, 'q'), (k, 'k')))
+            q, k, slope = turned(q), turned(k), 2 ** (-8 * (head + 1) / H) if c.pos == 'alibi' else 0
             for t in range(T):
-                weight = np.exp([q[t] @ k[s] / math.sqrt(D) for s in range(t + 1)])
-                mixed[t, mine] = weight @ v[:t + 1] / weight.sum()
-        x = x + linear(mixed, f'h.{layer}.attn.c_proj')
-        x = x + linear(activation(linear(norm(x, f'h.{layer}.ln_2'), f'h.{layer}.mlp.c_fc')), f'h.{layer}.mlp.c_proj')
-    return norm(x, 'ln_f') @ P['wte.weight'].T
+                seen = [s for s in range(t + 1) if t - s < (c.window or T)]
+                weight = np.exp([q[t] @ k[s] / math.sqrt(D) - slope * (t - s) for s in seen])
+                mixed[t, head * D:(head + 1) * D] = weight @ v[seen] / weight.sum()
+        x = x + linear(mixed, f'h.{layer}.attn.c_proj') * P.get(f'h.{layer}.scale_1.weight', 1)
+        inner = activation(linear(norm(x, f'h.{layer}.ln_2'), f'h.{layer}.mlp.c_fc'))
+        x = x + linear(inner, f'h.{layer}.mlp.c_proj') * P.get(f'h.{layer}.scale_2.weight', 1)
+    logits = norm(x, 'ln_f') @ P['wte.weight' if c.tie_weights else 'lm_head.weight'].T
+    return c.softcap * np.tanh(logits / c.softcap) if c.softcap else logits
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -75,8 +129,26 @@ def gpt2_in_numpy(weights, ids, n_layer, n_head, gelu):
 @pytest.mark.parametrize('attention', WAYS)
 def test_logits_equal_those_of_a_second_gpt2_in_numpy(attention, gelu, bias):
     model, idx = make(attention=attention, gelu=gelu, bias=bias), tokens()
-    expected = [gpt2_in_numpy(model.state_dict(), row, 2, 4, gelu) for row in idx.tolist()]
+    expected = [gpt_in_numpy(model.state_dict(), row, model.config) for row in idx.tolist()]
     np.testing.assert_allclose(logits_of(model, idx).numpy(), expected, rtol=0, atol=1e-10)
+
+
+@with_each({**CASES, **MIXED})
+@pytest.mark.parametrize('attention', ['math', 'sdpa'])
+def test_logits_with_every_switch_equal_those_of_the_second_model_in_numpy(attention, changes):
+    """Angles and slopes are kept in float32: off by up to 12 * 2**-24, 7e-7, at this context. All else is float64."""
+    model, idx = make(attention=attention, **changes), tokens()
+    expected = [gpt_in_numpy(model.state_dict(), row, model.config) for row in idx.tolist()]
+    atol = 1e-10 if model.config.pos == 'learned' else 2e-6
+    np.testing.assert_allclose(logits_of(model, idx).numpy(), expected, rtol=0, atol=atol)
+
+
+@with_each({name: changes for name, changes in CASES.items() if name not in ('gpt2', 'n_kv_head 4', 'window 12',
+                                                                             'window 20', 'zero_init')})
+def test_every_switch_makes_another_model(changes):
+    assert GPTConfig(**changes) != GPTConfig()
+    logits, plain = logits_of(make(**changes), tokens()), logits_of(make(), tokens())
+    assert (logits - plain).abs().max() > 1e-3
 
 
 def test_the_two_gelus_are_two():
@@ -183,6 +255,88 @@ def test_models_with_either_attention_agree_in_loss_and_gradients(way, dtype, bo
         assert (ours - exact).norm() <= bound * exact.norm() + 1e-7
 
 
+@with_each({**CASES, **MIXED})
+@pytest.mark.parametrize('T', [12, 130])
+def test_models_with_sdpa_and_written_out_attention_agree_in_logits_and_gradients(T, changes):
+    def results(attention):
+        model = make(block_size=T, attention=attention, **changes)
+        logits, loss = model(tokens(length=T), tokens(length=T, seed=1))
+        loss.backward()
+        return [logits.detach(), *(p.grad for p in model.parameters())]
+
+    for ours, exact in zip(results('sdpa'), results('math'), strict=True):
+        # their losses are float32, in which gradients of mean zero keep an absolute error
+        assert (ours - exact).norm() <= 1e-6 * exact.norm() + 1e-9
+
+
+@pytest.fixture
+def every_warning():
+    """Warnings that torch gives once in a process are given each time, so that none hides behind an earlier test."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures('every_warning')
+@pytest.mark.parametrize('kind', ['whole', 'autocast'])
+@pytest.mark.parametrize('attention', WAYS)
+@with_each(CASES)
+def test_logits_in_bfloat16_are_near_those_in_float32(changes, attention, kind):
+    """The bound is on the size of the error as a share of that of the logits: a few roundings of 2**-9 per layer."""
+    exact = logits_of(make(torch.float32, 0.1, attention=attention, **changes), tokens())
+    model = make(torch.float32, 0.1, attention=attention, **changes)
+    if kind == 'whole':
+        model.to(torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16, enabled=kind == 'autocast'):
+        logits = logits_of(model, tokens())
+    assert logits.dtype == torch.bfloat16
+    assert (logits - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize('D', [2, 8, 64])
+def test_scores_of_turned_queries_and_keys_depend_on_their_distance_only(D):
+    """One query and one key at each of 300 positions. The bound is that of angles in float32, 300 * 2**-24 of a score
+    of size D."""
+    q, k = torch.randn(2, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(D))
+    angles = rope(300, D, 'cpu')
+    scores = rotate(q.expand(300, D), angles) @ rotate(k.expand(300, D), angles).T   # query by key
+    assert (scores[1:, 1:] - scores[:-1, :-1]).abs().max() < 4e-5 * D
+    assert (scores[200:, 200:] - scores[:100, :100]).abs().max() < 4e-5 * D
+    torch.testing.assert_close(scores.diagonal(), (q @ k.T).expand(1, 300)[0], rtol=0, atol=1e-6 * D)
+    assert (scores[0, 1:] - scores[0, 0]).abs().min() > 1e-3   # and on the distance they do depend
+
+
+def test_turning_is_by_one_radian_a_position_for_the_first_pair_and_keeps_lengths():
+    x = torch.randn(2, 50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turned = rotate(x, rope(50, 6, 'cpu'))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=0, atol=1e-6)
+    assert torch.equal(turned[:, 0], x[:, 0])   # position 0 stays as it is
+    t = torch.arange(50, dtype=torch.float64)
+    first = x[..., 0] * t.cos() - x[..., 3] * t.sin(), x[..., 3] * t.cos() + x[..., 0] * t.sin()
+    torch.testing.assert_close(turned[..., [0, 3]], torch.stack(first, dim=-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('window', [1, 2, 5, 11, 12, 20])
+@pytest.mark.parametrize('pos', ['learned', 'rope', 'alibi'])
+@pytest.mark.parametrize('attention', WAYS)
+def test_one_layer_sees_no_token_that_lies_a_window_or_more_back(attention, pos, window):
+    model, idx = make(attention=attention, pos=pos, window=window, n_layer=1), tokens(rows=1).repeat(12, 1)
+    other = (idx + torch.eye(12, dtype=torch.long)) % 23   # row t has another token at t
+    moved = (logits_of(model, other)[:, -1] != logits_of(model, idx)[:, -1]).any(dim=-1)
+    assert moved.tolist() == [11 - t < window for t in range(12)]
+
+
+@with_each({**CASES, **MIXED})
+@pytest.mark.parametrize('attention', WAYS)
+def test_a_token_moves_its_own_logits_and_those_within_reach_after_it(attention, changes):
+    """The reach of two layers is twice that of one, itself not counted."""
+    model, idx = make(attention=attention, **changes), tokens(rows=1).repeat(12, 1)
+    other = (idx + torch.eye(12, dtype=torch.long)) % 23
+    moved = (logits_of(model, other) != logits_of(model, idx)).any(dim=-1)   # (12, 12), token by position
+    reach = 2 * ((model.config.window or 12) - 1)
+    assert moved.tolist() == [[0 <= place - t <= reach for place in range(12)] for t in range(12)]
+
+
 @pytest.mark.parametrize('t', range(12))
 @pytest.mark.parametrize('attention', WAYS)
 def test_a_token_moves_no_logit_before_it(attention, t):
@@ -198,6 +352,109 @@ def test_rows_of_a_batch_do_not_see_each_other():
     model, idx = make(), tokens(rows=3)
     alone = torch.cat([logits_of(model, row) for row in idx.split(1)])
     torch.testing.assert_close(logits_of(model, idx), alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('attention', WAYS)
+@pytest.mark.parametrize('bias', [True, False])
+def test_as_many_heads_of_keys_as_of_queries_is_the_default_bit_for_bit(bias, attention):
+    shared, plain = (make(torch.float32, bias=bias, attention=attention, n_kv_head=n) for n in (4, None))
+    assert all(torch.equal(*pair) for pair in zip(shared.parameters(), plain.parameters(), strict=True))
+    assert torch.equal(logits_of(shared, tokens()), logits_of(plain, tokens()))
+
+
+@pytest.mark.parametrize('window', [12, 20])
+@pytest.mark.parametrize('attention', WAYS)
+def test_a_window_of_the_context_or_more_is_no_window(attention, window):
+    wide, plain = (make(torch.float32, attention=attention, window=n) for n in (window, None))
+    assert torch.equal(logits_of(wide, tokens()), logits_of(plain, tokens()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the head and what blocks add
+
+@pytest.mark.parametrize('cap', [0.5, 15.0])
+def test_softcap_bounds_logits_and_keeps_their_order(cap):
+    capped, plain = (make(softcap=softcap) for softcap in (cap, None))
+    for model in (capped, plain):
+        model.transformer.wte.weight.data *= 4
+    logits, free = logits_of(capped, tokens()), logits_of(plain, tokens())
+    assert logits.abs().max() <= cap < free.abs().max()
+    assert logits.abs().max() > 0.6 * cap
+    assert logits.gather(-1, free.argsort(dim=-1)).diff().min() >= 0
+    assert capped(tokens())[0].abs().max() <= cap   # the last position alone, too
+
+
+def test_a_softcap_far_away_is_none():
+    torch.testing.assert_close(logits_of(make(softcap=1e6), tokens()), logits_of(make(), tokens()), rtol=0, atol=1e-9)
+
+
+def fresh_hidden(dtype=torch.float64, **changes):
+    """What a new model makes of tokens, and what it would without its blocks."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SHAPE, **changes})).to(dtype)
+    x = model.transformer.wte(tokens())
+    if model.config.pos == 'learned':
+        x = x + model.transformer.wpe.weight
+    return model.hidden(tokens()), model.transformer.ln_f(x)
+
+
+@pytest.mark.parametrize('others', [*ARCHS.values(), {'pos': 'alibi', 'layer_scale': 0.1}],
+                         ids=[*ARCHS, 'alibi, layer_scale'])
+def test_blocks_that_begin_at_zero_are_the_identity(others):
+    assert torch.equal(*fresh_hidden(**{**others, 'zero_init': True}))
+    assert (torch.sub(*fresh_hidden(**{**others, 'zero_init': False}))).abs().max() > 1e-4
+
+
+@with_each({'speedrun': ARCHS['speedrun'], 'zero_init, untied': SWITCHES['zero_init, untied']})
+def test_an_untied_head_that_begins_at_zero_guesses_evenly(changes):
+    logits, loss = GPT(GPTConfig(**SHAPE, **changes))(tokens(), tokens(seed=1))
+    assert not logits.any()
+    assert loss.item() == pytest.approx(math.log(23), rel=1e-7)
+
+
+def test_small_gains_make_blocks_nearly_the_identity():
+    assert 0 < torch.sub(*fresh_hidden(layer_scale=1e-8)).abs().max() < 1e-7
+    assert torch.sub(*fresh_hidden()).abs().max() > 1e-3
+
+
+def test_gains_of_one_change_nothing():
+    assert torch.equal(fresh_hidden(layer_scale=1.0)[0], fresh_hidden()[0])
+
+
+def test_an_untied_head_is_a_matrix_of_its_own():
+    model = make(tie_weights=False)
+    table, head = model.transformer.wte.weight, model.lm_head.weight
+    assert head.data_ptr() != table.data_ptr() and not torch.equal(head, table)
+    assert {id(table), id(head)} <= {id(p) for p in model.parameters()}
+    model(tokens(), tokens(seed=1))[1].backward()
+    seen = torch.zeros(23, dtype=torch.bool).index_fill(0, tokens().flatten(), True)
+    assert torch.equal(table.grad.any(dim=1), seen)   # an id that is not read sends the table nothing
+    assert head.grad.any(dim=1).all()
+
+
+@with_each({**CASES, **MIXED})
+def test_every_parameter_gets_a_gradient(changes):
+    model = make(**{**changes, 'window': changes.get('window') if changes.get('window') != 1 else None})
+    model(tokens(), tokens(seed=1))[1].backward()
+    for name, p in model.named_parameters():   # with a window of 1 queries and keys decide nothing
+        assert p.grad is not None and p.grad.abs().max() > 1e-8, name
+
+
+@pytest.mark.parametrize('changes', [{}, {'layer_scale': 0.1, 'qk_norm': True}])
+def test_at_the_first_step_zeros_hide_what_lies_before_them_inside_their_blocks(changes):
+    """A gradient goes back through c_proj, at zero, to nothing; a gain learns nothing from an output of zero. The
+    residual stream passes by, so the tables and c_proj itself do learn."""
+    model = GPT(GPTConfig(**SHAPE, **changes, zero_init=True))
+    model(tokens(), tokens(seed=1))[1].backward()
+    still = {name for name, p in model.named_parameters() if not p.grad.any()}
+    hidden = ('ln_1', 'ln_2', 'c_attn', 'q_norm', 'k_norm', 'c_fc', 'scale_1', 'scale_2')
+    assert still == {name for name, p in model.named_parameters() if name.split('.')[-2] in hidden}
+
+
+def test_at_the_first_step_a_head_of_zeros_hides_all_but_itself():
+    model = GPT(GPTConfig(**SHAPE, **ARCHS['speedrun']))
+    model(tokens(), tokens(seed=1))[1].backward()
+    assert [name for name, p in model.named_parameters() if p.grad.any()] == ['lm_head.weight']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +512,17 @@ def test_no_dropout_is_drawn_when_it_is_zero():
     ({'gelu': 'exact'}, ["gelu='exact'", "'tanh', 'erf'"]),
     *(({name: 0}, [f'{name}=0', 'expected 1 or more']) for name in SHAPE),
     ({'n_head': -4}, ['n_head=-4', 'expected 1 or more']),
+    ({'pos': 'rotary'}, ["pos='rotary'", "'learned', 'rope', 'alibi'"]),
+    ({'norm': 'batchnorm'}, ["norm='batchnorm'", "'layernorm', 'rmsnorm'"]),
+    ({'mlp': 'silu'}, ["mlp='silu'", "'gelu', 'relu2', 'swiglu'"]),
+    ({'pos': None}, ['pos=None', 'expected one of']),
+    *(({name: value}, [f'{name}={value}', 'expected 1 or more']) for name in ('n_kv_head', 'window')
+      for value in (0, -2)),
+    ({'n_kv_head': 3}, ['n_head=4', 'n_kv_head=3', 'a divisor of n_head']),
+    ({'n_kv_head': 8}, ['n_head=4', 'n_kv_head=8', 'a divisor of n_head']),
+    ({'pos': 'rope', 'n_embd': 20}, ["pos='rope'", 'n_embd / n_head = 5', 'must be even']),
+    *(({name: value}, [f'{name}={value}', 'expected', '0']) for name in ('softcap', 'layer_scale')
+      for value in (0, 0.0, -1.0, math.nan, math.inf, -math.inf)),
 ])
 def test_a_configuration_that_cannot_be_is_refused_with_value_and_remedy(changes, words):
     with pytest.raises(ValueError) as refusal:
@@ -268,6 +536,20 @@ def test_dictionary_of_a_configuration_has_nanogpts_fields_and_what_is_not_defau
     assert GPTConfig(**old, attention='math').to_dict() == old
     assert GPTConfig(**old, gelu='erf').to_dict() == {**old, 'gelu': 'erf'}
     assert GPTConfig(**GPTConfig(**old, gelu='erf').to_dict()) == GPTConfig(**old, gelu='erf')
+
+
+@with_each({**CASES, **MIXED})
+def test_a_configuration_survives_the_dictionary_of_a_checkpoint(changes):
+    config = GPTConfig(**{**SHAPE, **changes})
+    kept = json.loads(json.dumps(config.to_dict()))
+    assert GPTConfig(**kept) == config
+    assert set(kept) == set(NANOGPT_FIELDS) | {name for name, value in changes.items()
+                                               if value != getattr(GPTConfig(), name)}
+    GPT(GPTConfig(**kept)).load_state_dict(make(**changes).state_dict())
+
+
+def test_the_defaults_are_gpt2():
+    assert GPTConfig(**ARCHS['gpt2']) == GPTConfig()
 
 
 @pytest.fixture(scope='module', params=['as built', 'initialised over NaN'])
@@ -305,6 +587,28 @@ def test_vectors_begin_at_zero_and_norms_at_one(fresh):
     assert len(vectors) == 3 * 8 + 2
     for name, p in vectors.items():
         assert torch.equal(p, torch.zeros_like(p) if name.endswith('bias') else torch.ones_like(p)), name
+
+
+@with_each({**CASES, **MIXED})
+@pytest.mark.parametrize('over', ['as built', 'initialised over NaN'])
+def test_what_switches_add_begins_as_it_should(over, changes):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SHAPE, **changes}))
+    if over != 'as built':
+        for p in model.parameters():
+            p.data.fill_(math.nan)
+        model.init_weights()
+    for name, p in model.named_parameters():
+        kind, zero = name.split('.')[-2], model.config.zero_init
+        if kind.startswith('scale'):
+            assert torch.equal(p, torch.full((model.config.n_embd,), 0.1)), name
+        elif p.dim() == 1:
+            assert torch.equal(p, torch.zeros_like(p) if name.endswith('bias') else torch.ones_like(p)), name
+        elif kind in ('c_proj', 'lm_head') and zero:
+            assert not p.any(), name
+        else:
+            std = 0.01 if kind == 'c_proj' else 0.02   # of 2 layers
+            assert p.std().item() == pytest.approx(std, rel=5 / (2 * p.numel()) ** 0.5), name
 
 
 def test_an_unknown_parameter_has_no_silent_initialisation():
@@ -359,18 +663,57 @@ def test_parameters_and_flops_follow_their_closed_forms(V, T, L, C, bias):
     assert model.flops_per_token() == 6 * (matrices + vectors) + 12 * L * C * T
 
 
+@pytest.mark.parametrize(('C', 'H', 'width'), [(768, 12, 2048), (384, 6, 1024), (160, 2, 448)])   # 8/3 C, upwards
+@pytest.mark.parametrize('n_kv_head', [None, 1, 2])
+@pytest.mark.parametrize('arch', ARCHS)
+def test_parameters_and_flops_of_every_arch_follow_their_closed_forms(arch, n_kv_head, C, H, width):
+    V, T, L, D = 50304, 256, 3, C // H
+    attention = 2 * C * C + 2 * C * (n_kv_head or H) * D
+    block, heads, positions = {'gpt2': (attention + 8 * C * C + 2 * C, 1, T * C),
+                               'llama': (attention + 3 * C * width + 2 * C, 2, 0),
+                               'qwen3': (attention + 3 * C * width + 2 * C + 2 * D, 1, 0),
+                               'speedrun': (attention + 8 * C * C + 2 * C + 2 * D, 2, 0)}[arch]
+    model = on_paper(block_size=T, n_layer=L, n_embd=C, n_head=H, n_kv_head=n_kv_head, bias=False, **ARCHS[arch])
+    used = V * C + L * block + C
+    assert model.get_num_params(non_embedding=False) == used + (heads - 1) * V * C + positions
+    assert model.get_num_params() == used
+    assert model.flops_per_token() == 6 * used + 12 * L * C * T
+
+
+@pytest.mark.parametrize(('changes', 'more'), [
+    ({'mlp': 'swiglu'}, (16 + 1) * 64),   # a third matrix: 2/3 of 64, in steps of 64, is 64
+    ({'n_kv_head': 1}, -(16 + 1) * 3 * 4 * 2),
+    ({'norm': 'rmsnorm'}, -2 * 16), ({'qk_norm': True}, 2 * 4), ({'layer_scale': 0.1}, 2 * 16),
+])
+def test_a_switch_changes_a_block_by_so_many_parameters(changes, more):
+    def of_a_block(**changes):
+        one, two = (on_paper(**{**SHAPE, **changes, 'n_layer': n}).get_num_params() for n in (1, 2))
+        return two - one
+
+    assert of_a_block(**changes) == of_a_block() + more
+
+
+@pytest.mark.parametrize('window', [1, 5, 12, 20])
+def test_flops_count_the_window_or_the_context_whichever_is_shorter(window):
+    plain, model = on_paper(**SHAPE), on_paper(**SHAPE, window=window)
+    assert plain.flops_per_token() - model.flops_per_token() == 12 * 2 * 16 * (12 - min(window, 12))
+
+
+@with_each(CASES)
 @pytest.mark.parametrize(('passes', 'share'), [('forward', 1 / 3), ('both', 1)])
-def test_flops_per_token_are_those_that_torch_counts(passes, share):
+def test_flops_per_token_are_those_that_torch_counts(passes, share, changes):
     """All but 6 for each bias and norm, which the formula counts as if it were a matrix: under 2 %
-    here, less in wider models."""
-    model, idx = make(n_embd=64, n_layer=3, attention='math'), tokens()
+    here, less in wider models. And plus the scores beyond a window, which are computed to be thrown away."""
+    model, idx = make(n_layer=3, attention='math', **{'n_embd': 64, **changes}), tokens()
     with FlopCounterMode(display=False) as counter:
         loss = model(idx, idx)[1]
         if passes == 'both':
             loss.backward()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
-    assert counter.get_total_flops() / idx.numel() == (model.flops_per_token() - 6 * vectors) * share
-    assert 6 * vectors < 0.02 * model.flops_per_token()
+    beyond = 12 * 3 * model.config.n_embd * (12 - min(model.config.window or 12, 12))
+    assert counter.get_total_flops() / idx.numel() == \
+        pytest.approx((model.flops_per_token() - 6 * vectors + beyond) * share, rel=1e-12)
+    assert 6 * vectors < (0.02 if model.config.n_embd == 64 else 0.05) * model.flops_per_token()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,6 +728,21 @@ def test_a_cropped_context_gives_the_same_logits():
     assert torch.equal(model.transformer.wpe.weight, positions[:5])
     assert model.transformer.wpe.weight.untyped_storage().nbytes() == 5 * 16 * 8   # the rest is not kept
     assert isinstance(model.transformer.wpe.weight, torch.nn.Parameter)
+    with pytest.raises(AssertionError):
+        model(tokens(length=6))
+    GPT(model.config).load_state_dict(model.state_dict())
+
+
+@with_each({name: changes for name, changes in {**CASES, **MIXED}.items()
+            if changes.get('pos', 'learned') != 'learned'})
+@pytest.mark.parametrize('length', [1, 5])
+def test_a_cropped_context_without_a_table_of_positions_gives_the_same_logits(length, changes):
+    model = make(**changes)
+    whole, weights = logits_of(model, tokens(length=length)), {**model.state_dict()}
+    model.crop_block_size(5)
+    assert torch.equal(logits_of(model, tokens(length=length)), whole)
+    assert model.config.block_size == 5
+    assert model.state_dict().keys() == weights.keys() and not any('wpe' in name for name in weights)
     with pytest.raises(AssertionError):
         model(tokens(length=6))
     GPT(model.config).load_state_dict(model.state_dict())
