@@ -12,15 +12,20 @@ nanoGPT's ckpt.pt is read too, and reads ours.
 """
 
 import contextlib
+import datetime
+import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import socket
+import struct
 import sys
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -29,6 +34,7 @@ import tokenizer
 from configurator import UserError
 from dataset import find, read_meta, replace
 from model import GPT, NANOGPT_FIELDS, GPTConfig
+from runtime import before_leaving
 
 VERSION = 1
 RUN_ONLY = ('optimizer', 'scaler', 'evaluated', 'bad_evals', 'seconds')   # what only a run that goes on needs
@@ -44,17 +50,24 @@ def claim(out_dir):
         raise UserError(f'cannot write to out_dir={str(out_dir)!r}: {error.strerror}; choose another') from None
     try:
         import fcntl
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         lock.seek(0)
         raise UserError(f'another run writes to out_dir={str(out_dir)!r}, {lock.read().strip()}: stop it, or choose '
                         f'another folder') from None
     except (ImportError, OSError):   # Windows, or a file system without locks
-        return lock
+        pass
     lock.truncate(0)
-    lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    lock.write(f'process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now()}\n')
     lock.flush()
+    os.fsync(lock.fileno())   # for the other hosts
     return lock
+
+
+def holder(out_dir):
+    """A number that stands for the run that holds out_dir, or held it last; -1 if there is none."""
+    path = Path(out_dir) / '.lock'
+    return zlib.crc32(path.read_bytes()) if path.exists() else -1
 
 
 def save(path, state):
@@ -62,8 +75,9 @@ def save(path, state):
     path = Path(path)
     new = path.with_name(path.name + '.tmp')
     try:
-        with open(new, 'wb') as f:
+        with open(new, 'w+b') as f:
             torch.save(state, f)
+            seal(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(new, path)
@@ -73,6 +87,35 @@ def save(path, state):
         raise UserError(f'cannot write {path}: {reason}; {kept}; make room') from None
     finally:
         new.unlink(missing_ok=True)
+
+
+SEAL = b'flatgpt sha256 '   # and a digest of all that precedes, as the comment with which a zip file may end
+
+
+def seal(f):
+    """End a file that torch has written, a zip file, with a digest, so that no change goes unnoticed."""
+    f.seek(-2, os.SEEK_END)
+    f.write(struct.pack('<H', len(SEAL) + 64))   # the length of the comment
+    f.seek(0)
+    digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    f.write(SEAL + digest.encode())
+
+
+def check_seal(path):
+    """ValueError if a checkpoint has changed since it was written: by its digest, or for those that others have
+    written, as far as the checksums (CRC-32) of the zip file tell."""
+    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        tail = content[-len(SEAL) - 64:]
+        if tail.startswith(SEAL):
+            with memoryview(content)[:-len(tail)] as sealed:
+                intact = hashlib.sha256(sealed).hexdigest().encode() == tail[len(SEAL):]
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                intact = not parts.testzip()
+        else:   # torch's format before 1.6
+            intact = True
+    if not intact:
+        raise ValueError('checksum')
 
 
 class Writer:
@@ -85,6 +128,7 @@ class Writer:
         self.best = None       # the best weights, until they are on the disk
         self.error = None      # why the latest write failed
         self.thread = None
+        before_leaving.append(self.wait)
 
     def put(self, state, best):
         """Begin to write a state, which must not change any more, to ckpt.pt, and its weights to best.pt if they are
@@ -107,7 +151,7 @@ class Writer:
             if self.best:
                 save(self.out_dir / 'best.pt', self.best)
                 self.best = None
-            if self.keep_last and self.step not in (None, state['iter_num']):
+            if self.keep_last and self.step not in (None, state['iter_num']) and (self.out_dir / 'ckpt.pt').exists():
                 keep(self.out_dir, self.step, self.keep_last)
             save(self.out_dir / 'ckpt.pt', state)
             self.step, self.error = state['iter_num'], None
@@ -126,7 +170,7 @@ def keep(out_dir, step, n):
         for path in sorted(older_states(out_dir), key=os.path.getmtime)[:-n]:
             path.unlink()
     except OSError as error:
-        raise UserError(f'cannot keep {older}: {error.strerror}; give --keep_last=0') from None
+        print(f'cannot keep {older}: {error.strerror}', file=sys.stderr, flush=True)
 
 
 def older_states(out_dir):
@@ -143,10 +187,7 @@ def load(path):
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read the checkpoint {path}: {getattr(error, "strerror", error)}') from None
     try:
-        if zipfile.is_zipfile(path):   # torch's format, with a checksum (CRC-32) of each part, which torch ignores
-            with zipfile.ZipFile(path) as parts:
-                if parts.testzip():
-                    raise ValueError('checksum')
+        check_seal(path)
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:   # a damaged or hostile file may raise anything
         code = re.search(r'GLOBAL ([\w.]+)', str(error))
@@ -235,9 +276,13 @@ def set_aside(out_dir):
         return None
     number = next(n for n in itertools.count(1) if not (out_dir / f'previous-{n}').exists())
     previous = out_dir / f'previous-{number}'
-    previous.mkdir()
-    for name in names:
-        os.replace(out_dir / name, previous / name)
+    try:
+        previous.mkdir()
+        for name in names:
+            os.replace(out_dir / name, previous / name)
+    except OSError as error:
+        raise UserError(f'cannot move the run that is in {out_dir} to {previous}: {error.strerror}; choose another '
+                        f'out_dir') from None
     return previous
 
 

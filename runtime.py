@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import sys
-import threading
 import time
 from dataclasses import dataclass
 
@@ -61,7 +60,7 @@ class Runtime:
 
         'ddp' keeps all of the model in each process (Li et al., 2020). 'fsdp' keeps a share of each parameter, of its
         gradient and of its moments, and puts a block together only while it is needed (ZeRO stage 3, Rajbhandari et
-        al., 2020): model changes in place, its parameters become DTensors.
+        al., 2020): model changes in place, its parameters become DTensors, its residual stream is in dtype too.
         """
         if self.world_size == 1:
             return model
@@ -69,10 +68,11 @@ class Runtime:
             return DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
 
-        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)   # gradients add up exactly
+        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)   # means are exact
         for block in model.transformer.h:
-            fully_shard(block, mp_policy=policy)
-        return fully_shard(model, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh, mp_policy=policy)
 
     def average_gradients(self, model, on):
         """Whether the coming forward and backward pass averages: only the last micro-batch of a step needs to."""
@@ -97,6 +97,13 @@ class Runtime:
     def any(self, flag):
         """Whether flag is true in any process. Between CPUs, so that no GPU is waited for."""
         return flag if self.world_size == 1 else self.mean(torch.tensor(float(flag))).item() > 0
+
+    def same(self, number):
+        """Whether a number is the same in all processes."""
+        extremes = torch.tensor([number, -number], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        return (extremes[0] == -extremes[1]).item()
 
     def whole(self, state):
         """A copy on the CPU of a nested state, for the master process, None for the others. Every process must call it,
@@ -191,9 +198,13 @@ def join(device):
     seconds = os.environ.get('DIST_TIMEOUT', str(PATIENCE))
     if not seconds.isdecimal() or int(seconds) == 0:
         raise UsageError(f'DIST_TIMEOUT={seconds}: expected a whole number of seconds')
+    timeout = datetime.timedelta(seconds=int(seconds))
     try:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-                                timeout=datetime.timedelta(seconds=int(seconds)))
+        store, rank, world_size = next(dist.rendezvous('env://', timeout=timeout))
+        # torchrun keeps the store when it starts processes again, with the addresses of those that are gone
+        store = dist.PrefixStore(f'start {restarts()}', store)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timeout,
+                                store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
         where = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
         raise UserError(f'the {os.environ["WORLD_SIZE"]} processes did not meet at {where} within {seconds} s: '
@@ -205,7 +216,7 @@ def leave_with_error(show, kind, error, trace):
     """sys.excepthook of one process among several: show the error and leave at once, upon which torchrun ends the
     others. They lose their connection then, which is no error of theirs."""
     status = 1
-    if issubclass(kind, dist.DistError) or 'gloo' in str(error):
+    if issubclass(kind, dist.DistError) or kind is RuntimeError and 'gloo/transport' in str(error):
         print(f'rank {dist.get_rank()}: no connection to another process any more ({first_line(error)}); what the '
               f'first to fail has printed says why', file=sys.__stderr__)
     else:
@@ -216,14 +227,22 @@ def leave_with_error(show, kind, error, trace):
     leave(status)
 
 
+before_leaving = []   # functions that end what this process has begun, such as writing a checkpoint
+
+
 def leave(status):
-    """End this process once its threads have written what they have to."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process, without waiting for threads other than those of before_leaving: torch's pools never end."""
+    for finish in before_leaving:
+        finish()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):   # nobody reads any more
+            stream.flush()
     os._exit(status)
+
+
+def restarts():
+    """How often torchrun has started this run again, after failures."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
 def first_line(error):

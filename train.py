@@ -91,6 +91,9 @@ config = configure(globals())   # config files and --key=val onto the options ab
 SWITCHES = ('arch', 'pos', 'window', 'layer_scale')
 LOCAL = ('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops')   # of this start, not of the run
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+if runtime.restarts() and init_from not in ('resume', 'auto'):
+    raise UserError(f'torchrun has started this run again, and init_from={init_from!r} would begin anew: '
+                    f'give --init_from=auto')
 resuming = init_from == 'resume' or init_from == 'auto' and os.path.exists(ckpt_path)
 if not resuming and init_from in ('scratch', 'auto'):
     ckpt = None
@@ -136,7 +139,7 @@ if schedule != 'constant' and min_lr > learning_rate:
 # machine
 
 rt = runtime.setup(device, dtype, compile, seed)
-say = functools.partial(print, flush=True) if rt.master else lambda *args, **kwargs: None   # one of many processes
+say = functools.partial(print, flush=True) if rt.master else lambda *args, **kwargs: None   # one process talks
 if gradient_accumulation_steps % rt.world_size:
     raise UsageError(f'gradient_accumulation_steps={gradient_accumulation_steps}: expected a multiple of the '
                      f'{rt.world_size} processes')
@@ -144,6 +147,8 @@ if parallel == 'fsdp' and rt.dtype == torch.float16:
     raise UsageError("parallel='fsdp' does not scale the loss of dtype='float16': give --dtype=bfloat16")
 say(rt.describe(), file=sys.stderr)
 lock = checkpoint.claim(out_dir) if rt.master and not eval_only else None   # one run per folder
+if rt.any(rt.master and not eval_only) and not rt.same(checkpoint.holder(out_dir)):
+    raise UserError(f'out_dir={out_dir!r} must be a folder that all hosts share')
 
 # data
 
@@ -204,9 +209,8 @@ if resuming:
         if name in config.given - set(LOCAL) and config[name] != old:
             say(f'changed: {name}={config[name]!r}, was {old!r}', file=sys.stderr)
 ckpt = None   # gives its memory back
-if rt.any(rt.mean(torch.tensor(step, dtype=torch.float64)).item() != step):
-    raise UserError(f'not all processes start at the same step, this one at {step:,}: '
-                    f'out_dir={out_dir!r} must be a folder that all hosts share')
+if not rt.same(step):
+    raise UserError(f'not all processes start at the same step, this one at {step:,}: start them again')
 
 # the record of the run
 
@@ -229,6 +233,7 @@ if rt.master and not eval_only:
 
 def require_finite(value, what):
     if not math.isfinite(value):
+        writer.wait()
         kept = f'{ckpt_path} holds the last good state' if os.path.exists(ckpt_path) else 'nothing was saved'
         raise UserError(f'{what} is {value} at step {step}: {kept}; '
                         f'lower learning_rate, raise warmup_iters, or use dtype=float32, then resume or start again')
@@ -249,6 +254,7 @@ def save():
     when this is it."""
     ruined = rt.any(not all(runtime.local(p).isfinite().all() for p in model.parameters()))
     require_finite(math.nan if ruined else 0.0, 'a weight')
+    writer.wait()   # before memory is taken for another state
     state = rt.whole({
         'version': checkpoint.VERSION, 'model': model.state_dict(keep_vars=True), 'model_args': model.config.to_dict(),
         'tokenizer': data.tokenizer, 'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss,
@@ -269,6 +275,7 @@ def evaluate():
         total = torch.zeros((), device=rt.device)
         for start in range(0, eval_iters, rt.world_size):
             if rt.any(bool(signals)):
+                model.train()
                 return None
             i = start + rt.rank   # past the end there is nothing to measure, but FSDP needs every process in each pass
             x, y = data.eval_batch(split, min(i, eval_iters - 1), eval_iters, batch_size, block_size, rt.device)
@@ -287,7 +294,7 @@ signals = []   # when they came
 def on_signal(number, frame):
     if not signals:
         say('stopping after this step, once more to leave at once', file=sys.stderr)
-    elif time.monotonic() - signals[0] > 1:   # a scheduler signals this process, and torchrun passes on its own too
+    elif rt.world_size == 1 or time.monotonic() - signals[0] > 1:   # torchrun passes on what a scheduler sent us too
         raise KeyboardInterrupt
     signals.append(time.monotonic())
 

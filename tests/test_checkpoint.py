@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -142,21 +143,24 @@ def claim_elsewhere(out_dir):
 
 def test_a_folder_is_made_with_its_parents_and_held_by_one_process_at_a_time(tmp_path):
     out_dir = tmp_path / 'a' / 'b'
-    lock = checkpoint.claim(out_dir)
-    refusal = claim_elsewhere(out_dir).splitlines()[-1]
-    assert str(out_dir) in refusal and f'process {os.getpid()} on {socket.gethostname()}: stop it' in refusal
-    lock.close()
+    assert checkpoint.holder(out_dir) == -1
+    with checkpoint.claim(out_dir):
+        ours = checkpoint.holder(out_dir)   # and looking does not let go
+        refusal = claim_elsewhere(out_dir).splitlines()[-1]
+        assert str(out_dir) in refusal and f'process {os.getpid()} on {socket.gethostname()} since' in refusal
+        assert checkpoint.holder(out_dir) == ours
     assert claim_elsewhere(out_dir) == 'claimed\n'
     assert [path.name for path in out_dir.iterdir()] == ['.lock']
+    assert checkpoint.holder(out_dir) not in (-1, ours)
     checkpoint.claim(out_dir).close()   # that process has ended, which freed it
 
 
 def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
     fcntl = pytest.importorskip('fcntl')
 
-    def lockf(*args):
+    def flock(*args):
         raise OSError(errno.ENOLCK, 'No locks available')
-    monkeypatch.setattr(fcntl, 'lockf', lockf)
+    monkeypatch.setattr(fcntl, 'flock', flock)
     checkpoint.claim(tmp_path).close()
 
 
@@ -260,15 +264,24 @@ def test_there_is_a_whole_checkpoint_at_every_moment_of_a_save_that_keeps_older_
     assert seen == [5] * 5 + [10] * 6 + [15]
 
 
-def test_a_folder_that_cannot_link_says_what_to_do(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_link_keeps_none_and_says_so(tmp_path, monkeypatch, capsys):
     writer = checkpoint.Writer(tmp_path, keep_last=1)
     put(writer, 5)
 
     def link(*args):
         raise OSError(errno.EPERM, 'Operation not permitted')
     monkeypatch.setattr(os, 'link', link)
-    assert '--keep_last=0' in str(put(writer, 10))
-    assert steps_in(tmp_path) == {'ckpt.pt': 5}
+    assert put(writer, 10) is None
+    assert steps_in(tmp_path) == {'ckpt.pt': 10}
+    assert 'cannot keep' in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_somebody_removed_stops_no_other(tmp_path, capsys):
+    writer = checkpoint.Writer(tmp_path, keep_last=1)
+    put(writer, 5)
+    (tmp_path / 'ckpt.pt').unlink()
+    assert put(writer, 10) is None
+    assert steps_in(tmp_path) == {'ckpt.pt': 10} and not capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,29 +308,43 @@ def test_a_checkpoint_without_its_last_byte_is_refused(path):
     assert_refused(path, 'cut off')
 
 
-@pytest.mark.parametrize('seed', range(4))
-def test_a_flipped_bit_is_refused_or_changes_nothing(path, seed):
-    def plain(node):
-        if isinstance(node, torch.Tensor):
-            return node.tolist()
-        return {key: plain(value) for key, value in node.items()} if isinstance(node, dict) else node
-    whole, expected, refused = path.read_bytes(), plain(checkpoint.load(path)), 0
-    for number in np.random.Philox(key=seed).random_raw(100):
-        at, bit = int(number) // 8 % len(whole), int(number) % 8
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:])
-        try:
-            assert plain(checkpoint.load(path)) == expected
-        except UserError as error:
-            refused += 1
-            assert 'damaged' in str(error)
-    assert refused > 20   # the rest were in the padding and the names of the parts
+def flipped(content, at, bit):
+    return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1:]
 
 
-def test_a_flipped_bit_in_a_weight_is_refused_with_the_way_out(path, tmp_path):
+@pytest.mark.parametrize('part', range(8))
+def test_a_flipped_bit_anywhere_is_refused(tmp_path, part):
+    path = tmp_path / 'ckpt.pt'
+    checkpoint.save(path, state_of(small_model()))
+    whole = path.read_bytes()
+    seal = whole.index(checkpoint.SEAL)
+    assert len(whole) - seal == len(checkpoint.SEAL) + 64
+    bits = [int(n) for n in np.random.Philox(key=part).random_raw(60)]
+    places = [(n // 8 % len(whole), n % 8) for n in bits] + [(seal - 1 - i, i % 8) for i in range(part, 1600, 8)]
+    for at, bit in places:   # anywhere, and in the directory of the zip file, which has no checksum of its own
+        path.write_bytes(flipped(whole, at, bit))
+        if seal <= at < seal + len(checkpoint.SEAL):   # where there is none, the parts have their checksums
+            assert checkpoint.load(path)['iter_num'] == 7
+        else:
+            assert_refused(path, 'damaged')
+
+
+def test_a_sealed_checkpoint_is_an_ordinary_file_of_torch(tmp_path):
+    checkpoint.save(tmp_path / 'ckpt.pt', state_of(small_model()))
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 7
+    assert zipfile.ZipFile(tmp_path / 'ckpt.pt').comment.startswith(checkpoint.SEAL)
+    assert zipfile.ZipFile(tmp_path / 'ckpt.pt').testzip() is None
+
+
+def test_a_checkpoint_in_the_format_of_old_releases_is_read(tmp_path):
+    torch.save(state_of(small_model()), tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=False)
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 7
+
+
+def test_a_flipped_bit_in_a_weight_that_others_have_written_is_refused_with_the_way_out(path, tmp_path):
     weight = small_model().transformer.wte.weight.detach().numpy().tobytes()
     damaged = path.read_bytes()
-    at = damaged.index(weight)
-    path.write_bytes(damaged[:at] + bytes([damaged[at] ^ 1]) + damaged[at + 1:])
+    path.write_bytes(flipped(damaged, damaged.index(weight), 0))
     assert torch.load(path, weights_only=True)   # which torch does not notice
     assert_refused(path, 'damaged', 'use another checkpoint')
     checkpoint.save(tmp_path / 'best.pt', state_of(small_model()))

@@ -32,6 +32,7 @@ for life in range(kills + 1):
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     end = time.monotonic() + (chance.uniform(0, 0.8) if life % 2 else 30)
     while time.monotonic() < end and not (life % 2 == 0 and os.path.exists(writing) and chance.random() < 0.2):
+        time.sleep(0.0005)
         if os.waitpid(pid, os.WNOHANG)[0]:
             sys.exit(f'life {life} ended before it was killed')
     os.kill(pid, signal.SIGKILL)
@@ -164,6 +165,22 @@ def test_checkpoints_between_evaluations_and_older_ones_are_kept_if_asked(tmp_pa
     done = train(f'--out_dir={tmp_path}', '--init_from=resume')
     assert 'step 12, ' in done.stderr
     assert log_of(tmp_path) == log_of(trained)
+
+
+def test_the_scale_of_float16_goes_on_where_it_was_after_an_overflow(tmp_path, tiny):
+    """The first steps overflow on purpose, so that the scale is not the one that every run begins with."""
+    code = """
+import torch
+_scaler = torch.amp.GradScaler
+torch.amp.GradScaler = lambda *args, **kwargs: _scaler(*args, init_scale=2.0**40, growth_interval=4, **kwargs)
+"""
+    fault = config_with(tmp_path, code)
+    train(tiny, fault, f'--out_dir={tmp_path / "whole"}', '--dtype=float16', '--max_iters=40', '--schedule=constant')
+    train(tiny, fault, f'--out_dir={tmp_path / "parts"}', '--dtype=float16', '--max_iters=30', '--schedule=constant')
+    scaler = load(tmp_path / 'parts' / 'ckpt.pt')['scaler']
+    assert scaler['scale'] < 2.0**30 and scaler['_growth_tracker'] > 0
+    train(fault, f'--out_dir={tmp_path / "parts"}', '--init_from=resume', '--max_iters=40')
+    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flip'])
