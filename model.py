@@ -82,7 +82,8 @@ GPT2 = {'pos': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'qk_norm': False, 
         'zero_init': False}
 LLAMA = {**GPT2, 'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'tie_weights': False}
 ARCHS = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': {**LLAMA, 'qk_norm': True, 'tie_weights': True},
-         'speedrun': {**LLAMA, 'mlp': 'relu2', 'qk_norm': True, 'softcap': 15.0, 'zero_init': True}}
+         'speedrun': {**GPT2, 'pos': 'rope', 'mlp': 'relu2', 'qk_norm': True, 'tie_weights': False, 'softcap': 15.0,
+                      'zero_init': True}}
 
 
 def switches(arch, **changes):
@@ -129,6 +130,32 @@ POS = ('learned', 'rope', 'alibi')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# dropout
+
+def drop(x, p):
+    """x with a share p of its elements zeroed, and the rest scaled up to the same mean (Srivastava et al., 2014).
+
+    On a CPU, torch draws these random numbers one by one, which takes longer than all matrix products of a small model;
+    here they are 16 bits each of a generator (SFC64) that torch's seeds.
+    """
+    if p == 0 or x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    source = np.random.SFC64(torch.randint(2**62, ()).item())
+    bits = torch.from_numpy(source.random_raw(-(-x.numel() // 4)).view(np.int16)[:x.numel()])
+    kept = bits.view(x.shape) >= round(p * 2**16) - 2**15
+    return x * kept.to(x.dtype).mul_(1 / (1 - p))
+
+
+class Dropout(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return drop(x, self.p) if self.training else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # attention: three ways to the same result
 
 def attend_math(q, k, v, dropout, bias=None):
@@ -142,7 +169,7 @@ def attend_math(q, k, v, dropout, bias=None):
         bias = torch.full((T, T), -math.inf, device=q.device).triu(diagonal=1)        # no key after the query
     scores = (q / math.sqrt(D)) @ k.transpose(-2, -1) + bias.to(q.dtype)              # (B, H, T, T), query by key
     weights = scores.softmax(dim=-1, dtype=scores.dtype)                              # each row sums to one
-    return F.dropout(weights, dropout) @ v                                            # (B, H, T, D)
+    return drop(weights, dropout) @ v                                                 # (B, H, T, D)
 
 
 def attend_sdpa(q, k, v, dropout, bias=None):
@@ -152,9 +179,9 @@ def attend_sdpa(q, k, v, dropout, bias=None):
 
 
 def attend_auto(q, k, v, dropout, bias=None):
-    """The faster of the two: on a CPU the fused kernel knows no dropout, and its backward pass in bfloat16 is slower
-    than plain matrix products while T is short."""
-    plain = q.device.type == 'cpu' and (dropout > 0 or q.size(-2) <= 128 and q.dtype != torch.float32)
+    """The faster of the two: on a CPU the fused kernel knows no dropout, and its backward pass in bfloat16 takes twice
+    the time of plain matrix products, whose memory is no concern while T is short."""
+    plain = q.device.type == 'cpu' and (dropout > 0 or q.size(-2) <= 512 and q.dtype != torch.float32)
     return attend_math(q, k, v, dropout, bias) if plain else attend_sdpa(q, k, v, dropout, bias)
 
 
@@ -176,8 +203,8 @@ class CausalSelfAttention(nn.Module):
         self.heads, self.dropout, self.attend = (H, K, K), config.dropout, ATTEND[config.attention]
         self.c_attn = nn.Linear(C, (H + K + K) * C // H, bias=config.bias)            # queries, keys, values in one
         self.c_proj = nn.Linear(C, C, bias=config.bias)
-        self.q_norm = RMSNorm(C // H, eps=1e-6) if config.qk_norm else nn.Identity()   # Dehghani et al., 2023
-        self.k_norm = RMSNorm(C // H, eps=1e-6) if config.qk_norm else nn.Identity()
+        norm = NORM[config.norm] if config.qk_norm else nn.Identity                   # Dehghani et al., 2023
+        self.q_norm, self.k_norm = norm(C // H, False), norm(C // H, False)
 
     def forward(self, x, angles=None, bias=None):
         B, T, C = x.shape
@@ -185,7 +212,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = heads.split(self.heads, dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = rotate(torch.cat((q, k), dim=1), angles).split(self.heads[:2], dim=1)
         if k.size(1) < q.size(1):   # groups of queries share keys and values (Ainslie et al., 2023)
             k, v = (part.repeat_interleave(q.size(1) // k.size(1), dim=1) for part in (k, v))
         y = self.attend(q, k, v, self.dropout if self.training else 0.0, bias)        # (B, H, T, D)
@@ -196,8 +223,8 @@ class CausalSelfAttention(nn.Module):
 # the rest of the model
 
 GELU = {'tanh': 'tanh', 'erf': 'none'}   # our name -> torch's
-NORM = {'layernorm': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
-        'rmsnorm': lambda config: RMSNorm(config.n_embd, eps=1e-6)}
+NORM = {'layernorm': lambda width, bias: nn.LayerNorm(width, bias=bias),
+        'rmsnorm': lambda width, bias: RMSNorm(width, eps=1e-6)}
 
 
 class ReLU2(nn.Module):
@@ -249,10 +276,11 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        norm = lambda: NORM[config.norm](config.n_embd, config.bias)
         scale = LayerScale if config.layer_scale else nn.Identity
-        self.ln_1, self.attn, self.scale_1 = NORM[config.norm](config), CausalSelfAttention(config), scale(config)
-        self.ln_2, self.mlp, self.scale_2 = NORM[config.norm](config), MLP(config), scale(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.ln_1, self.attn, self.scale_1 = norm(), CausalSelfAttention(config), scale(config)
+        self.ln_2, self.mlp, self.scale_2 = norm(), MLP(config), scale(config)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x, angles=None, bias=None):
         x = x + self.drop(self.scale_1(self.attn(self.ln_1(x), angles, bias)))
@@ -267,9 +295,9 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({
             'wte': nn.Embedding(config.vocab_size, config.n_embd),
             **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.pos == 'learned' else {}),
-            'drop': nn.Dropout(config.dropout),
+            'drop': Dropout(config.dropout),
             'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            'ln_f': NORM[config.norm](config),
+            'ln_f': NORM[config.norm](config.n_embd, config.bias),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:

@@ -53,32 +53,37 @@ class Muon(torch.optim.Optimizer):
 
     def move(self, params, lr, weight_decay, momentum):
         """One step of Muon."""
-        alike = {}   # (parameter, direction) by shape
+        alike = {}   # (parameter, direction) by shape, however it lies
         for p in params:
             if p.grad is None:
                 continue
             mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
             mean.lerp_(p.grad, 1 - momentum)
-            alike.setdefault(p.shape, []).append((p, p.grad.lerp(mean, momentum)))    # Nesterov's look ahead
-        for (rows, columns), pairs in alike.items():
-            directions = torch.stack([together(direction) for _, direction in pairs])
-            size = 0.2 * math.sqrt(max(rows, columns))   # the root mean square of AdamW's steps, at full rank
-            for (p, _), direction in zip(pairs, orthogonalise(directions.to(self.dtype))):
+            direction = together(p.grad.lerp(mean, momentum)).to(self.dtype)          # Nesterov's look ahead
+            alike.setdefault(tuple(sorted(p.shape)), []).append((p, flat(direction)))
+        for (_, longer), pairs in alike.items():
+            size = 0.2 * math.sqrt(longer)   # the root mean square of AdamW's steps, at full rank
+            for (p, _), direction in zip(pairs, orthogonalise(torch.stack([direction for _, direction in pairs]))):
+                direction = direction if direction.shape == p.shape else direction.T
                 p.mul_(1 - lr * weight_decay)
                 p.add_(spread_like(direction.to(p.dtype), p), alpha=-lr * size)
 
 
+def flat(matrix):
+    """A matrix, turned so that it has no more rows than columns."""
+    return matrix.mT if matrix.size(-2) > matrix.size(-1) else matrix
+
+
 def orthogonalise(matrices, steps=5):
-    """Matrices, (n, rows, columns), with their singular values brought near 1, between about 0.7 and 1.2, and their
-    singular vectors kept: a Newton-Schulz iteration of degree 5, whose coefficients make small values grow fast
-    (Jordan et al., 2024)."""
-    x = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)   # no singular value above 1
+    """Matrices, (n, rows, columns), with no more rows than columns, with their singular values brought near 1, between
+    about 0.7 and 1.2, and their singular vectors kept: a Newton-Schulz iteration of degree 5, whose coefficients make
+    small values grow fast (Jordan et al., 2024)."""
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)   # no singular value above 1
     for _ in range(steps):
         a = x @ x.mT                                                                  # (n, rows, rows)
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
-    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+    return x
 
 
 def build(optimizer, model, learning_rate, betas, weight_decay, dtype):

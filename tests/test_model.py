@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import optim
-from model import ARCHS, ATTEND, GPT, NANOGPT_FIELDS, GPTConfig, attend_math, draw, rope, rotate, uniform
+from model import ARCHS, ATTEND, GPT, NANOGPT_FIELDS, GPTConfig, attend_math, draw, drop, rope, rotate, uniform
 
 SHAPE = {'vocab_size': 23, 'block_size': 12, 'n_layer': 2, 'n_embd': 16, 'n_head': 4}
 WAYS = sorted(ATTEND)
@@ -77,8 +77,8 @@ def gpt_in_numpy(weights, ids, c):
     def linear(x, name):
         return x @ P[f'{name}.weight'].T + P.get(f'{name}.bias', 0)
 
-    def norm(x, name, kind=c.norm):
-        if kind == 'rmsnorm':
+    def norm(x, name):
+        if c.norm == 'rmsnorm':
             return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * P[f'{name}.weight']
         centred = x - x.mean(-1, keepdims=True)
         return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5) * P[f'{name}.weight'] \
@@ -111,7 +111,7 @@ def gpt_in_numpy(weights, ids, c):
             shared = head * K // H   # the first H / K heads of queries share the first of keys, and so on
             q, k, v = (qkv[:, n * D:(n + 1) * D] for n in (head, H + shared, H + K + shared))
             if c.qk_norm:
-                q, k = (norm(part, f'h.{layer}.attn.{name}_norm', 'rmsnorm') for part, name in ((q, 'q'), (k, 'k')))
+                q, k = (norm(part, f'h.{layer}.attn.{name}_norm') for part, name in ((q, 'q'), (k, 'k')))
             q, k, slope = turned(q), turned(k), 2 ** (-8 * (head + 1) / H) if c.pos == 'alibi' else 0
             for t in range(T):
                 seen = [s for s in range(t + 1) if t - s < (c.window or T)]
@@ -225,7 +225,7 @@ def test_written_out_attention_equals_a_loop_over_positions():
 
 
 @pytest.mark.parametrize('way', ['sdpa', 'auto'])
-@pytest.mark.parametrize('T', [1, 12, 130])   # 'auto' chooses by length, too
+@pytest.mark.parametrize('T', [1, 12, 513])   # 'auto' chooses by length, too
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_ways_of_attention_agree_in_results_and_gradients(way, T, dtype, bound):
     """The bound is on the largest error as a share of the largest value. bfloat16 has 8 bits: 2**-8 is 0.4 %."""
@@ -952,3 +952,42 @@ def test_generation_keeps_no_graph(talker):
 def test_sdpa_and_written_out_attention_say_the_same():
     said = [generated(make(torch.float32, attention=way), tokens(), 20, seed=1).tolist() for way in WAYS]
     assert said[0] == said[1] == said[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dropout
+
+@pytest.mark.parametrize('p', [0.0, 0.1, 0.2, 0.5, 0.9])
+def test_drop_zeroes_a_share_of_the_elements_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(401, 1003, requires_grad=True)   # no multiple of four elements
+    y = drop(x, p)
+    assert all(value in (0.0, pytest.approx(1 / (1 - p))) for value in y.unique().tolist())
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=4e-3)
+    assert y.mean().item() == pytest.approx(1, abs=0.01)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())   # the gradient passes where the value does
+
+
+def test_drop_is_a_function_of_torchs_seed_and_draws_anew_at_each_call():
+    x = torch.ones(1000)
+    torch.manual_seed(5)
+    one, two = drop(x, 0.5), drop(x, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(drop(x, 0.5), one) and torch.equal(drop(x, 0.5), two)
+    both = ((one == 0) & (two == 0)).float().mean().item()
+    assert both == pytest.approx(0.25, abs=0.05)   # independent
+
+
+def test_neighbouring_elements_are_dropped_independently():
+    torch.manual_seed(0)
+    gone = (drop(torch.ones(400_000), 0.2) == 0).float() - 0.2
+    for distance in (1, 2, 3, 4, 64):
+        assert abs((gone[distance:] * gone[:-distance]).mean().item()) < 2e-3, distance
+
+
+def test_a_model_drops_in_training_only():
+    model, idx = make(dropout=0.5), tokens()
+    torch.testing.assert_close(logits_of(model, idx), logits_of(make(), idx), rtol=0, atol=0)
+    model.train()
+    assert not torch.allclose(logits_of(model, idx), logits_of(model, idx))

@@ -267,7 +267,7 @@ def spoil_gradients(model, seed):
         p.grad = torch.randn_like(p) * 10.0 ** (i % 5 - 3)
 
 
-@pytest.mark.parametrize('shape', [(16, 16), (48, 16), (16, 64), (128, 32)])
+@pytest.mark.parametrize('shape', [(16, 16), (16, 48), (16, 64), (32, 128)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_orthogonalise_brings_all_singular_values_near_one_and_keeps_the_vectors(shape, dtype):
     torch.manual_seed(0)
