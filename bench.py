@@ -19,19 +19,25 @@ import optim
 import runtime
 from configurator import UsageError, configure
 from dataset import Dataset
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, switches
 
 # ---------------------------------------------------------------------------------------------------------------------
 dataset: str | None = None         # take token ids from this dataset, None: random ones
 batch_size: int | None = None      # rows per step, None: 12 on a GPU, 1 on a CPU
 block_size = 1024                  # tokens per row: the context
 vocab_size = 50304                 # of the random ids; a dataset has its own
-n_layer = 12                       # the model: GPT-2 (124M)
+arch = 'gpt2'                      # a set of switches in model.py: 'gpt2', 'llama', 'qwen3', 'speedrun'
+pos: str | None = None             # 'learned', 'rope', 'alibi'; None: that of arch
+window: int | None = None          # how many tokens back attention reaches, None: all
+layer_scale: float | None = None   # initial gain of what a block adds, None: no gains
+n_layer = 12                       # the size: that of GPT-2 (124M)
 n_embd = 768
 n_head = 12
 bias = False
 dropout = 0.0
 attention = 'auto'                 # 'sdpa' (torch's fused kernels), 'math' (written out), 'auto' (the faster one)
+loss_chunks = 1                    # more: logits in so many pieces, which saves their memory, not their time
+optimizer = 'adamw'                # 'adamw', 'muon'
 warmup_steps = 2                   # not counted; compilation falls into the first
 steps = 8                          # counted, each on its own; the median is reported
 profile = False                    # trace three more steps and print the ten costliest operators
@@ -48,6 +54,8 @@ rows = batch_size or (1 if rt.device.type == 'cpu' else 12)
 for name, value in (('batch_size', rows), ('block_size', block_size), ('steps', steps), ('vocab_size', vocab_size)):
     if value < 1:
         raise UsageError(f'{name}={value}: expected 1 or more')
+if optimizer not in optim.OPTIMIZERS:
+    raise UsageError(f'optimizer={optimizer!r}: expected one of {", ".join(map(repr, optim.OPTIMIZERS))}')
 if warmup_steps < 0:
     raise UsageError(f'warmup_steps={warmup_steps}: expected 0 or more')
 print(rt.describe(), file=sys.stderr)
@@ -66,13 +74,14 @@ else:
 # model and step, as train.py has them
 
 try:
-    shape = GPTConfig(vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout, attention=attention)
+    shape = GPTConfig(vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout, attention=attention,
+                      loss_chunks=loss_chunks, **switches(arch, pos=pos, window=window, layer_scale=layer_scale))
 except ValueError as error:
     raise UsageError(error) from None
 model = GPT(shape).to(rt.device)
 if rt.compile:
     model.compile()
-optimizer = optim.adamw(model, 1e-4, (0.9, 0.95), 0.1)
+opt = optim.build(optimizer, model, 1e-4, (0.9, 0.95), 0.1, rt.dtype)
 scaler = rt.grad_scaler()
 
 
@@ -80,11 +89,11 @@ def train_step():
     with rt.autocast():
         _, loss = model(x, y)
     scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(opt)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
+    scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
     return loss
 
 
