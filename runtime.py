@@ -181,7 +181,7 @@ class Runtime:
 
 def setup(device='auto', dtype='auto', compile='auto', seed=0):
     """Choose the machine and seed it; joins the other processes when torchrun started this one. Raises UsageError."""
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank, world_size = int(os.environ.get('RANK', 0)), processes()
     device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)) if world_size > 1 else None)
     dtype = pick_dtype(dtype, device)
     compile = pick_compile(compile, device)
@@ -194,6 +194,11 @@ def setup(device='auto', dtype='auto', compile='auto', seed=0):
         keep_freed_memory()
     torch.manual_seed(seed % 2**64)   # the same weights in every process
     return Runtime(device, dtype, compile, rank, world_size)
+
+
+def processes():
+    """How many of them torchrun has started, on all hosts."""
+    return int(os.environ.get('WORLD_SIZE', 1))
 
 
 def join(device):

@@ -133,6 +133,9 @@ for name, known in (('arch', ARCHS), ('attention', ATTEND), ('parallel', runtime
                     ('optimizer', optim.OPTIMIZERS), ('schedule', optim.SCHEDULES)):
     if config[name] not in known:
         raise UsageError(f'{name}={config[name]!r}: expected one of {", ".join(map(repr, known))}')
+if gradient_accumulation_steps % runtime.processes():
+    raise UsageError(f'gradient_accumulation_steps={gradient_accumulation_steps}: expected a multiple of the '
+                     f'{runtime.processes()} processes')
 if schedule != 'constant' and min_lr > learning_rate:
     raise UsageError(f'min_lr={min_lr} is above learning_rate={learning_rate}: give both')
 
@@ -140,9 +143,6 @@ if schedule != 'constant' and min_lr > learning_rate:
 
 rt = runtime.setup(device, dtype, compile, seed)
 say = functools.partial(print, flush=True) if rt.master else lambda *args, **kwargs: None   # one process talks
-if gradient_accumulation_steps % rt.world_size:
-    raise UsageError(f'gradient_accumulation_steps={gradient_accumulation_steps}: expected a multiple of the '
-                     f'{rt.world_size} processes')
 if parallel == 'fsdp' and rt.dtype == torch.float16:
     raise UsageError("parallel='fsdp' does not scale the loss of dtype='float16': give --dtype=bfloat16")
 say(rt.describe(), file=sys.stderr)

@@ -99,7 +99,7 @@ def differences_without_extra_evaluations(out_dir, other):
     return differences(out_dir, other)
 
 
-@pytest.mark.parametrize('way', ['ddp', 'fsdp'])
+@pytest.mark.parametrize('way', [pytest.param('ddp', marks=pytest.mark.slow), 'fsdp'])
 def test_two_processes_train_as_one_with_muon_and_every_switch(tmp_path, tiny, way):
     args = (tiny, *FIFTY, '--optimizer=muon', '--arch=speedrun', '--window=9', '--layer_scale=0.5', '--max_iters=12')
     for each in ('one', way):
@@ -113,6 +113,7 @@ def test_two_processes_train_as_one_with_muon_and_every_switch(tmp_path, tiny, w
     assert one['optimizer']['param_groups'] == two['optimizer']['param_groups']
 
 
+@pytest.mark.slow
 def test_fsdp_with_recomputed_activations_dropout_and_bfloat16_trains_and_resumes_bit_for_bit(tmp_path, tiny):
     args = (tiny, *HERE, '--dtype=bfloat16', '--dropout=0.1', '--activation_checkpointing', '--parallel=fsdp')
     torchrun('train.py', *args, f'--out_dir={tmp_path / "whole"}')
