@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'   # real text and GPT-2's encoding, on machines that have them
 sys.path.insert(0, str(ROOT))
 
-signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs are deaf to it, and their children
+signal.signal(signal.SIGINT, signal.default_int_handler)   # which a job in a shell's background inherits as ignored
 
 # A model that trains in a second, in float32 so that a run can be compared bit for bit
 TINY = """
