@@ -4,7 +4,7 @@
 #   python train.py config/train_python_char.py
 #   python sample.py --out_dir=out-python-char --start="def "
 #
-# hardware: 2 CPU cores with bfloat16 | time: 87 s | result: val loss 1.629 | 2026-11-20
+# hardware: 2 CPU cores with bfloat16 | time: 79 s | result: val loss 1.623 | 2026-11-20
 
 out_dir = 'out-python-char'
 dataset = 'python_char'
