@@ -57,8 +57,9 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if p.grad is None:
                 continue
-            mean = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
-            mean.lerp_(p.grad, 1 - momentum)
+            if p not in self.state:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+            mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - momentum)
             direction = together(p.grad.lerp(mean, momentum)).to(self.dtype)          # Nesterov's look ahead
             alike.setdefault(tuple(sorted(p.shape)), []).append((p, flat(direction)))
         for (_, longer), pairs in alike.items():

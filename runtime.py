@@ -70,7 +70,7 @@ class Runtime:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
 
         mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)   # means are exact
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)   # of gradients
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh, mp_policy=policy)
