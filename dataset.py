@@ -42,20 +42,11 @@ def write(folder, splits, tok, source, masks=None):
             writer.append(split, splits[split])
             if masks:
                 writer.mask(split, masks[split])
-        writer.finish(source, *zip(*(text_size(tok, splits[split]) for split in SPLITS)), mask=bool(masks))
+        writer.finish(source, *zip(*(tokenizer.text_size(tok, splits[split]) for split in SPLITS)), mask=bool(masks))
     finally:
         writer.close()
     counts = ', '.join(f'{n:,} {split} tokens' for split, n in writer.tokens.items())
     print(f'{folder}: vocabulary of {tok.vocab_size:,}, {counts}')
-
-
-def text_size(tok, ids):
-    """(bytes, characters) of the text that an array of ids stands for, ends of texts not counted."""
-    values, counts = np.unique(ids, return_counts=True)
-    pieces = [b'' if i == tok.eot else tok.token_bytes(i) for i in values.tolist()]
-    starts = [sum(byte & 0xc0 != 0x80 for byte in piece) for piece in pieces]   # a character has one such byte
-    return (sum(n * len(piece) for n, piece in zip(counts.tolist(), pieces)),
-            sum(n * start for n, start in zip(counts.tolist(), starts)))
 
 
 class Writer:

@@ -136,7 +136,7 @@ if data:
     if len(ids) < 2:
         raise UserError(f'{where} has no token to score: expected two, or one of text if the model knows ends of texts')
     loss, error, n = scoring.rolling_loss(model, rt, ids, stride, batch_size)
-    n_bytes, n_chars = scoring.size_of(tok, ids[1:])
+    n_bytes, n_chars = tokenizer.text_size(tok, ids[1:])
     bits = loss / math.log(2)
     report['data'] = {'of': where, 'tokens': n, 'bytes': n_bytes, 'characters': n_chars, 'stride': stride,
                       'loss': loss, 'loss_stderr': error, 'perplexity': scoring.perplexity(loss),

@@ -23,10 +23,10 @@ import numpy as np
 import tokenizer
 from configurator import UserError
 from corpus import PIECE, Corpus, estimate, kind_of, progress
-from dataset import MAX_BYTES, SPLITS, Writer, text_size
+from dataset import MAX_BYTES, SPLITS, Writer
 from download import PATIENT, download, hub, hub_files
 
-FORMAT = 1   # of what is written, and how: another one does not go on where this one was
+FORMAT = 2   # of what is written, and how: another one does not go on where this one was
 COST = 100   # bytes that a character of NO_BLANKS takes in training beyond those of an English one, as measured
 NO_BLANKS = ((0x0e00, 0x0eff), (0x1000, 0x109f), (0x1780, 0x17ff),   # Thai, Lao, Burmese, Khmer
              (0x3040, 0x30ff), (0x3400, 0x9fff), (0xf900, 0xfaff), (0x20000, 0x3ffff))   # Japanese, Chinese
@@ -124,6 +124,9 @@ class Pipeline:
             self.waiting[split], self.length[split] = [], 0
 
     def submit(self, split, texts, end):
+        if not self.tok.parallel:
+            self.writer.append(split, self.tok.encode_texts(texts, end))
+            return
         self.queue.append((split, self.pool.submit(self.tok.encode_texts, texts, end)))
         while len(self.queue) > self.threads + 2:
             self.write()
@@ -194,7 +197,7 @@ class Document:
     """The document at hand, of which some pieces are read."""
 
     def __init__(self, content, seed, val_fraction, copy, given):
-        self.hash = hashlib.blake2b(content, digest_size=16)
+        self.hash = hashlib.sha256(content)
         self.first = self.hash.digest()   # of its first piece, which is all there is of nearly all documents
         self.drawn = fraction(self.first, seed, 'split')
         self.split = SPLITS[self.drawn < val_fraction if given is None else self.first == given]
@@ -352,7 +355,7 @@ def cut_tail(writer, tok, tally, val_fraction):
     while at < end:
         ids = writer.read('train', at)
         writer.append('val', ids)
-        more = text_size(tok, ids)
+        more = tokenizer.text_size(tok, ids)
         size, length, at = size + more[0], length + more[1], at + len(ids)
     writer.cut('train', start)
     tally.bytes = {'train': tally.bytes['train'] - size, 'val': size}

@@ -287,13 +287,3 @@ def summary(figures):
 def perplexity(loss):
     """e to the loss; None where that is beyond a float."""
     return math.exp(loss) if loss < 700 else None
-
-
-def size_of(tok, ids):
-    """(bytes, characters) of the text of token ids, in UTF-8; the end-of-text token is no text."""
-    n_bytes = n_chars = 0
-    for i, count in enumerate(np.bincount(ids).tolist()):
-        text = tok.token_bytes(i) if count and i != tok.eot else b''
-        n_bytes += count * len(text)
-        n_chars += count * sum(byte & 0xC0 != 0x80 for byte in text)   # those that begin one, wherever tokens are cut
-    return n_bytes, n_chars

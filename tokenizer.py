@@ -13,6 +13,7 @@ import codecs
 import functools
 import itertools
 import json as jsons
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ class Tokenizer:
     """What all tokenizers share; a subclass sets vocab_size and eot, and defines encode, token_bytes and to_dict."""
 
     cuttable = True   # whether a text may be encoded in pieces, if cut at a blank behind a word
+    parallel = True   # whether threads that encode do not wait for each other
 
     def decode(self, ids):
         """The text of a sequence of ids. Bytes that are no UTF-8, as a model may produce, become U+FFFD."""
@@ -58,7 +60,7 @@ class Tokenizer:
 class CharTokenizer(Tokenizer):
     """One id per character of an alphabet, in its order. UserError if it is empty or has a character twice."""
 
-    eot = None
+    eot, parallel = None, False
 
     def __init__(self, chars):
         if not chars or len(set(chars)) < len(chars):
@@ -141,7 +143,11 @@ class TiktokenTokenizer(Tokenizer):
         return np.asarray(ids, dtype=id_type(self.vocab_size))
 
     def encode_texts(self, texts, end=True):
-        return encode_joined(self.encoding, self.eot, texts, end).astype(id_type(self.vocab_size))
+        return encode_joined(self.own.encoding, self.eot, texts, end).astype(id_type(self.vocab_size))
+
+    @functools.cached_property
+    def own(self):
+        return OwnCopy(self.encoding)
 
     def token_bytes(self, i):
         try:
@@ -223,7 +229,7 @@ class BpeTokenizer(Tokenizer):
 
     def encode_texts(self, texts, end=True):
         if self.by_ranks is not None:
-            return encode_joined(self.by_ranks, self.eot, texts, end).astype(id_type(self.vocab_size))
+            return encode_joined(self.by_ranks.encoding, self.eot, texts, end).astype(id_type(self.vocab_size))
         if not self.encoding.encode_special_tokens:
             self.encoding.encode_special_tokens = True
         ends = [] if self.eot is None or not end else [self.eot]
@@ -234,7 +240,8 @@ class BpeTokenizer(Tokenizer):
     @functools.cached_property
     def by_ranks(self):
         """An encoding of tiktoken, ten times as fast, that gives the same ids; None if that is not certain."""
-        return ranked(jsons.loads(self.json), self.eot)
+        encoding = ranked(jsons.loads(self.json), self.eot)
+        return None if encoding is None else OwnCopy(encoding)
 
     def beginning(self):
         ids = self.encode('', special=True)
@@ -283,7 +290,33 @@ def byte_alphabet():
 
 def no_surrogates(text):
     """A text without lone surrogates, which UTF-8 has no bytes for."""
-    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
+def text_size(tok, ids):
+    """(bytes, characters) of the text, in UTF-8, that an array of ids stands for; the end-of-text token is no text."""
+    counts, size, length = np.bincount(ids), 0, 0
+    for i in np.flatnonzero(counts).tolist():
+        piece, count = b'' if i == tok.eot else tok.token_bytes(i), int(counts[i])
+        size += count * len(piece)
+        length += count * sum(byte & 0xc0 != 0x80 for byte in piece)   # of which each character has one
+    return size, length
+
+
+class OwnCopy(threading.local):
+    """.encoding: a copy of an encoding of tiktoken for each thread that asks for it. What its regular expressions write
+    on belongs to the thread that came first, and the others would queue for it."""
+
+    def __init__(self, encoding):
+        import tiktoken
+
+        self.encoding = tiktoken.Encoding(encoding.name, pat_str=encoding._pat_str,
+                                          special_tokens=encoding._special_tokens,
+                                          mergeable_ranks=encoding._mergeable_ranks)
 
 
 def encode_joined(encoding, eot, texts, end):

@@ -1,6 +1,8 @@
 """Encodings of the tokenizers library: trained here or come with weights, nothing is lost, and others read the same."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -180,6 +182,20 @@ def test_by_ranks_is_what_the_library_does_on_source_code():
     tok = BpeTokenizer.train([source], 3000)
     pieces = [source, inspect.getsource(json.decoder), inspect.getsource(np.linalg)]
     assert tok.by_ranks is not None and tok.encode_texts(pieces).tolist() == alone(tok, pieces)
+
+
+def test_each_thread_has_a_copy_of_the_encoding_which_gives_the_same_ids(wordy):
+    with ThreadPoolExecutor(2) as pool:
+        barrier = threading.Barrier(2)
+
+        def encode(_):
+            barrier.wait()   # so that each thread does one
+            return id(wordy.by_ranks.encoding), wordy.encode_texts(LINES).tolist()
+
+        (one, ids), (other, same_ids) = pool.map(encode, range(2))
+    assert len({one, other, id(wordy.by_ranks.encoding)}) == 3
+    assert ids == same_ids == alone(wordy, LINES)
+    assert wordy.by_ranks.encoding is wordy.by_ranks.encoding   # made once
 
 
 def other(d, change):

@@ -94,7 +94,7 @@ def refusal(folder, block_size=4):
 
 @pytest.mark.parametrize('vocab_size, dtype, ids', [
     (4, 'uint16', [0, 3, 1, 2]), (50257, 'uint16', [50256, 0]), (65536, 'uint16', [0, 255, 256, 32768, 65535]),
-    (65537, 'uint32', [0, 65535, 65536]), (2**32, 'uint32', [0, 2**16, 2**31, 2**32 - 1, 16909060]),
+    (65537, 'uint32', [0, 65535, 65536]), (2**25, 'uint32', [0, 2**16, 2**25 - 1, 16909060]),
 ])
 @pytest.mark.parametrize('given_dtype', [np.int64, np.uint32])
 def test_what_is_written_is_read(tmp_path, capsys, vocab_size, dtype, ids, given_dtype):

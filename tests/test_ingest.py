@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -152,6 +153,19 @@ def test_the_report_counts_everything(files, bpe_path, tmp_path):
     assert len(report['snippets']) == 10 and all(any(shown in text for text in kept) for shown in report['snippets'])
     assert report['bytes_per_token'] == sum(report['bytes'].values()) / sum(report['tokens'].values())
     assert sorted(sum(documents_of(tmp_path / 'out').values(), [])) == sorted(kept)
+
+
+def test_characters_are_tokenized_by_the_thread_that_reads_and_others_by_a_pool(files, bpe_path, tmp_path, monkeypatch):
+    names = []
+    for tok in CharTokenizer, BpeTokenizer:
+        encode = tok.encode_texts
+        monkeypatch.setattr(tok, 'encode_texts', lambda self, *args, encode=encode: (
+            names.append(threading.current_thread().name), encode(self, *args))[1])
+    build(tmp_path / 'char', files)
+    assert len(names) > 10 and set(names) == {threading.current_thread().name}
+    names.clear()
+    build(tmp_path / 'bpe', files, bpe_path, threads=3)
+    assert len(set(names[1:])) > 1 and threading.current_thread().name not in names[1:]   # the first one sets it up
 
 
 def test_two_runs_give_the_same_bytes_on_any_number_of_threads(files, tmp_path):

@@ -213,12 +213,6 @@ def test_a_continuation_begins_at_the_first_token_that_is_not_all_context(contex
     assert tuple(ids.tolist() for ids in scoring.encode_pair(Pairs(), context, continuation)) == expected
 
 
-def test_sizes_are_those_of_the_text_without_its_ends():
-    text = 'abc é 世界 a'
-    ids = np.concatenate((Pairs().encode(text), [258, 258], Pairs().encode(text)))
-    assert scoring.size_of(Pairs(), ids) == (2 * len(text.encode()), 2 * len(text))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # what it would write
 

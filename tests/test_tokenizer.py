@@ -273,6 +273,16 @@ def test_all_ids_lie_in_the_vocabulary(tok):
     assert tok.encode(MIXED).max() < tok.vocab_size and tok.decode(tok.encode(MIXED)) == MIXED
 
 
+@quick
+@given(cut_texts())
+def test_the_size_of_ids_is_that_of_their_text_wherever_it_is_cut_and_without_its_ends(case):
+    text, pieces = case
+    tok = Pieces([*pieces, b'<end>'])
+    tok.eot = len(pieces)
+    ids = np.array([tok.eot, *range(len(pieces)), tok.eot, *range(len(pieces))], np.uint16)
+    assert tokenizer.text_size(tok, ids) == (2 * len(text.encode()), 2 * len(text))
+
+
 def test_a_text_begins_after_the_end_of_another_or_after_a_line_break(gpt2):
     assert gpt2.beginning().tolist() == [50256]
     assert CharTokenizer('\na').beginning().tolist() == [0]
