@@ -12,6 +12,7 @@ How good a model is: the exact loss of a text, multiple choice, last words, and 
 The fifth classifies sentiment by asking which of two words is likelier after a review. Several can be asked in one run.
 Prints a table on stderr, and on stdout one JSON object, the same for any number of processes. The first token of a text
 is scored after the end-of-text token, if the model has one; that of a .bin, which has nothing before it, is not scored.
+Of a dataset with a mask, such as data/sql, only what was to be learnt is scored.
 """
 
 import json
@@ -109,34 +110,41 @@ report = {}   # {what was asked: {figure: value}}, where figure_stderr is the st
 # loss of a text: the cost of its tokens, all that are scored exactly once
 
 def read_ids(name):
-    """Token ids of which all but the first are to be scored, and what they are called."""
+    """Token ids of which all but the first are to be scored, what they are called, and which of them were to be learnt,
+    None: all."""
+    learnt = None
     if os.path.isfile(name) and name.endswith('.bin'):
         meta = Path(name).with_name('meta.json').exists() and read_meta(Path(name).parent)
         ids = open_ids(name, meta['dtype'] if meta else tokenizer.id_type(tok.vocab_size))
         made_with = meta['tokenizer'] if meta else tok.to_dict()
+        if meta and meta['mask']:
+            learnt = open_ids(Path(name).with_suffix('.mask'), np.dtype(np.uint8), len(ids)).astype(bool)
     elif os.path.isfile(name) or name.endswith('.txt'):
         text = tokenizer.read_text(name)
         with scoring.naming(name):
             ids = tok.encode(text)
-        return np.concatenate((tok.beginning(), ids)) if tok.eot is not None else ids, name
+        return np.concatenate((tok.beginning(), ids)) if tok.eot is not None else ids, name, None
     else:
         dataset = Dataset(name)
         ids, made_with, name = dataset.data[split], dataset.tokenizer, f'{dataset.folder}/{split}.bin'
+        if dataset.mask:
+            learnt = dataset.mask[split].astype(bool)
     start = ids[:1000]
     if len(ids) and ids.max() >= tok.vocab_size or (
             made_with != tok.to_dict() and tokenizer.from_dict(made_with).decode(start) != tok.decode(start)):
         raise UserError(f'{name} was made with another tokenizer than the model: give its text instead, or a dataset '
                         f'that the model can read')
-    return ids, name
+    return ids, name, learnt
 
 
 if data:
-    ids, where = read_ids(data)
+    ids, where, learnt = read_ids(data)
     ids = ids[:limit and limit + 1]
-    if len(ids) < 2:
+    learnt = np.ones(len(ids), bool) if learnt is None else learnt[:len(ids)]
+    if not learnt[1:].any():
         raise UserError(f'{where} has no token to score: expected two, or one of text if the model knows ends of texts')
-    loss, error, n = scoring.rolling_loss(model, rt, ids, stride, batch_size)
-    n_bytes, n_chars = tokenizer.text_size(tok, ids[1:])
+    loss, error, n = scoring.rolling_loss(model, rt, ids, stride, batch_size, learnt)
+    n_bytes, n_chars = tokenizer.text_size(tok, ids[1:][learnt[1:]])
     bits = loss / math.log(2)
     report['data'] = {'of': where, 'tokens': n, 'bytes': n_bytes, 'characters': n_chars, 'stride': stride,
                       'loss': loss, 'loss_stderr': error, 'perplexity': scoring.perplexity(loss),

@@ -40,20 +40,22 @@ def costs(model, rt, rows, batch_size, what):
     """What the last tokens of each row cost, given those before them: a float64 tensor, (rows, 3), of the sum of their
     -log p in nats, the sum of its squares, and how many of them are not the likeliest token.
 
-    rows: [(ids, n)], arrays of 2 to block_size + 1 token ids of which the last n < len(ids) are scored. Raises
-    UserError if the model gives NaN or infinity.
+    rows: [(ids, n)], arrays of 2 to block_size + 1 token ids of which the last n < len(ids) are scored, or
+    [(ids, n, learnt)] with n booleans that say which of those. Raises UserError if the model gives NaN or infinity.
     """
     hidden = torch.compile(model.hidden, dynamic=True) if rt.compile else model.hidden
     found = torch.zeros(len(rows), 3, dtype=torch.float64)
-    for batch in share(rt, [len(ids) for ids, _ in rows], batch_size, what):
+    for batch in share(rt, [len(ids) for ids, *_ in rows], batch_size, what):
         T = max(len(rows[i][0]) for i in batch) - 1
         idx = torch.zeros(len(batch), T, dtype=torch.long)   # filled up on the right, which causal attention ignores
         targets = torch.full_like(idx, -1)
         for k, i in enumerate(batch):
-            ids, n = rows[i]
+            ids, n, *learnt = rows[i]
             ids = torch.from_numpy(ids.astype(np.int64))
             idx[k, :len(ids) - 1] = ids[:-1]
             targets[k, len(ids) - 1 - n:len(ids) - 1] = ids[-n:]
+            if learnt:
+                targets[k, len(ids) - 1 - n:len(ids) - 1][torch.from_numpy(~learnt[0])] = -1
         scored = targets >= 0
         x = hidden(idx.to(rt.device))[scored.to(rt.device)]                           # (N, C)
         nll, missed = [], []
@@ -84,14 +86,15 @@ def windows(n, size, stride):
     return found
 
 
-def rolling_loss(model, rt, ids, stride, batch_size):
+def rolling_loss(model, rt, ids, stride, batch_size, learnt=None):
     """The cost of every token of ids but the first, given those before it: at least block_size - stride of them, or
-    all there are. Returns its mean in nats, the standard error of that, as if tokens were independent, and their
-    number."""
+    all there are. learnt: if given, booleans, whether each of ids is scored. Returns the mean in nats, its standard
+    error, as if tokens were independent, and their number."""
+    learnt = np.ones(len(ids), bool) if learnt is None else learnt
     spans = windows(len(ids), model.config.block_size, stride)
-    rows = [(ids[begin:end], end - first) for begin, first, end in spans]
+    rows = [(ids[begin:end], end - first, learnt[first:end]) for begin, first, end in spans]
     total, squares, _ = costs(model, rt, rows, batch_size, 'loss').sum(dim=0).tolist()
-    n = len(ids) - 1
+    n = int(learnt[1:].sum())
     variance = max(squares - total**2 / n, 0) / max(n - 1, 1)
     return total / n, math.sqrt(variance / n), n
 

@@ -13,7 +13,7 @@ out_dir = 'out-bpe-10m'
 dataset = 'my_text'
 
 eval_interval = 250
-eval_iters = 50
+eval_iters = 20
 log_interval = 10
 
 n_layer = 6
@@ -24,9 +24,9 @@ dropout = 0.1
 batch_size = 32
 gradient_accumulation_steps = 1
 
-max_iters = 5000
+max_iters = 2000
 learning_rate = 3e-4
 schedule = 'cosine'
-warmup_iters = 200
+warmup_iters = 100
 lr_decay_iters = max_iters
 min_lr = 3e-5

@@ -55,6 +55,22 @@ def test_the_loss_of_a_dataset_is_that_of_its_file_and_of_its_text(trained, char
             **found['data'], 'of': str(name)}
 
 
+def test_of_a_dataset_with_a_mask_what_was_to_be_learnt_is_scored(trained, tmp_path):
+    model, tok, _ = checkpoint.load_model(trained)
+    ids = np.arange(200, dtype=np.uint16) * 7 % tok.vocab_size
+    masks = {'train': np.zeros(200, bool), 'val': np.arange(200) % 5 < 2}
+    write(tmp_path, {'train': ids, 'val': ids}, tok, {}, masks)
+    loss, error, n = scoring.rolling_loss(model, RT, ids, 5, 16, masks['val'])
+    for name in (tmp_path, tmp_path / 'val.bin'):
+        found, _ = evaluate(f'--out_dir={trained}', f'--data={name}', '--stride=5')
+        assert found['data']['loss'] == pytest.approx(loss, rel=1e-6) and found['data']['tokens'] == n == 79
+        assert found['data']['bytes'] == 79 and found['data']['bits_per_byte'] == found['data']['bits_per_token']
+    whole, _, n = scoring.rolling_loss(model, RT, ids, 5, 16)
+    assert n == 199 and abs(whole - loss) > 1e-3
+    done = run('eval.py', '--device=cpu', f'--out_dir={trained}', f'--data={tmp_path}', '--split=train')
+    assert_one_line(done, 1, f'{tmp_path}/train.bin has no token to score')
+
+
 def test_a_file_of_a_dataset_a_limit_and_the_default_stride(trained, char_dataset):
     found = evaluate(f'--out_dir={trained}', f'--data={char_dataset}/train.bin', '--limit=40')[0]['data']
     ids = np.fromfile(char_dataset / 'train.bin', '<u2')[:41]

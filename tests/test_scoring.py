@@ -83,6 +83,16 @@ def test_the_loss_is_that_of_hugging_face_and_its_error_that_of_numpy(pair, stri
             assert abs(loss - hugging_face_loss(theirs, ids, 128, stride)) < 1e-5
 
 
+def test_the_loss_of_some_tokens_is_the_mean_cost_of_those(pair):
+    theirs, ours = pair
+    ids, learnt = ids_of(300, 101), np.arange(301)[1:] % 7 < 3
+    learnt[:150] = False   # whole windows
+    costs = np.array(token_by_token(theirs, ids, 128, 100))[learnt[1:]]
+    loss, error, n = scoring.rolling_loss(ours, RT, ids, 100, 2, learnt)
+    assert n == len(costs) == learnt.sum()
+    assert (loss, error) == pytest.approx((costs.mean(), costs.std(ddof=1) / math.sqrt(n)), abs=1e-5)
+
+
 @pytest.mark.parametrize('n', [2, 3, 7, 8, 9, 16, 17, 100])
 @pytest.mark.parametrize('stride', [1, 3, 7, 8])
 def test_every_token_but_the_first_is_scored_once_after_enough_others(n, stride):

@@ -190,6 +190,7 @@ def test_killed_at_ten_random_instants_it_ends_with_the_same_bytes(tmp_path, lon
     (['--input=binary.py', '--name=./x', '--tokenizer=char'], 1, 'binary.py is no text: byte 1 is 0x00'),
     (['--input=a.txt', '--name=a.txt/x', '--tokenizer=char'], 1, 'cannot make the folder a.txt/x: Not a directory'),
     (['--input=a.txt', '--name=./x', '--compare=gpt2,char'], 2, "compare='gpt2,char': expected names of tiktoken"),
+    (['--input=a.txt', '--name=./x', '--tokenizer=char', '--compare=gpt5'], 1, "tokenizer 'gpt5': expected"),
     (['--inspect=x', '--tokenizer=bpe:300'], 2, 'give the tokenizer.json of a dataset made with it'),
 ])
 def test_what_a_person_gets_wrong_is_one_line(tmp_path, args, status, words):

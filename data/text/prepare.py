@@ -95,6 +95,7 @@ if (folder / 'prepare.py').exists():
 # text to ids
 
 corpus = Corpus(find_files(input), field, column, errors)
+others = {spec: tokenizers.make(spec) for spec in compare.split(',') if spec}
 t0 = time.perf_counter()
 tok, report = ingest.build(folder, corpus, tokenizer, val_fraction, seed, deduplicate, min_frequency,
                            [token for token in special.split(',') if token], int(train_mb * 1e6), threads,
@@ -102,8 +103,7 @@ tok, report = ingest.build(folder, corpus, tokenizer, val_fraction, seed, dedupl
 dt, size = time.perf_counter() - t0, sum(report['bytes'].values())
 print(f'{folder}:')
 print('\n'.join(ingest.report_lines(report, tok)))
-if compare:
-    others = {spec: tokenizers.make(spec) for spec in compare.split(',')}
+if others:
     for spec, ratio in ingest.compare(corpus, {tokenizer: tok, **others}, seed=seed).items():
         print(f'{spec}: {ratio:.3f} bytes per token')
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
