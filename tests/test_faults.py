@@ -52,24 +52,25 @@ optim.learning_rate_at = _slow
 """
 
 
-def test_a_run_killed_twenty_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, tiny):
+@pytest.mark.parametrize('kills, steps', [(6, 600), pytest.param(20, 1500, marks=pytest.mark.slow)])
+def test_a_run_killed_many_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, tiny, kills, steps):
     (tmp_path / 'slow.py').write_text(SLOW)
-    args = [tiny, tmp_path / 'slow.py', *HERE, '--init_from=auto', '--max_iters=1500', '--eval_interval=20',
+    args = [tiny, tmp_path / 'slow.py', *HERE, '--init_from=auto', f'--max_iters={steps}', '--eval_interval=20',
             '--checkpoint_interval=3', '--keep_last=2', '--dropout=0.1', '--log_interval=5']
     train(*args, f'--out_dir={tmp_path / "calm"}', HASTE='1')
     seed = random.randrange(10**6)
     print(f'seed {seed}')   # of the instants
     out_dir = tmp_path / 'out'
-    with started('-c', LIVES, 20, seed, out_dir, ROOT / 'train.py', *args, f'--out_dir={out_dir}') as process:
+    with started('-c', LIVES, kills, seed, out_dir, ROOT / 'train.py', *args, f'--out_dir={out_dir}') as process:
         out, err = process.communicate(timeout=170)
     assert process.returncode == 0, err
     print(f'{out.count("killed")} kills, {out.count("in a save")} of them in a save, '
           f'{err.count("resumed")} lives resumed')
-    assert out.count('killed') == 20 and out.count('in a save') >= 5
-    assert err.count('resumed') >= 5
+    assert out.count('killed') == kills and out.count('in a save') >= kills // 4
+    assert err.count('resumed') >= kills // 4
     assert_same_run(out_dir, tmp_path / 'calm')
     assert {path.name for path in out_dir.iterdir() if 'previous' not in path.name} - {'loss.png'} == {
-        '.lock', 'ckpt.pt', 'ckpt-1497.pt', 'ckpt-1494.pt', 'best.pt', 'log.jsonl'}
+        '.lock', 'ckpt.pt', f'ckpt-{steps - 3}.pt', f'ckpt-{steps - 6}.pt', 'best.pt', 'log.jsonl'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
