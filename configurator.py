@@ -283,5 +283,5 @@ def show_error(kind, error, trace):
     else:
         return sys.__excepthook__(kind, error, trace)
     if line:   # past the hook of torch.distributed, which collects what is printed and shows it only on a normal return
-        print(line, file=sys.__stderr__)
+        print(' '.join(line.splitlines()), file=sys.__stderr__)
     raise SystemExit(status)

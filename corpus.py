@@ -3,7 +3,7 @@ Documents out of files, piece by piece, so that memory holds a few megabytes of 
 
 A document is a text file, a line of a .jsonl or a row of a .parquet, packed with gzip or Zstandard or not. What is no
 UTF-8 is found, told by file and place, and refused, mended or left out. A long document comes in pieces, cut where no
-token could be.
+token could be, if it has such a place.
 """
 
 import codecs
@@ -12,7 +12,6 @@ import glob
 import gzip
 import json
 import os
-import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ BLOCK = 2**18       # bytes read at a time
 PIECE = 2**18       # characters of a document that travel together, and of documents that are tokenized together
 LONGEST_LINE = 2**28   # bytes of a line of .jsonl
 PACKING = {'.gz': 4, '.zst': 4, '.parquet': 2.5}   # bytes of text in a byte of such a file, more or less
-BORDER = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S\n)(?=[^\W_])')   # where no encoding in use has a token that goes across
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,9 +34,10 @@ BORDER = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S\n)(?=[^\W_])')   # where no encod
 
 def find_files(paths):
     """The files that paths name, parted by commas: files, globs (** goes into folders), and folders, of which all
-    files of known kinds count, hidden ones aside. In this order, those of a glob or a folder sorted; each once."""
+    files of known kinds count, hidden ones aside. In this order, those of a glob or a folder sorted; each once, however
+    it is spelled."""
     found = []
-    for path in filter(None, (path.strip() for path in paths.split(','))):
+    for path in [paths] if os.path.exists(paths) else filter(None, map(str.strip, paths.split(','))):
         path = os.path.expanduser(path)
         if os.path.isdir(path):
             known = [file for file in Path(path).rglob('*') if kind_of(file) in KINDS and file.is_file()
@@ -47,8 +46,10 @@ def find_files(paths):
                 raise UserError(f'{path} has no file of a known kind in it ({" ".join(KINDS)}, also with '
                                 f'{" or ".join(PACKED)}): name the files, as in --input="{path}/*.log"')
             found += sorted(known)
-        elif os.path.exists(path):
+        elif os.path.isfile(path):
             found.append(Path(path))
+        elif os.path.exists(path):
+            raise UserError(f'{path} is no ordinary file, and it is read more than once: put what it gives into one')
         else:
             known = [Path(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
             if not known:
@@ -56,7 +57,10 @@ def find_files(paths):
             found += sorted(known)
     if not found:
         raise UserError('no input: give --input=PATHS, files, folders or globs, parted by commas')
-    return list(dict.fromkeys(found))
+    once = {}
+    for file in found:
+        once.setdefault(file.resolve(), file)
+    return list(once.values())
 
 
 def kind_of(path):
@@ -73,12 +77,13 @@ def import_pyarrow(name, path):
 
 
 @contextlib.contextmanager
-def told(path):
-    """A block in which trouble with reading a file is told in one line."""
+def told(path, *also):
+    """A block in which trouble with reading a file is told in one line; also: further exceptions that mean it."""
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'cannot read {path}: {getattr(error, "strerror", None) or error}') from None
+    except (OSError, EOFError, zlib.error, *also) as error:
+        reason = ' '.join(str(getattr(error, 'strerror', None) or error).split())
+        raise UserError(f'cannot read {path}: {reason[:100]}') from None
 
 
 def blocks(path, bar=None):
@@ -249,13 +254,11 @@ class Corpus:
     def rows(self, path, bar):
         """(text, fault) of the documents of a .parquet."""
         pa, pq = import_pyarrow('', path), import_pyarrow('parquet', path)
+        if Path(path).suffix.lower() in PACKED:
+            raise UserError(f'{path} is a .parquet, which is packed within, packed once more: unpack it')
         number, at = 0, 0
-        with told(path):
-            try:
-                table = pq.ParquetFile(path, pre_buffer=False)
-            except pa.ArrowInvalid as error:
-                raise UserError(f'cannot read {path}: {" ".join(str(error).split())[:100]}') from None
-            with table:
+        with told(path, pa.ArrowException, UnicodeDecodeError):
+            with pq.ParquetFile(path, pre_buffer=False) as table:
                 names = table.schema_arrow.names
                 if self.column not in names:
                     raise UserError(f'{path} has no column {self.column!r}: it has {", ".join(names)[:100]}; '
@@ -305,17 +308,20 @@ def in_pieces(texts, fault=''):
     document alone."""
     held = ''
     for text in texts:
-        held += text
-        while len(held) > PIECE:
-            at = border(held)
-            yield Piece(held[:at], False)
-            held = held[at:]
+        held, at = held + text, 0
+        while len(held) - at > PIECE:
+            end = border(held, at)
+            yield Piece(held[at:end], False)
+            at = end
+        held = held[at:]
     yield Piece(held, True, fault)
 
 
-def border(text):
-    """Where to cut a text that is longer than PIECE: at the last border before; if it has none, there."""
-    for width in (2**6, 2**12, PIECE - 1):
-        for match in reversed(list(BORDER.finditer(text, PIECE - width, PIECE))):
+def border(text, start):
+    """Where to end a piece that begins at start, of a text that has more than PIECE behind it: at the last border
+    before that; if it has none, there."""
+    for width in (2**6, 2**12, PIECE):
+        first = start + max(PIECE - width, 2)   # a border shows by two characters before it
+        for match in reversed(list(tokenizer.BORDER.finditer(text, first, start + PIECE))):
             return match.start()
-    return PIECE
+    return start + PIECE

@@ -191,9 +191,10 @@ class Writer:
             for path in [*numbered, *whole, *self.unfinished()]:   # of a dataset that was there, or past a cut
                 if path.name not in keep:
                     path.unlink(missing_ok=True)
-            replace(self.folder / 'meta.json', json.dumps(meta, indent=1).encode())
+            (self.folder / 'tokenizer.json').unlink(missing_ok=True)
             if 'json' in meta['tokenizer']:
                 replace(self.folder / 'tokenizer.json', meta['tokenizer']['json'].encode())
+            replace(self.folder / 'meta.json', json.dumps(meta, indent=1).encode())
             (self.folder / JOURNAL).unlink(missing_ok=True)
 
     def close(self):

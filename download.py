@@ -56,23 +56,26 @@ def download(url, path, digest=None, attempts=3, timeout=20, size=None, headers=
     """
     import requests
 
-    path, part, wait, links = Path(path), Path(f'{path}.part'), 0, {}
+    path, part, title = Path(path), Path(f'{path}.part'), title or Path(path).name
+    wait, reason, links = 0, '', {}
     digest_of = git_sha1_of if digest and len(digest) == 40 else sha256_of
     for attempt in range(attempts):
         if attempt:
-            time.sleep(max(attempt, wait))
+            wait = max(attempt, wait)
+            print(f'{title}: {reason}, once more in {wait:.0f} s', file=sys.stderr)
+            time.sleep(wait)
         try:
-            links = fetch_rest(requests, url, part, timeout, size, headers or {}, title or path.name)
+            links = fetch_rest(requests, url, part, timeout, size, headers or {}, title)
             break
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else None
             wait = retry_after(error.response)
+            reason = f'status {status} {error.response.reason}' if status else type(error).__name__
             if status == 416:   # nothing there beyond what we have: it is whole, or not a beginning of this file
                 if digest and part.exists() and digest_of(part) == digest:
                     break
                 part.unlink(missing_ok=True)
             elif status is not None and 400 <= status < 500 and status != 429 or attempt == attempts - 1:
-                reason = f'status {status} {error.response.reason}' if status else type(error).__name__
                 raise UserError(f'cannot download {url}: {reason}') from None
         except OSError as error:
             raise UserError(f'cannot write {part}: {error.strerror}') from None

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import tokenizer
-from configurator import UserError
+from configurator import UsageError, UserError
 from corpus import PIECE, Corpus, estimate, kind_of, progress
 from dataset import MAX_BYTES, SPLITS, Writer
 from download import PATIENT, download, hub, hub_files
@@ -36,8 +36,8 @@ NO_BLANKS = ((0x0e00, 0x0eff), (0x1000, 0x109f), (0x1780, 0x17ff),   # Thai, Lao
 
 def fraction(digest, seed, purpose):
     """A number in [0, 1) that a digest draws."""
-    drawn = hashlib.blake2b(digest, digest_size=8, key=f'{seed} {purpose}'.encode()).digest()
-    return int.from_bytes(drawn, 'big') / 2**64
+    drawn = hashlib.sha256(f'{seed} {purpose} '.encode() + digest).digest()
+    return int.from_bytes(drawn[:8], 'big') / 2**64
 
 
 def later_copies(pieces):
@@ -90,14 +90,16 @@ class Pipeline:
     """Texts go in one after another, ids come out into a Writer in the same order; in between, threads tokenize: the
     libraries that do it let go of Python's lock."""
 
-    def __init__(self, tok, writer, threads):
+    def __init__(self, tok, writer, threads, inside=False):
         self.tok, self.writer, self.threads = tok, writer, threads
         self.pool, self.queue = ThreadPoolExecutor(threads), collections.deque()
         self.waiting = {split: [] for split in SPLITS}   # whole documents, too short to be tokenized alone
         self.length = dict.fromkeys(SPLITS, 0)
         self.begun = {split: writer.tokens[split] > 0 for split in SPLITS}
-        self.held = []   # pieces of a document that must not be cut
-        self.first = True
+        self.held = []             # pieces of a document that must not be cut
+        self.first = not inside    # whether the next piece is the first one of a document
+        if tok.parallel:
+            tok.encode_texts(['\n'])   # the first call sets up what threads then share
 
     def add(self, split, text, last):
         """Take the next piece of the document at hand; last: it ends here."""
@@ -150,8 +152,9 @@ def count_cores():
 @dataclass
 class Tally:
     """What is known of the documents up to a point, and where that is. All of it goes into the journal."""
-    file: int = 0       # the file at hand, and how many of its documents are done
+    file: int = 0       # the file at hand, how many of its documents are done, and pieces of the one after them
     document: int = 0
+    piece: int = 0
     number: int = 0     # of documents in all, those that were left out among them
     documents: dict = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     bytes: dict = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -163,14 +166,14 @@ class Tally:
     faults: list = field(default_factory=list)                # the first ten
     longest: list = field(default_factory=lambda: [0, ''])    # bytes, and the file that it is in
     snippets: list = field(default_factory=list)              # [a random number, a text] of the ten lowest
-    lowest: list = field(default_factory=list)                # [a random number, bytes, digest] of the two lowest
+    lowest: list = field(default_factory=list)                # the same, [number, bytes, digest], equal ones as one
     digest: str = ''                                          # of the digests of all documents, in their order
     tail: bool = False                                        # whether validation is the end of the only document
 
     def enter(self, document, piece, name):
         """Count a document that has ended with this piece, in the file of this name."""
         self.number += 1
-        self.document += 1
+        self.document, self.piece = self.document + 1, 0
         if piece.fault:
             self.faults = [*self.faults, piece.fault][:10]
             self.mended += document.size > 0
@@ -184,7 +187,10 @@ class Tally:
             self.bytes[document.split] += document.size
             self.characters[document.split] += document.length
             self.longest = max(self.longest, [document.size, name], key=lambda longest: longest[0])
-            if len(self.lowest) < 2 or document.drawn < self.lowest[1][0]:
+            known = [entry for entry in self.lowest if entry[2] == document.first.hex()]
+            if known:
+                known[0][1] += document.size
+            elif len(self.lowest) < 2 or document.drawn < self.lowest[1][0]:
                 self.lowest = sorted([*self.lowest, [document.drawn, document.size, document.first.hex()]])[:2]
             number = document.drawn * 2**20 % 1
             if len(self.snippets) < 10 or number < self.snippets[9][0]:
@@ -204,6 +210,15 @@ class Document:
         self.copy, self.size, self.length = copy, 0, 0
 
 
+def refuse(val_fraction, **limits):
+    """UsageError for options that make no sense: limits are above 0 or None."""
+    if not 0 < val_fraction < 1:
+        raise UsageError(f'val_fraction={val_fraction}: expected more than 0 and less than 1')
+    for name, value in limits.items():
+        if value is not None and not 0 < value < 2**31:
+            raise UsageError(f'{name}={value}: expected more than 0, and less than 2^31')
+
+
 def build(folder, corpus, spec, val_fraction=0.1, seed=1337, deduplicate=False, min_frequency=2, special=(),
           train_bytes=100_000_000, threads=None, save_bytes=2**26, max_bytes=MAX_BYTES, source=None, given=None):
     """Make folder a dataset of all documents of a corpus.
@@ -214,11 +229,12 @@ def build(folder, corpus, spec, val_fraction=0.1, seed=1337, deduplicate=False, 
     document that is for validation, whatever is drawn; b'' for none. Returns (tokenizer, report); the report is in
     meta.json too.
     """
-    folder, threads = Path(folder), threads or count_cores()
-    options = spec, val_fraction, seed, deduplicate, min_frequency, special, train_bytes, threads, save_bytes, max_bytes
+    asked = locals()
+    folder, trained = Path(folder), tokenizer.trained_size(spec) is not None
+    tok = None if trained or spec == 'char' else tokenizer.make(spec)   # first of all, so that a typo is found at once
     if given is None and len(corpus.files) == 1 and kind_of(corpus.files[0]) not in ('.jsonl', '.parquet'):
         given = b''   # the only document is for training, but for its end
-    key = json.dumps([FORMAT, spec, digest_of(spec), [str(file) for file in corpus.files], corpus.sizes,
+    key = json.dumps([FORMAT, spec, tok and tok.to_dict(), [str(file) for file in corpus.files], corpus.sizes,
                       corpus.versions, corpus.field, corpus.column, corpus.errors, val_fraction, seed, deduplicate,
                       min_frequency, list(special), train_bytes, max_bytes, None if given is None else given.hex()])
     key = hashlib.sha256(key.encode()).hexdigest()
@@ -235,10 +251,11 @@ def build(folder, corpus, spec, val_fraction=0.1, seed=1337, deduplicate=False, 
         copies = later_copies(corpus.all('looking for copies')) if deduplicate else None
         if writer.notes is None:
             tally = Tally()
-            share = training_share(corpus, copies, train_bytes) if spec.startswith('bpe:') else 1
+            share = training_share(corpus, copies, train_bytes) if trained else 1
             t0 = time.perf_counter()
-            tok = tokenizer.make(spec, vocabulary_texts(corpus, copies, share, seed), min_frequency, special)
-            if spec.startswith('bpe:'):
+            if tok is None:
+                tok = tokenizer.make(spec, vocabulary_texts(corpus, copies, share, seed), min_frequency, special)
+            if trained:
                 print(f'{tok.vocab_size:,} tokens trained on {min(share, 1):.1%} of the text in '
                       f'{time.perf_counter() - t0:.1f} s', file=sys.stderr)
             writer.begin(tok)
@@ -248,7 +265,7 @@ def build(folder, corpus, spec, val_fraction=0.1, seed=1337, deduplicate=False, 
             print(f'{folder} is begun, {sum(writer.tokens.values()):,} tokens are there: going on', file=sys.stderr)
         if tally.file < len(corpus.files):
             check_room(folder, corpus, tok, writer, tally.file)
-        pipeline = Pipeline(tok, writer, threads)
+        pipeline = Pipeline(tok, writer, threads or count_cores(), inside=tally.piece > 0)
         try:
             write_documents(corpus, pipeline, tally, copies, val_fraction, seed, save_bytes, given)
         finally:
@@ -258,11 +275,14 @@ def build(folder, corpus, spec, val_fraction=0.1, seed=1337, deduplicate=False, 
         if n == 0:
             raise UserError(f'no text in {len(corpus.files):,} files: {tally.empty:,} documents are empty'
                             + (f', {tally.left_out:,} left out, as {tally.faults[0]}' if tally.faults else ''))
+        if n > 1 and len(tally.lowest) == 1:
+            raise UserError(f'all {n:,} documents are equal: give more text, or --deduplicate and have the end of one '
+                            f'for validation')
         if given is None and not all(tally.documents.values()):   # few documents: which is for validation is settled
             half = sum(tally.bytes.values()) / 2
             given = next((bytes.fromhex(first) for _, size, first in tally.lowest if size <= half), b'')
             writer.close()
-            return build(folder, corpus, *options, source, given)
+            return build(**{**asked, 'given': given})
         if n == 1 and not tally.tail:
             cut_tail(writer, tok, tally, val_fraction)
         if min(writer.tokens.values()) < 2:
@@ -277,11 +297,6 @@ def build(folder, corpus, spec, val_fraction=0.1, seed=1337, deduplicate=False, 
         writer.close()
 
 
-def digest_of(spec):
-    """What tells one tokenizer.json from another of the same name."""
-    return hashlib.sha256(Path(spec).read_bytes()).hexdigest() if os.path.isfile(spec) else None
-
-
 def vocabulary_texts(corpus, copies, share, seed):
     """The texts of which a vocabulary is made."""
     yield from sample(kept(corpus.all('reading the vocabulary'), copies), share, seed)
@@ -290,23 +305,23 @@ def vocabulary_texts(corpus, copies, share, seed):
 
 
 def check_room(folder, corpus, tok, writer, i):
-    """UserError unless the disk has room for the ids, judged by the first of file i. Has tok encode something, too,
-    which settles what it sets up at its first use."""
-    text = ''
-    for piece in corpus.pieces(i):
-        text += piece.text
-        if len(text) > PIECE // 4:
+    """UserError unless the disk has room for the ids, judged by the beginnings of some files from file i on."""
+    texts, length, ahead = [], 0, 1 if corpus.fetch else 100   # files
+    for piece in (piece for k in range(i, len(corpus.files))[:ahead] for piece in corpus.pieces(k)):
+        texts.append(piece.text)
+        length += len(piece.text)
+        if length > PIECE // 4:
             break
-    text = text or '\n'
-    ids = tok.encode_texts([text])
+    size, n = len(''.join(texts).encode()), sum(len(tok.encode_texts([text])) for text in texts if text)
     width = tokenizer.id_type(tok.vocab_size).itemsize
-    needed = (estimate(corpus) * len(ids) / len(text.encode()) - sum(writer.tokens.values())) * width
+    needed = (estimate(corpus) * n / max(size, 1) - sum(writer.tokens.values())) * width
     if corpus.fetch:
-        needed += 2 * max(corpus.sizes)   # one being read, one being downloaded
+        needed += max(corpus.sizes)   # of the one that is downloaded while another, which is there, is read
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f'{folder}: about {needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free: make '
-                        f'room, or choose a folder on another disk with --name=PATH')
+        needed, free = (f'{n / 1e9:,.1f} GB' if n >= 1e9 else f'{n / 1e6:,.1f} MB' for n in (needed, free))
+        raise UserError(f'{folder}: about {needed} are needed and {free} are free: make room, or choose a folder on '
+                        f'another disk with --name=PATH')
 
 
 def write_documents(corpus, pipeline, tally, copies, val_fraction, seed, save_bytes, given):
@@ -319,7 +334,7 @@ def write_documents(corpus, pipeline, tally, copies, val_fraction, seed, save_by
 
     with progress('tokenizing', sum(corpus.sizes), sum(corpus.sizes[:tally.file])) as bar:
         while tally.file < len(corpus.files):
-            name, skip, document = Path(str(corpus.files[tally.file])).name, tally.document, None
+            name, skip, document, seen = str(corpus.files[tally.file]), tally.document, None, tally.piece
             for piece in corpus.pieces(tally.file, bar):
                 if skip:   # before the interruption
                     skip -= piece.last
@@ -332,14 +347,19 @@ def write_documents(corpus, pipeline, tally, copies, val_fraction, seed, save_by
                     document.hash.update(content)
                 document.size += len(content)
                 document.length += len(piece.text)
+                if seen:   # written before the interruption
+                    seen -= 1
+                    continue
+                tally.piece += 1
                 if document.size and not document.copy:
                     pipeline.add(document.split, piece.text, piece.last)
+                    since += len(content)
                 if piece.last:
                     tally.enter(document, piece, name)
-                    since, document = since + document.size, None
-                    if since >= save_bytes:
-                        commit()
-                        since = 0
+                    document = None
+                if since >= save_bytes and not pipeline.held:
+                    commit()
+                    since = 0
             tally.file, tally.document = tally.file + 1, 0
             if corpus.release:   # a shard is done with
                 commit()
@@ -425,7 +445,8 @@ class Shards:
         self.folder, self.files, self.threads, self.errors = Path(folder), files, {}, {}
 
     def path(self, i):
-        return self.folder / self.files[i]['path'].replace('/', '_')
+        """Where file i lies: under the name of its content, so that no other file is taken for it."""
+        return self.folder / f'shard-{hashlib.sha256(version(self.files[i]).encode()).hexdigest()[:16]}.parquet'
 
     def start(self, i):
         """Have file i downloaded in the background, unless it is there."""
@@ -443,6 +464,11 @@ class Shards:
 
     def fetch(self, i):
         """The path of file i, when it is there."""
+        if not self.threads:   # what a process that was killed may have left, of this or of another dataset
+            wanted = [self.path(k).name for k in range(i, len(self.files))]
+            for left in self.folder.glob('shard-*.parquet*'):
+                if not left.name.startswith(tuple(wanted)):
+                    left.unlink()
         self.start(i)
         self.threads[i].join()
         if i in self.errors:
@@ -451,10 +477,14 @@ class Shards:
         return self.path(i)
 
     def release(self, i):
-        """Remove file i, and those before that a killed process may have left."""
-        for done in range(i + 1):
-            self.path(done).unlink(missing_ok=True)
-            self.threads.pop(done, None)
+        """Remove file i."""
+        self.path(i).unlink(missing_ok=True)
+        self.threads.pop(i, None)
+
+
+def version(file):
+    """What changes when a file of the hub does: its sha256, or for want of it its address."""
+    return file['sha256'] or file['url']
 
 
 def build_from_hub(folder, repo, path, revision, shards, column, spec, **options):
@@ -463,6 +493,6 @@ def build_from_hub(folder, repo, path, revision, shards, column, spec, **options
     there = Shards(folder, files)
     corpus = Corpus([file['path'] for file in files], column=column, errors='replace', fetch=there.fetch,
                     release=there.release, sizes=[file['size'] for file in files],
-                    versions=[file['sha256'] for file in files])
+                    versions=[version(file) for file in files])
     source = {'repo': repo, 'path': path, 'revision': revision, 'files': len(files)}
     return build(folder, corpus, spec, source=source, **options)

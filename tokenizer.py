@@ -13,12 +13,13 @@ import codecs
 import functools
 import itertools
 import json as jsons
+import re
 import threading
 from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UsageError, UserError
 
 
 def id_type(vocab_size):
@@ -29,7 +30,7 @@ def id_type(vocab_size):
 class Tokenizer:
     """What all tokenizers share; a subclass sets vocab_size and eot, and defines encode, token_bytes and to_dict."""
 
-    cuttable = True   # whether a text may be encoded in pieces, if cut at a blank behind a word
+    cuttable = True   # whether a text may be encoded in pieces, if cut at a BORDER
     parallel = True   # whether threads that encode do not wait for each other
 
     def decode(self, ids):
@@ -181,9 +182,19 @@ class BpeTokenizer(Tokenizer):
         self.eot = ids.get(EOT) if eot is None or eot >= self.vocab_size else eot
         self.added = {i: token.content for i, token in self.encoding.get_added_tokens_decoder().items()}
         self.bytes_of = byte_alphabet() if 'ByteLevel' in str(self.encoding.decoder) else None
-        cuts = str(self.encoding.pre_tokenizer)
-        self.cuttable = (self.bytes_of is not None and 'add_prefix_space=True' not in cuts
-                         and ('use_regex=True' in cuts or 'Split' in cuts))
+
+    @functools.cached_property
+    def cuttable(self):
+        """As it is for all tokenizers; found out by cutting a text that has something of everything."""
+        if self.bytes_of is None or self.encoding.pre_tokenizer is None:
+            return False
+        normal = self.encoding.normalizer.normalize_str if self.encoding.normalizer else str
+
+        def words(text):
+            return [word for word, _ in self.encoding.pre_tokenizer.pre_tokenize_str(normal(text))]
+
+        cuts = [match.start() for match in BORDER.finditer(PROBE)]
+        return all(words(PROBE[:at]) + words(PROBE[at:]) == words(PROBE) for at in cuts)
 
     @classmethod
     def train(cls, texts, vocab_size, min_frequency=2, special=('<|endoftext|>',)):
@@ -193,8 +204,11 @@ class BpeTokenizer(Tokenizer):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         if vocab_size < 256 + len(special):
-            raise UserError(f'a vocabulary of {vocab_size}: expected {256 + len(special)} or more, the bytes and '
-                            f'{len(special)} special tokens')
+            raise UsageError(f'a vocabulary of {vocab_size}: expected {256 + len(special)} or more, the bytes and '
+                             f'{len(special)} special tokens')
+        taken = [token for token in special if not token.isascii() and token in byte_alphabet()]
+        if taken:
+            raise UsageError(f'special token {taken[0]!r}: it stands for a byte, expected a longer name such as <pad>')
         encoding = Tokenizer(models.BPE())
         encoding.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         encoding.decoder = decoders.ByteLevel()
@@ -404,22 +418,30 @@ def make(spec, texts=(), min_frequency=2, special=()):
     """The tokenizer that a short text names: 'char' (the characters of texts, an iterable), 'bpe:5000' (trained on
     texts to so many tokens, see BpeTokenizer.train; special: further special tokens), the path of a tokenizer.json, or
     the name of one of tiktoken's encodings."""
-    kind, _, size = spec.partition(':')
     if spec == 'char':
         return CharTokenizer.of_all(texts)
-    if kind == 'bpe':
-        if not size.isdecimal():
-            raise UserError(f'tokenizer {spec!r}: expected a number of tokens, as in bpe:5000')
-        return BpeTokenizer.train(texts, int(size), min_frequency, dict.fromkeys([EOT, *special]))
+    size = trained_size(spec)
+    if size is not None:
+        return BpeTokenizer.train(texts, size, min_frequency, dict.fromkeys([EOT, *special]))
     if spec.endswith('.json') or '/' in spec:
         return BpeTokenizer(read_text(spec), end_of_text(spec))
     try:
         return TiktokenTokenizer(spec)
     except UserError as error:
         if str(error).startswith('no encoding'):
-            raise UserError(f"tokenizer {spec!r}: expected 'char', 'bpe:5000', the path of a tokenizer.json, or one of "
-                            f"tiktoken's: {str(error).split('one of ')[1]}") from None
+            raise UsageError(f"tokenizer {spec!r}: expected 'char', 'bpe:5000', the path of a tokenizer.json, or one "
+                             f"of tiktoken's: {str(error).split('one of ')[1]}") from None
         raise
+
+
+def trained_size(spec):
+    """The number of tokens that 'bpe:5000' asks for; None for what is not to be trained."""
+    kind, _, size = spec.partition(':')
+    if kind != 'bpe':
+        return None
+    if not size.isdecimal() or not 256 < int(size) < 2**31:
+        raise UsageError(f'tokenizer {spec!r}: expected a number of tokens above 256, as in bpe:5000')
+    return int(size)
 
 
 def end_of_text(path):
@@ -438,7 +460,9 @@ def end_of_text(path):
     return next((added[name] for name in names if name in added), None)
 
 
-PROBE = "It's 12,345 o'clock:\n\n    don't  __init__(self) -> naïve café, Größe 你好，世界 😀\t!!\r\n"
+PROBE = ("It's 12,345 o'clock:\n\n    don't  __init__(self) -> naïve café, Größe 你好，世界 😀\t!!\r\n"
+         'A line\n2 more x1\n世界\nend.\nÉ')
+BORDER = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S\n)(?=[^\W_])')   # where no encoding in use has a token that goes across
 
 
 def read_text(path):

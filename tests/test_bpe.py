@@ -198,6 +198,14 @@ def test_each_thread_has_a_copy_of_the_encoding_which_gives_the_same_ids(wordy):
     assert wordy.by_ranks.encoding is wordy.by_ranks.encoding   # made once
 
 
+@pytest.mark.parametrize('token', ['Ġ', 'é'])
+def test_a_special_token_that_stands_for_a_byte_is_refused(token):
+    with pytest.raises(UserError, match=f'special token {token!r}: it stands for a byte'):
+        BpeTokenizer.train(LINES, 300, special=['<|endoftext|>', token])
+    tok = BpeTokenizer.train(LINES, 300, special=['<|endoftext|>', f'<{token}>', '你'])
+    assert tok.decode(tok.encode('a b é 你好')) == 'a b é 你好'
+
+
 def other(d, change):
     """A tokenizer.json with something changed."""
     d = json.loads(json.dumps(d))
@@ -239,6 +247,13 @@ def test_texts_must_not_be_cut_where_blanks_are_put_before_them(trained, sentenc
     assert trained.cuttable and not sentencepiece.cuttable
     assert not other(json.loads(trained.json), lambda d: d['pre_tokenizer'].update(add_prefix_space=True)).cuttable
     assert not other(json.loads(trained.json), lambda d: d['pre_tokenizer'].update(use_regex=False)).cuttable
+    split = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}
+    by_bytes = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+    after = {'type': 'Sequence', 'pretokenizers': [split, by_bytes]}   # blanks belong to the word before them
+    assert not other(json.loads(trained.json), lambda d: d.update(pre_tokenizer=after)).cuttable
+    prepend = {'type': 'Prepend', 'prepend': 'x'}
+    assert not other(json.loads(trained.json), lambda d: d.update(normalizer=prepend)).cuttable
+    assert other(json.loads(trained.json), lambda d: d.update(normalizer={'type': 'NFC'})).cuttable
     assert sentencepiece.encode_texts(['hello', 'hello']).tolist() == [*sentencepiece.encode('hello'), 2] * 2
 
 

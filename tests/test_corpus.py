@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import random
 import sys
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus
+import tokenizer
 from configurator import UserError
 from corpus import Corpus, find_files, in_pieces, kind_of
 
@@ -177,7 +179,7 @@ parts = st.lists(st.sampled_from(['a', 'B', '1', '.', "'s", ' ', '\n', '\r\n', '
 @quick
 @given(text=parts)
 def test_a_text_that_is_cut_at_its_borders_has_the_ids_of_the_whole(greedy, text):
-    borders = [match.start() for match in corpus.BORDER.finditer(text)]
+    borders = [match.start() for match in tokenizer.BORDER.finditer(text)]
     pieces = [text[start:end] for start, end in itertools.pairwise([0, *borders, len(text)])]
     assert [i for piece in pieces for i in greedy.encode_ordinary(piece)] == greedy.encode_ordinary(text)
 
@@ -201,7 +203,7 @@ def test_where_a_document_is_cut_does_not_depend_on_how_it_is_read(text, sizes):
 def test_pieces_of_prose_and_code_end_at_borders_and_are_long(text):
     cut = [piece.text for piece in in_pieces([text])]
     at = list(itertools.accumulate(map(len, cut)))[:-1]
-    borders = {match.start() for match in corpus.BORDER.finditer(text)}
+    borders = {match.start() for match in tokenizer.BORDER.finditer(text)}
     assert set(at) <= borders and all(len(piece) > 25 for piece in cut[:-1])
 
 
@@ -247,6 +249,44 @@ def test_a_missing_column_and_a_column_of_numbers_are_refused(tmp_path):
 def test_bytes_that_are_no_text_in_a_parquet_are_refused_by_row(tmp_path):
     path = parquet(tmp_path / 'x.parquet', {'text': [b'a', b'b\xff']})
     assert 'row 2 is not UTF-8: byte 1 is 0xff' in refusal(path)
+
+
+def test_a_damaged_parquet_is_read_or_refused_in_one_line(tmp_path):
+    good = parquet(tmp_path / 'good.parquet', {'text': ['some words ' * 9] * 20}, compression='none').read_bytes()
+    draw, refused, path = random.Random(0), 0, tmp_path / 'x.parquet'
+    for _ in range(150):
+        content = bytearray(good)
+        for _ in range(draw.choice([1, 4])):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(content)
+        try:
+            documents(path)
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error) and '\n' not in str(error)
+    assert refused > 20
+
+
+def test_a_parquet_that_is_packed_once_more_is_refused(tmp_path):
+    path = tmp_path / 'x.parquet.gz'
+    path.write_bytes(gzip.compress(parquet(tmp_path / 'x.parquet', {'text': ['a']}).read_bytes()))
+    assert 'packed once more: unpack it' in refusal(path)
+
+
+def test_a_file_counts_once_however_it_is_spelled_and_may_have_a_comma_in_its_name(tmp_path, monkeypatch):
+    (tmp_path / 'a,b').mkdir()
+    (tmp_path / 'a,b' / 'x.txt').write_text('x')
+    (tmp_path / 'y.txt').write_text('y')
+    (tmp_path / 'z.txt').symlink_to(tmp_path / 'y.txt')
+    monkeypatch.chdir(tmp_path)
+    assert list(map(str, find_files('a,b'))) == ['a,b/x.txt']
+    assert list(map(str, find_files(f'y.txt,./y.txt,{tmp_path}/y.txt,a*/../y.txt,z.txt'))) == ['y.txt']
+
+
+def test_a_pipe_is_refused_because_it_cannot_be_read_again(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(UserError, match='pipe is no ordinary file, and it is read more than once'):
+        find_files(str(tmp_path / 'pipe'))
 
 
 def test_a_file_that_is_not_there_or_may_not_be_read_is_refused(tmp_path):

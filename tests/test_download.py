@@ -182,12 +182,15 @@ def test_a_server_that_compresses_for_whoever_allows_it_can_be_resumed(server, p
 
 
 @pytest.mark.parametrize('status', [500, 502, 503, 429])
-def test_a_passing_trouble_of_the_server_is_waited_out(server, path, pauses, status):
+def test_a_passing_trouble_of_the_server_is_waited_out_and_told(server, path, pauses, status, capsys):
     server.faults = [status, status]
     download(server.url, path, SHA256)
     assert whole(path)
     assert len(server.asked) == 3
     assert pauses == [1, 2]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all(f'text.txt: status {status} ' in line for line in told)
+    assert told[1].endswith('once more in 2 s')
 
 
 @pytest.mark.parametrize('left, sha256', [(TEXT + b'more', SHA256), (b'x' * 10 * len(TEXT), SHA256), (TEXT, None)],

@@ -13,7 +13,6 @@ them. Of a single document the end is for validation. The same options give the 
 command goes on. stdout has the report, which meta.json has, too.
 """
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -46,7 +45,7 @@ color: bool | str = 'auto'       # colour its pieces: True, False, 'auto' (in a 
 compare = ''                     # other tokenizers, parted by commas: their bytes per token on 20 MB of the same text
 rate = False                     # how fast one thread alone encodes, beside how fast all of it was
 # machine
-threads: int | None = None       # that tokenize, None: one per core
+threads: int | None = None       # that tokenize, None: one per core; each has its copy of the encoding
 save_mb = 64.0                   # megabytes of text between two points from where a killed run goes on
 max_file_gb = 4.0                # of ids in one file; what is more goes into the next one
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,11 +55,8 @@ configure(globals())
 
 if errors not in ('strict', 'replace', 'skip'):
     raise UsageError(f"errors={errors!r}: expected 'strict', 'replace' or 'skip'")
-if not 0 < val_fraction < 1:
-    raise UsageError(f'val_fraction={val_fraction}: expected more than 0 and less than 1')
-for option in ('min_frequency', 'threads', 'train_mb', 'save_mb', 'max_file_gb'):
-    if globals()[option] is not None and globals()[option] <= 0:
-        raise UsageError(f'{option}={globals()[option]}: expected more than 0')
+ingest.refuse(val_fraction, min_frequency=min_frequency, threads=threads, train_mb=train_mb, save_mb=save_mb,
+              max_file_gb=max_file_gb)
 if [spec for spec in compare.split(',') if spec == 'char' or spec.startswith('bpe:')]:
     raise UsageError(f'compare={compare!r}: expected names of tiktoken or paths of tokenizer.json, parted by commas')
 if color not in (True, False, 'auto'):
@@ -106,9 +102,13 @@ print('\n'.join(ingest.report_lines(report, tok)))
 if others:
     for spec, ratio in ingest.compare(corpus, {tokenizer: tok, **others}, seed=seed).items():
         print(f'{spec}: {ratio:.3f} bytes per token')
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-print(f'{size / 1e6:,.1f} MB in {dt:.1f} s, {size / dt / 1e6:,.1f} MB/s, {peak / 1e6:,.0f} MB of memory',
-      file=sys.stderr)
+try:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    memory = f', {peak / 1e6:,.0f} MB of memory'
+except ImportError:   # Windows
+    memory = ''
+print(f'{size / 1e6:,.1f} MB in {dt:.1f} s, {size / dt / 1e6:,.1f} MB/s{memory}', file=sys.stderr)
 if rate:
     alone = ingest.rate(corpus, tok)
     print(f'one thread alone, encoding only: {alone / 1e6:,.1f} MB/s; all of it was {size / dt / alone:.2f} times as '
