@@ -210,7 +210,7 @@ class Document:
         self.copy, self.size, self.length = copy, 0, 0
 
 
-def refuse(val_fraction, **limits):
+def check_options(val_fraction, **limits):
     """UsageError for options that make no sense: limits are above 0 or None."""
     if not 0 < val_fraction < 1:
         raise UsageError(f'val_fraction={val_fraction}: expected more than 0 and less than 1')
