@@ -266,8 +266,6 @@ class Corpus:
                 size, rows = os.path.getsize(path), max(table.metadata.num_rows, 1)
                 for batch in table.iter_batches(batch_size=128, columns=[self.column]):
                     column = batch.column(0)
-                    if pa.types.is_dictionary(column.type):
-                        column = column.dictionary_decode()
                     try:
                         column = column.cast(pa.large_binary())
                     except pa.ArrowException:

@@ -194,7 +194,7 @@ class Tally:
                 self.lowest = sorted([*self.lowest, [document.drawn, document.size, document.first.hex()]])[:2]
             number = document.drawn * 2**20 % 1
             if len(self.snippets) < 10 or number < self.snippets[9][0]:
-                start = int(number * max(len(piece.text) - 80, 0))
+                start = int(number * 2**20 % 1 * max(len(piece.text) - 80, 0))
                 self.snippets = sorted([*self.snippets, [number, piece.text[start:start + 80]]])[:10]
             self.digest = hashlib.sha256(bytes.fromhex(self.digest) + document.hash.digest()).hexdigest()
 
@@ -327,6 +327,8 @@ def check_room(folder, corpus, tok, writer, i):
 def write_documents(corpus, pipeline, tally, copies, val_fraction, seed, save_bytes, given):
     """Read on from where the tally is to the end, and write."""
     since = 0   # bytes of text since the last commit
+    if corpus.release and tally.file:
+        corpus.release(tally.file - 1)   # a killed process may not have come to that
 
     def commit():
         pipeline.drain()
@@ -445,8 +447,9 @@ class Shards:
         self.folder, self.files, self.threads, self.errors = Path(folder), files, {}, {}
 
     def path(self, i):
-        """Where file i lies: under the name of its content, so that no other file is taken for it."""
-        return self.folder / f'shard-{hashlib.sha256(version(self.files[i]).encode()).hexdigest()[:16]}.parquet'
+        """Where file i lies: under a name that its content has a part in, so that no other file is taken for it."""
+        name = f'{self.files[i]["path"]} {version(self.files[i])}'
+        return self.folder / f'shard-{hashlib.sha256(name.encode()).hexdigest()[:16]}.parquet'
 
     def start(self, i):
         """Have file i downloaded in the background, unless it is there."""

@@ -206,6 +206,27 @@ def test_a_special_token_that_stands_for_a_byte_is_refused(token):
     assert tok.decode(tok.encode('a b é 你好')) == 'a b é 你好'
 
 
+@pytest.mark.parametrize('name', ['wordy', 'trained', 'sentencepiece'])
+def test_lone_surrogates_become_replacement_characters_in_many_texts_too(request, name):
+    tok = request.getfixturevalue(name)
+    assert (tok.by_ranks is None) == (name == 'sentencepiece')
+    for end in True, False:
+        assert np.array_equal(tok.encode_texts(['a\ud800b', 'c'], end), tok.encode_texts(['a\ufffdb', 'c'], end))
+
+
+def test_the_names_of_special_tokens_are_text_in_many_texts_whatever_was_read_before(wordy, trained):
+    without = other(json.loads(trained.json), lambda d: d.update(normalizer={'type': 'NFC'}))
+    assert wordy.by_ranks is not None and without.by_ranks is None
+    for tok in wordy, without:
+        many = ['a<pad>b<|endoftext|>c', '<pad>', '<|endoftext|>', 'plain']
+        tok.encode('<|endoftext|>', special=True)
+        ids = tok.encode_texts(many).tolist()
+        assert ids == alone(tok, many) and ids.count(tok.eot) == len(many)
+        assert tok.encoding.token_to_id('<pad>') not in ids
+        assert tok.decode([i for i in ids if i != tok.eot]) == ''.join(many)
+        assert tok.encode_texts(['x<pad>', 'y']).tolist() == alone(tok, ['x<pad>', 'y'])
+
+
 def other(d, change):
     """A tokenizer.json with something changed."""
     d = json.loads(json.dumps(d))
@@ -241,6 +262,12 @@ def test_ranks_are_not_used_where_they_might_give_other_ids(trained, change):
     assert tok.by_ranks is None
     if change in (swap_merges, name_other_parts):
         assert tok.encode_texts(LINES[:9]).tolist() == alone(tok, LINES[:9])
+
+
+def test_ranks_are_not_used_where_there_is_a_token_that_no_merge_makes(trained):
+    tok = other(json.loads(trained.json), lambda d: d['model']['vocab'].update(zq=400))
+    assert tok.by_ranks is None
+    assert tok.encode_texts(['zq']).tolist() == alone(tok, ['zq']) == [*tok.encode('z'), *tok.encode('q'), tok.eot]
 
 
 def test_texts_must_not_be_cut_where_blanks_are_put_before_them(trained, sentencepiece):

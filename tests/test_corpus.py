@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+import zlib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,6 +114,15 @@ def test_a_text_file_is_one_document_with_all_of_its_text(tmp_path_factory, text
     packed = {'.txt': content, '.txt.gz': gzip.compress(content), '.txt.zst': pa.compress(content, 'zstd')}
     path.write_bytes(packed[kind])
     assert documents(path) == [(text.removeprefix('\ufeff'), '')]
+
+
+@pytest.mark.parametrize('kind', ['.txt', '.txt.gz', '.jsonl', '.jsonl.zst'])
+def test_a_byte_order_mark_is_no_text_but_only_the_first_and_only_in_the_beginning(tmp_path, kind):
+    path, text = tmp_path / f'x{kind}', '\ufeffGröße \ufeffund 世界'
+    content = ('\ufeff' + (json.dumps({'text': text}) if 'jsonl' in kind else text)).encode()
+    path.write_bytes(gzip.compress(content) if kind.endswith('gz') else
+                     bytes(pa.compress(content, 'zstd')) if kind.endswith('zst') else content)
+    assert documents(path) == [(text, '')]
 
 
 @quick
@@ -238,6 +248,26 @@ def test_what_is_no_text_is_refused_by_its_place(tmp_path, name, content, words)
     path.write_bytes(content)
     line = refusal(path)
     assert words in line and str(path) in line
+
+
+def test_a_gz_that_is_damaged_inside_is_refused_in_one_line(tmp_path):
+    content = gzip.compress(os.urandom(500).hex().encode())
+    path = tmp_path / 'x.txt.gz'
+    path.write_bytes(content[:10] + b'\x07' + content[11:])   # a block of a kind that there is not
+    with pytest.raises(zlib.error):
+        gzip.decompress(path.read_bytes())
+    assert refusal(path).startswith(f'cannot read {path}: ')
+
+
+@pytest.mark.parametrize('block', [1, 30, 2**18])
+@pytest.mark.parametrize('line', range(5))
+def test_the_place_of_a_fault_is_exact_in_every_line(tmp_path, monkeypatch, line, block):
+    monkeypatch.setattr(corpus, 'BLOCK', block)
+    lines = [b'{"text": "%s"}' % (b'x' * 3 ** i) for i in range(5)]
+    lines[line] = lines[line].replace(b'x"', b'\xff"')
+    content = b'\n\n'.join(lines)
+    (tmp_path / 'x.jsonl').write_bytes(content)
+    assert f'byte {content.index(255)} is 0xff' in refusal(tmp_path / 'x.jsonl')
 
 
 def test_a_missing_column_and_a_column_of_numbers_are_refused(tmp_path):

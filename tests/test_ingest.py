@@ -152,6 +152,46 @@ def test_the_report_counts_everything(files, bpe_path, tmp_path):
     assert sorted(sum(documents_of(tmp_path / 'out').values(), [])) == sorted(kept)
 
 
+@pytest.mark.parametrize('errors, counted', [('skip', {'left_out': 12, 'mended': 0}),
+                                             ('replace', {'left_out': 0, 'mended': 12})])
+def test_faults_are_counted_as_left_out_or_as_mended_and_the_first_ten_are_told(tmp_path, bpe_path, errors, counted):
+    path = tmp_path / 'x.jsonl'
+    path.write_text(''.join(json.dumps({'text': f'{i} bad \ud800'[:9 if i % 3 else 5]}) + '\n' for i in range(18)))
+    _, report = ingest.build(tmp_path / 'out', Corpus([path], errors=errors), bpe_path, val_fraction=0.3)
+    assert {name: report[name] for name in counted} == counted and report['empty'] == 0
+    assert sum(report['documents'].values()) == 6 + counted['mended']
+    assert [fault.split(',')[1] for fault in report['faults']] == [f' line {i} has half a surrogate pair'
+                                                                   for i in range(2, 19) if i % 3 != 1][:10]
+
+
+def test_snippets_are_of_either_split_and_from_within_documents(tmp_path, bpe_path):
+    texts, path = [f'number {i} ' + prose(i, 30)[:150] for i in range(1000)], tmp_path / 'x.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    _, report = build(tmp_path / 'out', [path], bpe_path, val_fraction=0.5)
+    val = documents_of(tmp_path / 'out')['val']
+    shown = [next(text for text in texts if snippet in text) for snippet in report['snippets']]
+    assert 1 < len(set(shown) & set(val)) < 9
+    assert sum(not text.startswith(snippet) for text, snippet in zip(shown, report['snippets'])) > 6
+
+
+def test_no_more_texts_wait_to_be_written_than_threads_have_work_for(files, tmp_path, bpe_path, monkeypatch):
+    waiting, submit, append = [0], ingest.ThreadPoolExecutor.submit, dataset.Writer.append
+    monkeypatch.setattr(ingest.ThreadPoolExecutor, 'submit', lambda *args: (
+        waiting.append(waiting[-1] + 1), submit(*args))[1])
+    monkeypatch.setattr(dataset.Writer, 'append', lambda *args: (waiting.append(waiting[-1] - 1), append(*args))[1])
+    build(tmp_path / 'out', files, bpe_path, threads=2, save_bytes=10**9)
+    assert len(waiting) > 60 and 2 < max(waiting) <= 5
+
+
+def test_no_thread_is_left_after_a_failure(files, tmp_path, bpe_path):
+    before = set(threading.enumerate())
+    files.paths[2].write_bytes(b'no parquet')
+    with pytest.raises(UserError, match='cannot read') as refusal:
+        build(tmp_path / 'out', files, bpe_path, threads=3)
+    assert refusal.value.__traceback__   # which holds on to the pool
+    assert {thread for thread in threading.enumerate() if not thread.daemon} <= before   # tqdm's is
+
+
 def test_characters_are_tokenized_by_the_thread_that_reads_and_others_by_a_pool(files, bpe_path, tmp_path, monkeypatch):
     names = []
     for tok in CharTokenizer, BpeTokenizer:
@@ -412,6 +452,38 @@ def test_what_was_begun_with_other_options_or_other_files_is_begun_anew(files, t
     assert content(tmp_path / 'out') == content(tmp_path / 'fresh')
 
 
+def killed_behind(n, monkeypatch):
+    """From now on a process is killed behind the commit by which there are n tokens."""
+    commit = dataset.Writer.commit
+
+    def dying(self, *args):
+        commit(self, *args)
+        if sum(self.tokens.values()) >= n:
+            raise Killed
+
+    monkeypatch.setattr(dataset.Writer, 'commit', dying)
+
+
+@pytest.mark.parametrize('changed', ['file', 'tokenizer'])
+def test_what_was_begun_with_other_content_under_the_same_name_is_begun_anew(files, tmp_path, bpe, changed):
+    path, first = tmp_path / 'tokenizer.json', files.paths[0]
+    path.write_text(bpe.json, encoding='utf-8')
+    with pytest.MonkeyPatch.context() as patch:
+        killed_behind(500, patch)
+        with pytest.raises(Killed):
+            build(tmp_path / 'out', files.paths[:2], str(path), save_bytes=10_000)
+    size, before = first.stat().st_size, first.stat().st_mtime_ns
+    if changed == 'file':
+        first.write_bytes(first.read_bytes().swapcase())
+        os.utime(first, ns=(before + 10**9, before + 10**9))   # whatever the steps of the clock are
+    else:
+        path.write_text(BpeTokenizer.train([prose(1, 200)], 300).json, encoding='utf-8')
+    assert first.stat().st_size == size
+    build(tmp_path / 'out', files.paths[:2], str(path), save_bytes=10_000)
+    build(tmp_path / 'fresh', files.paths[:2], str(path), save_bytes=10_000)
+    assert content(tmp_path / 'out') == content(tmp_path / 'fresh')
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(files, tmp_path, monkeypatch):
     build(tmp_path / 'undisturbed', files)
     real, calls = os.fsync, []
@@ -446,6 +518,49 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(files, tmp_path,
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r'about 0\.\d MB are needed and 0\.0 MB are free: make room'):
         build(tmp_path / 'out', files)
+
+
+@pytest.fixture(params=[2, 4], ids=['uint16', 'uint32'])
+def even(request, tmp_path, bpe):
+    """Twelve files of the same kind of text, and a tokenizer; .ids: the bytes of their ids."""
+    d, paths = json.loads(bpe.json), []
+    if request.param == 4:
+        d['added_tokens'][0]['id'] = d['model']['vocab']['<|endoftext|>'] = 70_000
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(d), encoding='utf-8')
+    for i in range(12):
+        paths.append(tmp_path / f'{i:02}.txt')
+        paths[i].write_text(f'the text of {10 + i} has words: 你好 größe, naïve café;\n' * 50, encoding='utf-8')
+    build(tmp_path / 'whole', paths, str(tmp_path / 'tokenizer.json'))
+    ids = sum((tmp_path / 'whole' / f'{split}.bin').stat().st_size for split in ('train', 'val'))
+    return SimpleNamespace(paths=paths, spec=str(tmp_path / 'tokenizer.json'), width=request.param, ids=ids)
+
+
+def room(n, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=int(n)))
+
+
+def test_as_much_room_is_asked_for_as_the_ids_take(even, tmp_path, monkeypatch):
+    room(0.8 * even.ids, monkeypatch)
+    with pytest.raises(UserError, match='make room'):
+        build(tmp_path / 'out', even.paths, even.spec)
+    room(1.25 * even.ids, monkeypatch)
+    build(tmp_path / 'out', even.paths, even.spec)
+    assert content(tmp_path / 'out') == content(tmp_path / 'whole')
+
+
+def test_what_is_written_already_needs_no_room(even, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        killed_behind(0.6 * even.ids / even.width, patch)
+        with pytest.raises(Killed):
+            build(tmp_path / 'out', even.paths, even.spec)
+    rest = even.ids - sum(path.stat().st_size for path in (tmp_path / 'out').glob('*.bin.new'))
+    assert 0.2 * even.ids < rest < 0.5 * even.ids
+    room(0.4 * rest, monkeypatch)
+    with pytest.raises(UserError, match='make room'):
+        build(tmp_path / 'out', even.paths, even.spec)
+    room(1.6 * rest, monkeypatch)
+    build(tmp_path / 'out', even.paths, even.spec)
+    assert content(tmp_path / 'out') == content(tmp_path / 'whole')
 
 
 def test_two_processes_do_not_write_the_same_dataset(files, tmp_path):
@@ -579,6 +694,66 @@ def test_what_was_left_of_another_revision_is_not_read_and_removed(shards, tmp_p
     files = [{'path': 'a', 'sha256': None, 'size': 1, 'url': url} for url in ('u', 'v')]
     there = ingest.Shards(tmp_path, files)
     assert there.path(0) != there.path(1)   # without a digest, the address tells
+
+
+def test_room_for_the_next_shard_is_asked_for_beside_that_for_the_ids(shards, tmp_path, bpe_path, monkeypatch):
+    paths, tree = [tmp_path / f'{i}.parquet' for i in range(3)], '/api/datasets/some/data/tree/main/sample?recursive=1'
+    raw = shards.files['/datasets/some/data/resolve/main/sample/0.parquet']
+    for path, entry in zip(paths, shards.entries):   # all alike, so that it does not matter which is looked at
+        path.write_bytes(raw)
+        shards.files[f'/datasets/some/data/resolve/main/sample/{path.name}'] = raw
+        entry |= {'size': len(raw), 'lfs': shards.entries[0]['lfs']}
+    shards.files[tree], size = json.dumps(shards.entries).encode(), len(raw)
+
+    def enough(n, begin):
+        room(n, monkeypatch)
+        try:
+            begin()
+        except UserError as error:
+            assert 'make room' in str(error)
+            return False
+        except Killed:   # by the first ids
+            return True
+
+    monkeypatch.setattr(dataset.Writer, 'append', lambda *args: (_ for _ in ()).throw(Killed()))
+    low, high = 0, 10 * size
+    while high - low > size / 10:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle, lambda: build(tmp_path / 'a', paths, bpe_path)) else (middle, high)
+    assert not enough(low + 0.8 * size, lambda: from_hub(tmp_path / 'b', bpe_path))
+    assert enough(high + 1.2 * size, lambda: from_hub(tmp_path / 'b', bpe_path))
+
+
+def test_the_next_shard_and_no_other_is_on_its_way_while_one_is_read(shards, tmp_path, bpe_path, monkeypatch):
+    asked, real, fetch = [threading.Event() for _ in range(3)], ingest.download, ingest.Shards.fetch
+
+    def download(url, *args, **more):
+        asked[int(url[-len('0.parquet')])].set()
+        return real(url, *args, **more)
+
+    def fetched(self, i):
+        path = fetch(self, i)
+        assert i == 2 or asked[i + 1].wait(5)
+        assert not any(event.is_set() for event in asked[i + 2:])
+        return path
+
+    monkeypatch.setattr(ingest, 'download', download)
+    monkeypatch.setattr(ingest.Shards, 'fetch', fetched)
+    from_hub(tmp_path / 'out', bpe_path)
+    assert all(event.is_set() for event in asked)
+
+
+@pytest.mark.parametrize('i', [0, 1, 2])
+def test_a_shard_that_a_killed_process_has_left_is_removed(shards, tmp_path, bpe_path, i):
+    with pytest.MonkeyPatch.context() as patch:
+        release = ingest.Shards.release
+        patch.setattr(ingest.Shards, 'release', lambda self, done: (
+            release(self, done) if done < i else (_ for _ in ()).throw(Killed())))
+        with pytest.raises(Killed):
+            from_hub(tmp_path / 'out', bpe_path)
+    assert list((tmp_path / 'out').glob('shard-*.parquet'))
+    from_hub(tmp_path / 'out', bpe_path)
+    assert set(os.listdir(tmp_path / 'out')) == {'train.bin', 'val.bin', 'meta.json', 'tokenizer.json'}
 
 
 def test_a_hub_that_misbehaves_changes_nothing(shards, tmp_path, bpe_path):

@@ -3,11 +3,13 @@
 import copy
 import json
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import SHARED
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tokenizer
@@ -185,6 +187,49 @@ def test_an_id_that_no_token_has_decodes_to_a_replacement_character(wide):
 def test_lone_surrogates_are_encoded_as_tiktoken_does(gpt2, special):
     text = 'a\udcff'   # what a command line makes of a byte that is no UTF-8
     assert gpt2.encode(text, special=special).tolist() == gpt2.encoding.encode_ordinary(text)
+
+
+@pytest.fixture(scope='module')
+def few():
+    """An encoding of tiktoken's kind that has few tokens, and needs no file."""
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)} | {b'ab': 256, b'abc': 257}
+    encoding = tiktoken.Encoding('few', pat_str=tokenizer.GPT2_WORDS, mergeable_ranks=ranks,
+                                 special_tokens={'<|endoftext|>': 258, '<|fim|>': 259})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiktoken, 'get_encoding', lambda name: encoding)
+        return TiktokenTokenizer('gpt2')
+
+
+@quick
+@given(many=st.lists(texts | st.text(st.sampled_from('abc \n<|>')) | st.sampled_from(['a<|endoftext|>b', '<|fim|>']),
+                     min_size=1))
+@example(many=['abc<|fim|>', 'abc'])
+@example(many=['a\ud83d', '\ude00b'])   # a surrogate pair, cut in two
+def test_many_texts_have_the_ids_that_they_have_alone(few, many):
+    each = [few.encode(text).tolist() for text in many]
+    assert few.encode_texts(many).tolist() == [i for ids in each for i in [*ids, few.eot]]
+    assert few.encode_texts(many, end=False).tolist() == [i for ids in each for i in ids]
+
+
+def test_each_thread_encodes_many_texts_with_an_encoding_of_its_own(few, monkeypatch):
+    import tiktoken
+
+    used, barrier = [], threading.Barrier(2)
+    for name in 'encode', 'encode_ordinary', 'encode_to_numpy':
+        real = getattr(tiktoken.Encoding, name)
+        monkeypatch.setattr(tiktoken.Encoding, name, lambda self, *args, real=real, **how: (
+            used.append((threading.get_ident(), self)), real(self, *args, **how))[1])
+
+    def encode(_):
+        barrier.wait()   # so that each thread does one
+        return [few.encode_texts(['abc', 'ab']).tolist() for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(encode, range(2))) == [[[257, 258, 256, 258]] * 3] * 2
+        encodings = [{encoding for thread, encoding in used if thread == one} for one in {thread for thread, _ in used}]
+    assert [len(of) for of in encodings] == [1, 1] and encodings[0] != encodings[1]   # made once
 
 
 def test_an_unknown_encoding_is_refused_with_the_known_ones():
