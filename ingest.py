@@ -36,8 +36,8 @@ NO_BLANKS = ((0x0e00, 0x0eff), (0x1000, 0x109f), (0x1780, 0x17ff),   # Thai, Lao
 
 def fraction(digest, seed, purpose):
     """A number in [0, 1) that a digest draws."""
-    drawn = hashlib.sha256(f'{seed} {purpose} '.encode() + digest).digest()
-    return int.from_bytes(drawn[:8], 'big') / 2**64
+    drawn = hashlib.blake2b(digest, digest_size=8, key=f'{seed} {purpose}'.encode()).digest()
+    return int.from_bytes(drawn, 'big') / 2**64
 
 
 def later_copies(pieces):
@@ -210,8 +210,10 @@ class Document:
         self.copy, self.size, self.length = copy, 0, 0
 
 
-def check_options(val_fraction, **limits):
+def check_options(val_fraction, seed, **limits):
     """UsageError for options that make no sense: limits are above 0 or None."""
+    if abs(seed) >= 2**63:
+        raise UsageError(f'seed={seed}: expected less than 2^63')
     if not 0 < val_fraction < 1:
         raise UsageError(f'val_fraction={val_fraction}: expected more than 0 and less than 1')
     for name, value in limits.items():
@@ -448,7 +450,8 @@ class Shards:
 
     def path(self, i):
         """Where file i lies: under a name that its content has a part in, so that no other file is taken for it."""
-        name = f'{self.files[i]["path"]} {version(self.files[i])}'
+        file = self.files[i]
+        name = f'{file["path"]} {file["sha256"] or file["url"]}'
         return self.folder / f'shard-{hashlib.sha256(name.encode()).hexdigest()[:16]}.parquet'
 
     def start(self, i):
@@ -485,17 +488,12 @@ class Shards:
         self.threads.pop(i, None)
 
 
-def version(file):
-    """What changes when a file of the hub does: its sha256, or for want of it its address."""
-    return file['sha256'] or file['url']
-
-
 def build_from_hub(folder, repo, path, revision, shards, column, spec, **options):
     """build() out of the .parquet files in a folder of a dataset of the hub, the first so many of them, None: all."""
     files = hub_files(repo, path, revision)[:shards]
     there = Shards(folder, files)
     corpus = Corpus([file['path'] for file in files], column=column, errors='replace', fetch=there.fetch,
                     release=there.release, sizes=[file['size'] for file in files],
-                    versions=[version(file) for file in files])
+                    versions=[file['sha256'] or file['url'] for file in files])
     source = {'repo': repo, 'path': path, 'revision': revision, 'files': len(files)}
     return build(folder, corpus, spec, source=source, **options)

@@ -186,6 +186,7 @@ def test_killed_at_ten_random_instants_it_ends_with_the_same_bytes(tmp_path, lon
     (['--input=a.txt', '--name=./x', '--errors=ignore'], 2, "errors='ignore': expected 'strict'"),
     (['--input=a.txt', '--name=./x', '--val_fraction=1'], 2, 'val_fraction=1.0: expected more than 0'),
     (['--input=a.txt', '--name=./x', '--threads=0'], 2, 'threads=0: expected more than 0'),
+    (['--input=a.txt', '--name=./x', f'--seed={10**70}'], 2, 'expected less than 2^63'),
     (['--input=a.txt', '--name=./x', '--save_mb=inf'], 2, 'save_mb=inf: expected more than 0, and less than'),
     (['--input=a.txt', '--name=./x', '--max_file_gb=nan'], 2, 'max_file_gb=nan: expected more than 0'),
     (['--input=a.txt', '--name=./x', '--min_frequency=99999999999999999999'], 2, 'expected more than 0, and less'),

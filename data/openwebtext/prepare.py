@@ -34,7 +34,7 @@ max_file_gb = 4.0                   # of ids in one file; what is more goes into
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
 
-ingest.check_options(val_fraction, shards=shards, threads=threads, save_mb=save_mb, max_file_gb=max_file_gb)
+ingest.check_options(val_fraction, seed, shards=shards, threads=threads, save_mb=save_mb, max_file_gb=max_file_gb)
 if tokenizer == 'char' or tokenizer.startswith('bpe:'):
     raise UsageError(f'tokenizer={tokenizer!r}: one that is made of the text would have to read all of it twice; make '
                      f'it of a part with data/text/prepare.py, and give the path of its tokenizer.json')

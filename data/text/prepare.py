@@ -55,8 +55,8 @@ configure(globals())
 
 if errors not in ('strict', 'replace', 'skip'):
     raise UsageError(f"errors={errors!r}: expected 'strict', 'replace' or 'skip'")
-ingest.check_options(val_fraction, min_frequency=min_frequency, threads=threads, train_mb=train_mb, save_mb=save_mb,
-                     max_file_gb=max_file_gb)
+ingest.check_options(val_fraction, seed, min_frequency=min_frequency, threads=threads, train_mb=train_mb,
+                     save_mb=save_mb, max_file_gb=max_file_gb)
 if [spec for spec in compare.split(',') if spec == 'char' or spec.startswith('bpe:')]:
     raise UsageError(f'compare={compare!r}: expected names of tiktoken or paths of tokenizer.json, parted by commas')
 if color not in (True, False, 'auto'):
