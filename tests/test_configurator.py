@@ -269,7 +269,7 @@ def misspellings(draw):
     return name, wrong
 
 
-@settings(quick, max_examples=30)
+@settings(quick, max_examples=15)
 @given(misspellings().filter(lambda pair: pair[1] not in DEFAULTS))
 def test_any_misspelling_is_refused_with_the_nearest_key(folder, pair):
     name, wrong = pair
@@ -279,7 +279,7 @@ def test_any_misspelling_is_refused_with_the_nearest_key(folder, pair):
     assert refusal(folder, path) == f'{path}: {expected}; names of its own must begin with an underscore'
 
 
-@settings(quick, max_examples=30)
+@settings(quick, max_examples=15)
 @given(any_text.filter(lambda name: '=' not in name and name not in (*DEFAULTS, 'help', *configurator.RETIRED)))
 def test_any_unknown_name_is_refused_with_a_key_that_exists(folder, name):
     line = refusal(folder, f'--{name}=1')

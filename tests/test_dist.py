@@ -178,8 +178,8 @@ optim.learning_rate_at = _fault
 
 @pytest.mark.parametrize('what, words', [
     ("raise UserError('the second process has a reason')", 'train.py: the second process has a reason'),
-    ("raise IndexError('a defect')", 'IndexError: a defect'),
-    ('os._exit(7)', 'exitcode  : 7'),
+    pytest.param("raise IndexError('a defect')", 'IndexError: a defect', marks=pytest.mark.slow),
+    pytest.param('os._exit(7)', 'exitcode  : 7', marks=pytest.mark.slow),
 ], ids=['error', 'defect', 'sudden'])
 def test_a_process_that_fails_ends_all_of_them_at_once_with_its_error(tmp_path, tiny, what, words):
     began = time.monotonic()
@@ -245,7 +245,8 @@ def children(pid):
             if (folder / 'stat').read_text().rpartition(')')[2].split()[1] == str(pid)]
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize('number', [
+    pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT], ids=['SIGTERM', 'SIGINT'])
 def test_a_signal_to_torchrun_saves_the_run(tmp_path, tiny, number):
     with started('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'train.py', tiny, *HERE,
                  f'--out_dir={tmp_path}', '--max_iters=1000000', '--eval_interval=1000000') as process:

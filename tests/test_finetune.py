@@ -115,7 +115,7 @@ def test_an_adapter_for_a_cropped_base_knows_its_context(trained, tiny, tmp_path
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+@pytest.mark.parametrize('parallel', [pytest.param('ddp', marks=pytest.mark.slow), 'fsdp'])
 def test_two_processes_train_adapters_as_one(trained, tiny, tmp_path, parallel):
     args = (tiny, '--lora_rank=2', '--learning_rate=1e-3', f'--init_from={trained}', '--max_iters=4', *HERE)
     one = run('train.py', *args, f'--out_dir={tmp_path / "one"}')

@@ -16,6 +16,7 @@ def outputs_of(cells):
     return [output for cell in cells for output in cell.outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     monkeypatch.setenv('FLATGPT_FAST', '1')

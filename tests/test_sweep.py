@@ -24,6 +24,7 @@ def runs_of(path):
     return json.loads(path.read_text())['runs']
 
 
+@pytest.mark.slow
 def test_each_run_spends_its_budget_and_those_too_short_or_too_long_are_left_out(swept):
     runs = runs_of(swept[0])
     for each in runs:
@@ -33,6 +34,7 @@ def test_each_run_spends_its_budget_and_those_too_short_or_too_long_are_left_out
     assert shapes == [(1, 8, 1e7, False), (2, 8, 2e7, False), (1, 16, 4e7, True)]
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_train_py(swept, tmp_path, char_dataset):
     (held,) = [each for each in runs_of(swept[0]) if each['held_out']]
     done = run('train.py', f'--dataset={char_dataset}', '--n_layer=1', '--n_embd=16', '--n_head=1', '--block_size=16',
@@ -45,6 +47,7 @@ def test_a_run_is_that_of_train_py(swept, tmp_path, char_dataset):
     assert (held['train_loss'], held['val_loss']) == pytest.approx((last['train_loss'], last['val_loss']), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     path, args = swept
@@ -65,10 +68,12 @@ def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     ('--jobs=0', 2, ['jobs=0', '1 or more']),
     ('--dataset=nowhere/at_all', 1, ['nowhere/at_all']),
 ])
+@pytest.mark.slow
 def test_what_cannot_be_is_one_line(swept, change, status, words):
     assert_one_line(run('sweep.py', *swept[1], change), status, *words)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_file_of_results_stays_as_it_is(swept, tmp_path):
     for content in ('[]', '{"common": {}, "runs": []}'):
         (tmp_path / 'mine.json').write_text(content)
@@ -76,6 +81,7 @@ def test_a_file_that_is_no_file_of_results_stays_as_it_is(swept, tmp_path):
         assert (tmp_path / 'mine.json').read_text() == content
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_why(swept, tmp_path):
     done = run('sweep.py', *swept[1], '--optimizer=best', '--max_epochs=0.01', f'--results={tmp_path / "new.json"}')
     assert_one_line(done, 1, 'optimizer=', "'muon'")
