@@ -100,7 +100,8 @@ def differences_without_extra_evaluations(out_dir, other):
     return differences(out_dir, other)
 
 
-@pytest.mark.parametrize('way', [pytest.param('ddp', marks=pytest.mark.slow), 'fsdp'])
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['ddp', 'fsdp'])
 def test_two_processes_train_as_one_with_muon_and_every_switch(tmp_path, tiny, way):
     args = (tiny, *FIFTY, '--optimizer=muon', '--arch=speedrun', '--window=9', '--layer_scale=0.5', '--max_iters=12')
     for each in ('one', way):
@@ -192,6 +193,7 @@ def test_a_process_that_fails_ends_all_of_them_at_once_with_its_error(tmp_path, 
     assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 0   # the last evaluation
 
 
+@pytest.mark.slow
 def test_a_process_that_is_lost_is_given_up_after_a_while(tmp_path, tiny):
     wait = 'signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(1000)'
     done = torchrun('train.py', tiny, in_rank(1, tmp_path, wait), *HERE, f'--out_dir={tmp_path / "out"}',
@@ -211,6 +213,7 @@ def test_a_killed_process_is_restarted_with_the_others_and_the_run_ends_as_if_un
     assert_same_weights(*(load(tmp_path / name / 'ckpt.pt')['model'] for name in ('out', 'calm')))
 
 
+@pytest.mark.slow
 def test_a_restart_that_would_begin_anew_is_refused(tmp_path, tiny):
     once = "if not _once.exists(): _once.touch(); raise UserError('the first time')"
     done = torchrun('train.py', tiny, *HERE, in_rank(1, tmp_path, once), f'--out_dir={tmp_path / "out"}', restarts=1,
@@ -225,6 +228,7 @@ def test_processes_that_do_not_share_out_dir_are_refused(tmp_path, tiny):
     assert 'must be a folder that all hosts share' in done.stderr and not done.stdout
 
 
+@pytest.mark.slow
 def test_an_error_of_ones_own_is_not_taken_for_a_lost_connection(tmp_path, tiny):
     (tmp_path / 'gloo').touch()
     done = torchrun('train.py', tiny, *HERE, f'--out_dir={tmp_path / "gloo"}', status=1)
@@ -262,6 +266,7 @@ def test_a_signal_to_torchrun_saves_the_run(tmp_path, tiny, number):
     assert ckpt['iter_num'] == len([record for record in log_of(tmp_path) if 'iter' in record]) > 20
 
 
+@pytest.mark.slow
 def test_a_process_whose_peers_do_not_come_says_so(tmp_path, tiny):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))

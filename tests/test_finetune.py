@@ -162,6 +162,7 @@ def test_parameters_are_released_step_by_step_and_the_run_resumes_bit_for_bit(tr
     assert_same_weights(*(load(tmp_path / name / 'ckpt.pt')['model'] for name in ('parts', 'whole')))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_release_parameters_as_one(trained, tiny, tmp_path):
     args = (tiny, f'--init_from={trained}', r'--freeze=0: transformer\.(wte|wpe|h); 2: wte; 4:', '--max_iters=6',

@@ -48,7 +48,6 @@ def test_a_run_is_that_of_train_py(swept, tmp_path, char_dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     path, args = swept
     before = json.loads(path.read_text())
