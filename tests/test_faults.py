@@ -52,7 +52,7 @@ optim.learning_rate_at = _slow
 """
 
 
-@pytest.mark.parametrize('kills, steps', [(4, 400), pytest.param(20, 1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills, steps', [(4, 420), pytest.param(20, 1500, marks=pytest.mark.slow)])
 def test_a_run_killed_many_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, tiny, kills, steps):
     (tmp_path / 'slow.py').write_text(SLOW)
     args = [tiny, tmp_path / 'slow.py', *HERE, '--init_from=auto', f'--max_iters={steps}', '--eval_interval=20',
