@@ -1,13 +1,21 @@
 # make          from a fresh clone to samples: installs, prepares the embedded dataset, trains, samples
-# make test     lint and all tests
+# make test     lint and the fast tests: what to run before each commit
+# make test-all    these and all others, but for those that need a GPU
+# make test-gpu    the tests that need a GPU, and how long each took
+# make test-oldest   the fast tests with the oldest versions that pyproject.toml allows
 # make bench    how fast this machine trains
 # make notebooks   run the notebooks and keep what they print and draw
 # make scaling     the sweep behind scaling_laws.ipynb: what scaling.json lacks, under an hour on 2 cores
 PYTHON ?= python3
+OLDEST ?= $(PYTHON)
 PY := .venv/bin/python
+OLD := .venv-oldest/bin/python
 OUT := out-python-char
 
-.PHONY: all train sample test test-slow lint bench notebooks scaling clean
+# a worker for each core, but for four at most: each holds 0.7 GB
+WORKERS := -n auto --maxprocesses=4 --dist=worksteal
+
+.PHONY: all train sample test test-full test-all test-gpu test-oldest lint bench notebooks scaling clean
 all: sample
 
 # the pins are installed again only when they change
@@ -44,10 +52,26 @@ lint: .venv/dev
 	$(PY) -m ruff check .
 
 test: lint
-	$(PY) -m pytest -m "not slow" -n auto
+	$(PY) -m pytest -m "not full and not gpu" $(WORKERS)
 
-test-slow: .venv/dev
-	$(PY) -m pytest -m slow
+test-full: .venv/dev
+	$(PY) -m pytest -m "full and not gpu" $(WORKERS)
+
+test-all: test
+	$(MAKE) test-full
+
+# in one process, which has the GPU to itself
+test-gpu: .venv/dev
+	$(PY) -m pytest -m gpu -n 0 --durations=20 -rs
+
+.venv-oldest/installed: requirements-oldest.txt
+	@$(OLDEST) -c 'import sys; sys.exit("numpy 2.0 needs Python 3.11 or 3.12: make test-oldest OLDEST=python3.11" if sys.version_info[:2] not in ((3, 11), (3, 12)) else 0)'
+	$(OLDEST) -m venv .venv-oldest
+	$(OLD) -m pip install --quiet --disable-pip-version-check -r requirements-oldest.txt
+	@touch $@
+
+test-oldest: .venv-oldest/installed
+	$(OLD) -m pytest -m "not full and not gpu" $(WORKERS)
 
 clean:
-	rm -rf .venv $(OUT) bench_log
+	rm -rf .venv .venv-oldest $(OUT) bench_log

@@ -122,6 +122,12 @@ ATTEND = {'auto': attend_auto, 'sdpa': attend_sdpa, 'math': attend_math}
 # ---------------------------------------------------------------------------------------------------------------------
 # memory
 
+def static_columns(tokens, block_size):
+    """Columns of a static cache for so many tokens: a power of two from 128 on, but at most block_size. So texts of
+    many lengths share few shapes, each of which is compiled once."""
+    return min(max(128, 1 << (tokens - 1).bit_length()), block_size)
+
+
 class Cache:
     """Keys and values of the tokens that a model has read, so that it reads each only once: (B, K, columns, D) per
     layer, in the type of the activations. Rows shorter than others have padding on their left. With static, every
@@ -137,6 +143,12 @@ class Cache:
     @property
     def full(self):
         return self.at == len(self.columns)
+
+    def clear(self):
+        """Zero all keys and values, so that nothing is left of an earlier text, be it NaN."""
+        for tensor in (*self.keys, *self.values):
+            if tensor is not None:
+                tensor.zero_()
 
     def begin(self, lengths):
         """Forget everything, to read rows of these lengths."""
@@ -169,7 +181,7 @@ class Cache:
         """A function that adds the keys and values of new tokens, (1 or B, K, T, D), to a layer's and returns those of
         all columns that they may look at."""
         def add(k, v):
-            if self.keys[layer] is None:
+            if self.keys[layer] is None or self.keys[layer].dtype != k.dtype:
                 shape = self.rows, k.size(1), len(self.columns), k.size(3)
                 self.keys[layer], self.values[layer] = k.new_zeros(shape), k.new_zeros(shape)
                 if self.static:   # or else CUDA graphs would copy them

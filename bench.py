@@ -13,6 +13,7 @@ Prints a table, and as the last line of stdout one JSON object. The first steps 
 is what matrix products, or reading from memory, would take at the rates that this machine shows just after.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -79,11 +80,9 @@ elif mode == 'attention':
 # refusals
 
 for o in settings:
-    for name in ('steps', 'block_size', 'vocab_size', 'prompt_tokens'):
-        if getattr(o, name) < 1:
+    for name in ('steps', 'block_size', 'vocab_size', 'prompt_tokens', 'batch_size'):
+        if getattr(o, name) is not None and getattr(o, name) < 1:
             raise UsageError(f'{name}={getattr(o, name)}: expected 1 or more')
-    if o.batch_size is not None and o.batch_size < 1:
-        raise UsageError(f'batch_size={o.batch_size}: expected 1 or more')
     for name in ('warmup_steps', 'lora_rank'):
         if getattr(o, name) < 0:
             raise UsageError(f'{name}={getattr(o, name)}: expected 0 or more')
@@ -101,7 +100,7 @@ for o in settings:
 @dataclass
 class Work:
     """Something to do again and again, and what each time takes at least."""
-    run: Callable          # does it once; may return the loss
+    run: Callable          # does it once; in training, returns the loss
     tokens: int
     flops: float
     traffic: float         # bytes to and from memory
@@ -125,20 +124,21 @@ def shape_of(o):
 
 def train(o, rt, rows):
     """An update as train.py makes it, of one micro-batch, always the same: one is as good as another."""
+    c = shape_of(o)
     if o.dataset is None:
-        c = shape_of(o)
         tokens = torch.randint(c.vocab_size, (rows, c.block_size + 1), device=rt.device)
         x, y = tokens[:, :-1], tokens[:, 1:]                                          # (B, T) each
     else:
         data = Dataset(o.dataset)
         data.check(o.block_size, data.vocab_size)
         x, y = (both[0] for both in data.train_batch(0, o.seed, 1, rows, o.block_size, rt.device))
-    model = GPT(shape_of(o))
+    model = GPT(c)
     if o.lora_rank:
         lora.put(model, o.lora_rank, 16.0, 0.0, 'attn|mlp')
     model.to(rt.device)
-    for block in model.transformer.h if o.activation_checkpointing else ():
-        runtime.recompute(block)
+    if o.activation_checkpointing:
+        for block in model.transformer.h:
+            runtime.recompute(block)
     if rt.compile:
         rt.compile_model(model)
     opt = optim.build(o.optimizer, model, 1e-4, (0.9, 0.95), 0.1, rt.dtype)
@@ -178,8 +178,8 @@ def decode(o, rt, rows):
                          f'at most block_size={c.block_size}, beyond which the context is read anew now and then')
     prompt = torch.randint(c.vocab_size, (rows, o.prompt_tokens), device=rt.device)
     tokens = 1 + o.warmup_steps + o.steps + 3   # of the prompt's pass; to trace
-    for _ in model.generate(prompt, 3, static=rt.compile):
-        pass   # torch's own first time is not the model's
+    for _ in itertools.islice(model.generate(prompt, tokens, static=rt.compile), 3):
+        pass   # torch's own first time is not the model's; as many tokens, so that the KV cache has the same shape
     stream = model.generate(prompt, tokens, top_k=200, static=rt.compile)
     length = min(o.prompt_tokens + o.warmup_steps + o.steps // 2, c.window or c.block_size)   # on average
     traffic = n * matrix + model.cache_bytes(length * rows, rt.dtype.itemsize)   # each read once
@@ -191,10 +191,10 @@ def draw(o, rt, rows):
     """Batches of a dataset, until they are on the device."""
     if o.dataset is None:
         raise UsageError('mode=data needs a dataset to draw from: give --dataset=shakespeare_char, or a config file')
-    data, step = Dataset(o.dataset), iter(range(10**9))
+    data, step = Dataset(o.dataset), itertools.count()
     data.check(o.block_size, data.vocab_size)
     traffic = rows * o.block_size * (2 * data.data['train'].itemsize + 2 * 8)   # ids as they lie, and as int64
-    return Work(lambda: data.train_batch(next(step), o.seed, 1, rows, o.block_size, rt.device) and None,
+    return Work(lambda: data.train_batch(next(step), o.seed, 1, rows, o.block_size, rt.device),
                 rows * o.block_size, 0, traffic, f'batch {rows} x {o.block_size}')
 
 
@@ -203,9 +203,10 @@ def attend(o, rt, rows):
     c = shape_of(o)
     size = rows, c.n_head, o.block_size, c.head_width                                 # B, H, T, D
     q, k, v = (torch.randn(size, device=rt.device, dtype=rt.dtype, requires_grad=True) for _ in range(3))
+    up = torch.randn(size, device=rt.device, dtype=rt.dtype)                          # the gradient of the result
+    positions = torch.arange(o.block_size, device=rt.device)                          # (T,)
+    bias = score_bias(positions, positions, c.n_head, c.pos, c.window)
     way = torch.compile(ATTEND[o.attention]) if rt.compile else ATTEND[o.attention]
-    up, place = torch.randn(size, device=rt.device, dtype=rt.dtype), torch.arange(o.block_size, device=rt.device)
-    bias = score_bias(place, place, c.n_head, c.pos, c.window)
 
     def both():
         q.grad = k.grad = v.grad = None
@@ -228,33 +229,36 @@ for o in settings:
     rt = runtime.setup(o.device, o.dtype, o.compile, o.seed)
     print(rt.describe(), file=sys.stderr)
     rows = o.batch_size or (1 if rt.device.type == 'cpu' or mode == 'decode' else 12)
-    works.append((rt, MODES[mode](o, rt, rows)))
-    results.append({'mode': mode, 'parameters': works[-1][1].parameters, 'batch_size': rows,
+    work = MODES[mode](o, rt, rows)
+    works.append((rt, work))
+    results.append({'mode': mode, 'parameters': work.parameters, 'batch_size': rows,
                     'block_size': o.block_size, 'attention': o.attention, 'machine': rt.describe()})
 
-times, loss = [[] for _ in works], None
-for _ in range(warmup_steps + steps + (mode == 'decode')):
-    for (rt, work), taken in zip(works, times):
+times = [[] for _ in works]
+for _ in range(warmup_steps + steps + (1 if mode == 'decode' else 0)):   # decoding first reads the prompt
+    for (rt, work), taken, r in zip(works, times, results):
         rt.sync()
         t0 = time.perf_counter()
         loss = work.run()
         rt.sync()
         taken.append(time.perf_counter() - t0)
+        r['loss'] = loss.item() if mode == 'train' else None
 
 for o, r, (rt, work), taken in zip(settings, results, works, times):
     counted = taken[-steps:]
     dt = statistics.median(counted)
     memory = rt.peak_memory() if len(works) == 1 else None   # that of both tells nothing of one
     flops, bandwidth = rt.measured_flops(), rt.measured_bandwidth()
-    limits = work.flops / flops, work.traffic / bandwidth
+    by_flops, by_bandwidth = work.flops / flops, work.traffic / bandwidth
     peak = o.peak_flops or (flops if rt.device.type == 'cpu' else rt.peak_flops())
     r |= {'ms_per_step': dt * 1000, 'ms_min': min(counted) * 1000, 'ms_max': max(counted) * 1000,
           'tok_per_s': work.tokens / dt, 'first_step_s': taken[0], 'peak_memory_bytes': memory,
           'flops': work.flops, 'traffic_bytes': work.traffic, 'peak_flops': peak,
           'measured_flops': flops, 'measured_bandwidth': bandwidth,
-          'ms_by_flops': limits[0] * 1000, 'ms_by_bandwidth': limits[1] * 1000, 'reached': max(limits) / dt,
-          'mfu': work.flops / dt / peak if peak and mode == 'train' else None,
-          'loss': loss.item() if mode == 'train' else None}
+          'ms_by_flops': by_flops * 1000, 'ms_by_bandwidth': by_bandwidth * 1000,
+          'reached': max(by_flops, by_bandwidth) / dt, 'mfu': None}
+    if mode == 'train' and peak:
+        r['mfu'] = work.flops / dt / peak
     if mode == 'decode':
         r['prompt_tok_per_s'] = work.tokens * o.prompt_tokens / taken[0]
 

@@ -26,6 +26,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -42,7 +43,7 @@ from model import GPT, NANOGPT_FIELDS, GPTConfig
 from runtime import before_leaving
 
 VERSION = 1
-RUN_ONLY = ('optimizer', 'scaler', 'evaluated', 'bad_evals', 'seconds')   # what only a run that goes on needs
+RUN_ONLY = ('optimizer', 'scaler', 'planned', 'evaluated', 'bad_evals', 'seconds')   # for resuming only
 
 
 def claim(out_dir):
@@ -132,6 +133,7 @@ class Writer:
         self.step = step       # of the state in ckpt.pt, if there is one
         self.best = None       # the best weights, until they are on the disk
         self.error = None      # why the latest write failed
+        self.seconds = 0.0     # how long the latest write took
         self.thread = None
         before_leaving.append(self.wait)
 
@@ -152,6 +154,7 @@ class Writer:
 
     def write(self, state):
         self.error = 'the write was cut short'
+        begun = time.perf_counter()
         try:
             if self.best:
                 save(self.out_dir / 'best.pt', self.best)
@@ -160,6 +163,7 @@ class Writer:
                 keep(self.out_dir, self.step, self.keep_last)
             save(self.out_dir / 'ckpt.pt', state)
             self.step, self.error = state['iter_num'], None
+            self.seconds = time.perf_counter() - begun
         except UserError as error:
             self.error = error
             print(error, file=sys.stderr, flush=True)

@@ -28,6 +28,7 @@ import runtime
 import sampling
 import scoring
 import tokenizer
+import validate
 from configurator import UsageError, UserError, configure
 from dataset import Dataset, open_ids, read_meta
 
@@ -60,19 +61,8 @@ config = configure(globals())
 
 # refusals
 
-if not (data or choices or last_word or generate):
-    raise UsageError('nothing to do: give one or several of --data, --choices, --last_word, --generate')
-for name, least in (('batch_size', 1), ('max_new_tokens', 1), ('shots', 0), ('stride', 1), ('limit', 1)):
-    if config[name] is not None and config[name] < least:
-        raise UsageError(f'{name}={config[name]}: expected {least} or more')
-if split not in ('train', 'val'):
-    raise UsageError(f"split={split!r}: expected 'train' or 'val'")
-if shots and not (choices or generate):
-    raise UsageError(f'shots={shots}: examples go with --choices or --generate, which are not given')
-try:
-    stops = sampling.read_stops(stop)
-except ValueError as error:
-    raise UsageError(error) from None
+validate.eval_options(config)
+stops = sampling.read_stops(stop)
 if generate:
     try:
         import sacrebleu

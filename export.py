@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 
 import checkpoint
 import pretrained
+import runtime
 import tokenizer
-from configurator import UsageError, UserError, configure
+import validate
+from configurator import UserError, configure
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'                       # folder of the model: its best.pt, or else its ckpt.pt
@@ -35,24 +37,16 @@ config = configure(globals())
 
 # refusals
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-if not to:
-    raise UsageError('to: give the folder to make, as in --to=my-model')
-if dtype not in DTYPES:
-    raise UsageError(f'dtype={dtype!r}: expected one of {", ".join(map(repr, DTYPES))}')
-if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
-    raise UserError(f'{to} is there already: remove it, or give another folder')
+validate.export_options(config)
 
 # model
 
 path = checkpoint.resolve(out_dir, names=False) if init_from == 'resume' else checkpoint.resolve(init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of, merged=not adapter)
-if adapter and dtype != 'float32':
-    raise UsageError(f'dtype={dtype!r}: adapters are kept in float32')
 if adapter and 'base' not in ckpt:
     raise UserError(f'{path} is no adapter, it has all its weights: leave --adapter away')
 kind = pretrained.kind_of(model.config)
-model.to(DTYPES[dtype]).float()   # what the folder will hold
+model.to(runtime.DTYPES[dtype]).float()   # what the folder will hold
 
 
 probe = ''.join(tok.chars) if isinstance(tok, tokenizer.CharTokenizer) else tokenizer.PROBE
@@ -97,7 +91,7 @@ try:
             raise UserError(f'the adapter that was read back is not that of {path}: nothing was exported')
         reader = None
     else:
-        pretrained.save(new, model, kind, DTYPES[dtype], tok)
+        pretrained.save(new, model, kind, runtime.DTYPES[dtype], tok)
         again, text, _ = checkpoint.load_model(new)
         with torch.inference_mode():
             check('what was read back', text.encode(probe), again(ids, ids)[0])

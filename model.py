@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import ATTEND, POS, Cache, drop, rope, rotate, score_bias
+from attention import ATTEND, POS, Cache, drop, rope, rotate, score_bias, static_columns
 from sampling import check, draw, penalise, uniform
 
 NANOGPT_FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
@@ -150,7 +150,7 @@ class CausalSelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(torch.cat((q, k), dim=1), angles).split(self.heads[:2], dim=1)
-        if keep:
+        if keep is not None:
             k, v = keep(k, v)                                                         # (B, K, S, D)
         if k.size(1) < q.size(1):   # groups of queries share keys and values (Ainslie et al., 2023)
             k, v = (part.repeat_interleave(q.size(1) // k.size(1), dim=1) for part in (k, v))
@@ -240,6 +240,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight   # one matrix both ways (Press & Wolf, 2017)
+        self.spare_cache = None   # a static cache between two calls of generate()
         self.init_weights()
 
     @torch.no_grad()
@@ -413,27 +414,47 @@ class GPT(nn.Module):
         lengths = [min(len(ids), c.block_size) for ids in idx]   # what each row looks back at
         kept = c.block_size if exact_window else max(c.block_size // 2, 1)   # of a context that has become too long
         endless = c.pos != 'learned' and (c.window or math.inf) <= c.block_size
-        columns = c.block_size if static else min(max(lengths) + max_new_tokens, c.block_size)
-        cache = Cache(c, B, columns, device, static)
+        cache = self.take_cache(B, min(max(lengths) + max_new_tokens, c.block_size), static)
+        try:
+            for end in range(start, start + max_new_tokens):
+                if end == start or exact_window or (cache.full and not endless):
+                    lengths = [n if n <= c.block_size else kept for n in lengths]
+                    cache.begin(lengths)
+                    together = alike and end == start and not (static and max(lengths) == 1)
+                    rows = 1 if together else B   # one reading serves rows that are alike
+                    new = text[:rows, end - max(lengths):end]                         # (1 or B, T)
+                else:
+                    if cache.full:
+                        cache.forget(c.window - 1)
+                    new = text[:, end - 1:end].contiguous()                           # (B, 1)
+                logits = self.step(new, cache).expand(B, -1)[:, :vocab_size].float()  # (B, V)
+                cache.advance(new.size(1))
+                # a GPU would have to wait for each answer
+                ask = device.type == 'cpu' or end % 32 == 0 or end in (start, text.size(1) - 1)
+                if ask and not logits.isfinite().all():
+                    raise ValueError('the model gives NaN or infinite logits: its training went wrong')
+                liked = logits
+                if repetition_penalty != 1:
+                    liked = penalise(logits, seen[:, :vocab_size], repetition_penalty)
+                token = draw(liked, chance[:, end - start], temperature, top_k, top_p, min_p)   # (B,)
+                text[:, end] = token
+                seen.scatter_(1, token[:, None], True)
+                lengths = [n + 1 for n in lengths]
+                logprob = logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0] if logprobs else None
+                yield (token, logprob) if logprobs else token
+        finally:
+            if static:
+                self.spare_cache = cache
 
-        for end in range(start, start + max_new_tokens):
-            if end == start or exact_window or cache.full and not endless:
-                lengths = [n if n <= c.block_size else kept for n in lengths]
-                cache.begin(lengths)
-                rows = 1 if alike and end == start and not static else B   # one reading serves rows that are alike
-                new = text[:rows, end - max(lengths):end]                             # (1 or B, T)
-            else:
-                if cache.full:
-                    cache.forget(c.window - 1)
-                new = text[:, end - 1:end].contiguous()                               # (B, 1)
-            logits = self.step(new, cache).expand(B, -1)[:, :vocab_size].float()      # (B, V)
-            cache.advance(new.size(1))
-            ask = device.type == 'cpu' or end % 32 == 0 or end in (start, text.size(1) - 1)   # a GPU would have to wait
-            if ask and not logits.isfinite().all():
-                raise ValueError('the model gives NaN or infinite logits: its training went wrong')
-            liked = logits if repetition_penalty == 1 else penalise(logits, seen[:, :vocab_size], repetition_penalty)
-            token = draw(liked, chance[:, end - start], temperature, top_k, top_p, min_p)   # (B,)
-            text[:, end] = token
-            seen.scatter_(1, token[:, None], True)
-            lengths = [n + 1 for n in lengths]
-            yield (token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0]) if logprobs else token
+    def take_cache(self, rows, tokens, static):
+        """An empty Cache for so many rows and tokens. A static one is that of an earlier generate() if it fits, because
+        a CUDA graph holds the addresses of its keys and values; while it is in use nobody else gets it."""
+        device, block_size = self.transformer.wte.weight.device, self.config.block_size
+        if not static:
+            return Cache(self.config, rows, tokens, device)
+        columns = static_columns(tokens, block_size)
+        cache, self.spare_cache = self.spare_cache, None
+        if cache is None or (cache.rows, len(cache.columns), cache.columns.device) != (rows, columns, device):
+            return Cache(self.config, rows, columns, device, static=True)
+        cache.clear()
+        return cache

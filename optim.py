@@ -2,6 +2,7 @@
 What moves the weights: which parameters decay, AdamW, Muon, and the learning rate of a step.
 """
 
+import functools
 import math
 import re
 
@@ -9,7 +10,7 @@ import torch
 
 from configurator import UserError
 from lora import finds
-from runtime import spread_like, together
+from runtime import spread_like, together, works
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'muon')
@@ -77,8 +78,27 @@ def frozen(model, regex):
 
 
 def adamw(model, learning_rate, betas, weight_decay):
-    """AdamW (Loshchilov & Hutter, 2019), in torch's fused form, which updates all parameters in one pass."""
-    return torch.optim.AdamW(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+    """AdamW (Loshchilov & Hutter, 2019) for the trainable parameters of a model."""
+    return adamw_of(param_groups(model, weight_decay), model, learning_rate, betas)
+
+
+def adamw_of(groups, model, learning_rate, betas):
+    """AdamW for groups of the parameters of a model, in torch's fused form, which updates all of them in one pass, or
+    where that does not work in the form that torch prefers."""
+    device = next(model.parameters()).device
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused_adamw_works(device) or None)
+
+
+@functools.cache
+def fused_adamw_works(device):
+    """Whether torch's fused AdamW makes the right step on a device."""
+    def trial():
+        p = torch.ones(8, device=device)
+        p.grad = torch.full_like(p, 0.5)
+        torch.optim.AdamW([p], lr=0.1, weight_decay=0.2, fused=True).step()
+        return torch.allclose(p, torch.full_like(p, 0.88))   # 1 - 0.1 * 0.2, and a first step as long as the rate
+
+    return works(trial)
 
 
 class Muon(torch.optim.Optimizer):
@@ -95,7 +115,7 @@ class Muon(torch.optim.Optimizer):
         matrices = [p for group in rest for p in group['params'] if p in of_blocks]
         for group in rest:
             group['params'] = [p for p in group['params'] if p not in of_blocks]
-        self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, fused=True)
+        self.adamw = adamw_of(rest, model, learning_rate, betas)
         self.dtype = dtype
         muon = {'params': matrices, 'lr': learning_rate, 'weight_decay': weight_decay, 'momentum': momentum}
         super().__init__([*self.adamw.param_groups, muon], defaults={})

@@ -13,10 +13,13 @@ import platform
 import re
 import sys
 import time
+import warnings
+import zlib
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -70,11 +73,20 @@ class Runtime:
         model.loss = torch.compile(model.loss)   # so that the logits of all positions need no memory in float32
 
     def compile_step(self, model):
-        """Compile the decoding of one token, on a GPU into a CUDA graph, on a CPU with weights packed as its kernels
-        read them; a prompt is read as ever."""
+        """Compile the decoding of one token: on a GPU into a CUDA graph, on a CPU with weights packed as its kernels
+        read them. Prompts are not compiled. If the first call fails, decoding goes on without."""
         eager, gpu = model.step, self.device.type == 'cuda'
         fast = torch.compile(eager, mode='reduce-overhead') if gpu else torch.compile(eager, options={'freezing': True})
-        model.step = lambda idx, cache: (fast if cache.at and idx.size(1) == 1 else eager)(idx, cache)
+        trials = []   # the result of the first call, which is repeated: the token goes into the same column again
+
+        def step(idx, cache):
+            if cache.at == 0 or idx.size(1) > 1:
+                return eager(idx, cache)
+            if not trials:
+                trials.append(works(lambda: fast(idx, cache) is not None, 'torch.compile'))
+            return fast(idx, cache) if trials[0] else eager(idx, cache)
+
+        model.step = step
 
     def wrap(self, model, parallel='ddp', changing=False):
         """The model to call in training: with more than one process, one that averages gradients over them.
@@ -108,8 +120,7 @@ class Runtime:
     def clip_gradients(self, model, limit):
         """Scale the gradients so that their norm, over all parameters and processes, is at most limit; returns what it
         was, a tensor."""
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        return together(norm)
+        return together(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
 
     def mean(self, tensor):
         """The mean of a tensor over all processes."""
@@ -173,16 +184,13 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device)
         if self.device.type == 'mps':
             return torch.mps.driver_allocated_memory()
-        try:
-            import resource
-        except ImportError:   # Windows
-            return None
-        if sys.platform == 'linux':   # where getrusage() also counts what the process was before it ran this program
-            with open('/proc/self/status') as f:
-                own = re.search(r'VmHWM:\s*(\d+) kB', f.read())
-            if own:
+        # on Linux, where getrusage() also counts what the process was before it ran this program
+        with contextlib.suppress(OSError), open('/proc/self/status') as f:
+            if own := re.search(r'VmHWM:\s*(\d+) kB', f.read()):
                 return int(own[1]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        with contextlib.suppress(ImportError):   # Windows
+            import resource
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
     def peak_flops(self):
         """FLOP/s that this device could reach at most in dtype: from a table, or on a CPU the best of a few matrix
@@ -197,7 +205,9 @@ class Runtime:
     def measured_flops(self):
         """FLOP/s of the best of a few square matrix products in dtype."""
         cpu = self.device.type == 'cpu'
-        n, dtype = 1024 if cpu else 8192, torch.float32 if cpu and self.dtype == torch.float16 else self.dtype
+        dtype = torch.float32 if cpu and self.dtype == torch.float16 else self.dtype
+        slow = cpu and dtype == torch.bfloat16 and not cpu_multiplies_bfloat16()   # 200 times slower than float32
+        n = 256 if slow else 1024 if cpu else 8192
         a, b = torch.randn(2, n, n, device=self.device).to(dtype)
         return 2 * n**3 / self.best_time(lambda: a @ b)
 
@@ -251,7 +261,7 @@ def setup(device='auto', dtype='auto', compile='auto', seed=0):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')   # TensorFloat-32 where float32 is asked for
-        let_segments_grow()
+        let_segments_grow(device)
         attention = prefer_attention(device, dtype)
     if world_size > 1:
         join(device)
@@ -322,10 +332,25 @@ def first_line(error):
     return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
 
 
+def works(trial, asked_for=None):
+    """Whether a trial of a special kernel succeeds on this machine: it raises nothing and returns true. If not, and if
+    the user has asked for the kernel by a name, asked_for, one line on stderr says so."""
+    reason = 'wrong numbers'
+    try:
+        with warnings.catch_warnings(action='ignore'):
+            if trial():
+                return True
+    except Exception as error:   # each library raises its own kind
+        reason = f'{type(error).__name__}: {first_line(error)}'
+    if asked_for and int(os.environ.get('LOCAL_RANK', 0)) == 0:   # once per machine
+        print(f'{asked_for} does not work here ({reason}), going on without', file=sys.stderr)
+    return False
+
+
 def pick_device(name, local_rank):
     """The torch.device of 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'; with several processes each takes its own GPU."""
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if apple_gpu_works() else 'cpu'
     kind, _, index = name.partition(':')
     if kind not in ('cuda', 'mps', 'cpu') or index and not index.isdecimal():
         raise UsageError(f"device={name!r}: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
@@ -335,11 +360,16 @@ def pick_device(name, local_rank):
         if index >= n:
             raise UsageError(f"device='cuda:{index}': torch {torch.__version__} finds {n} GPUs here; try device='auto'")
         return torch.device('cuda', index)
-    if kind == 'mps' and not torch.backends.mps.is_available():
-        raise UsageError("device='mps': torch finds no Apple GPU here; try device='auto'")
+    if kind == 'mps' and not apple_gpu_works():
+        raise UsageError("device='mps': torch finds no Apple GPU that works here; try device='auto'")
     if kind == 'mps' and local_rank is not None:
         raise UsageError("device='mps': several processes cannot share an Apple GPU; try device='cpu'")
     return torch.device(kind)
+
+
+def apple_gpu_works():
+    """Whether there is an Apple GPU that multiplies matrices."""
+    return torch.backends.mps.is_available() and works(lambda: torch.ones(4, device='mps').square().sum().item() == 4)
 
 
 def pick_dtype(name, device):
@@ -348,68 +378,86 @@ def pick_dtype(name, device):
         if device.type == 'cuda':
             native = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            can = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
-            native = can.get('avx512_bf16') or can.get('amx_bf16')
+            native = device.type == 'cpu' and cpu_multiplies_bfloat16()
         return torch.bfloat16 if native else torch.float32
     if name not in DTYPES:
         raise UsageError(f"dtype={name!r}: expected 'auto', {', '.join(map(repr, DTYPES))}")
     return DTYPES[name]
 
 
+def cpu_multiplies_bfloat16():
+    """Whether this CPU has instructions that multiply bfloat16 (AVX512-BF16, AMX, ARM's BF16) and this process may use
+    them: ATEN_CPU_CAPABILITY limits torch, ONEDNN_MAX_CPU_ISA limits oneDNN. No time is measured, so that a resumed run
+    finds the same."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False   # no other products in bfloat16 are fast
+    can = torch.cpu.get_capabilities()
+    emulated = os.environ.get('ONEDNN_MAX_CPU_ISA', '').upper() in ('AVX512_CORE', 'AVX512_CORE_VNNI')
+    allowed = torch.backends.cpu.get_cpu_capability() == 'AVX512' and not emulated
+    return bool(can.get('bf16') or (allowed and (can.get('avx512_bf16') or can.get('amx_bf16'))))   # 'bf16': of ARM
+
+
 def pick_compile(choice, device):
-    """Whether to use torch.compile: 'auto' says yes on a GPU if a trial works, and no on a CPU, where it costs half a
+    """Whether to use torch.compile, if a trial works: 'auto' says yes on a GPU and no on a CPU, where it costs half a
     minute before the first step."""
-    if choice in (True, False):
-        return choice
-    if choice != 'auto':
+    if choice not in (True, False, 'auto'):
         raise UsageError(f"compile={choice!r}: expected 'auto', True or False")
-    if device.type != 'cuda':
+    if not choice or (choice == 'auto' and device.type != 'cuda'):
         return False
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-        return True
-    except Exception as error:   # no Triton, no C compiler, an old GPU: torch has a different exception for each
-        print(f'torch.compile does not work here ({type(error).__name__}), going on without', file=sys.stderr)
-        return False
+    zeros = torch.zeros(8, device=device)   # the trial fails without a C++ compiler, without Triton, on an old GPU
+    return works(lambda: torch.compile(lambda x: x + 1)(zeros).sum().item() == 8, 'torch.compile')
 
 
 def keep_compiled_code():
     """Let what torch.compile makes outlive a restart of the machine, so that a second start needs seconds, not a
-    minute; unless TORCHINDUCTOR_CACHE_DIR names a place for it."""
+    minute; unless TORCHINDUCTOR_CACHE_DIR names a place for it. Each kind of CPU has its own: torch would take code
+    that was made for AVX-512 where it uses AVX2, and give wrong numbers."""
+    can = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
+    cpu = f'{torch.backends.cpu.get_cpu_capability()}-{zlib.crc32(repr(can).encode()):08x}'
+    torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag or cpu
     caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     if os.name == 'posix' and 'TORCHINDUCTOR_CACHE_DIR' not in os.environ and os.access(caches, os.W_OK):
-        os.environ['TORCHINDUCTOR_CACHE_DIR'] = os.path.join(caches, 'flatgpt', 'compiled')
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = os.path.join(caches, 'flatgpt', 'compiled', cpu)
 
 
-def let_segments_grow():
+def let_segments_grow(device):
     """Have the GPU's allocator extend what it has instead of adding new pieces, so that less is lost between tensors;
-    unless PYTORCH_ALLOC_CONF says something else."""
-    if not {'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys() and sys.platform == 'linux':
-        torch._C._accelerator_setAllocatorSettings('expandable_segments:True')   # the variable is read too early for us
+    unless PYTORCH_ALLOC_CONF says something else, or it cannot."""
+    def allocates(grow):   # the variable is read when torch is imported, which is too early
+        torch._C._accelerator_setAllocatorSettings(f'expandable_segments:{grow}')
+        return torch.ones(8, device=device).sum().item() == 8
+
+    chosen = {'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys()
+    if sys.platform == 'linux' and not chosen and not works(lambda: allocates(True)):
+        works(lambda: allocates(False))
 
 
 order_of_kernels = contextlib.ExitStack()   # entered by prefer_attention, for as long as the process lives
 
 
 def prefer_attention(device, dtype):
-    """Have torch's fused attention use the fastest kernel that can run here, and return its name. On the data-centre
-    GPUs since Hopper that is cuDNN's, on others FlashAttention 2."""
-    from torch.backends import cuda
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    kernels = {'cudnn': (SDPBackend.CUDNN_ATTENTION, cuda.can_use_cudnn_attention),
-               'flash': (SDPBackend.FLASH_ATTENTION, cuda.can_use_flash_attention),
-               'efficient': (SDPBackend.EFFICIENT_ATTENTION, cuda.can_use_efficient_attention),
-               'math': (SDPBackend.MATH, lambda _: True)}
-    names = list(kernels)
-    if torch.cuda.get_device_capability(device) not in ((9, 0), (10, 0), (10, 3)):
-        names.remove('cudnn')
-        names.insert(1, 'cudnn')
+    """Have torch's fused attention use the fastest kernel that works here, and return its name. On the data-centre
+    GPUs since Hopper that is cuDNN's, on others FlashAttention 2. Kernels whose trial fails are not used at all."""
+    fastest = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0), (10, 3)):
+        fastest[:2] = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
     order_of_kernels.close()
-    order_of_kernels.enter_context(sdpa_kernel([kernels[name][0] for name in names], set_priority=True))
-    q = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype, requires_grad=True)
-    case = cuda.SDPAParams(q, q, q, None, 0.0, True, False)   # query, key, value, mask, dropout, causal, grouped
-    return next(name for name in names if kernels[name][1](case))
+    order = [kernel for kernel in fastest if attention_works(kernel, device, dtype)] + [SDPBackend.MATH]
+    order_of_kernels.enter_context(sdpa_kernel(order, set_priority=True))
+    return order[0].name.removesuffix('_ATTENTION').lower()
+
+
+@functools.cache
+def attention_works(kernel, device, dtype):
+    """Whether one of torch's attention kernels gives the output and the gradient of the plain one."""
+    def results(kernel):
+        q = torch.arange(2 * 64 * 64, device=device).sin().view(1, 2, 64, 64).to(dtype).requires_grad_()  # (B, H, T, D)
+        with sdpa_kernel(kernel):
+            y = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+            y.sum().backward()
+        return torch.stack((y.detach(), q.grad)).float()
+
+    return works(lambda: torch.allclose(results(kernel), results(SDPBackend.MATH), atol=0.05, rtol=0.05))
 
 
 def recompute(block):
@@ -437,13 +485,11 @@ def spread_like(tensor, parameter):
 
 
 def keep_freed_memory():
-    """Have malloc keep what is freed for the next step, where it is glibc's. It would give every large tensor back to
-    the kernel and ask for it again, empty: a fifth of the time of a small training step."""
+    """Have malloc keep what is freed for the next step, and return whether it does: glibc's can. It would give every
+    large tensor back to the kernel and ask for it again, empty: a fifth of the time of a small training step."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4   # malloc.h
-    with contextlib.suppress(OSError, AttributeError):   # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_MAX, 0)
+    mallopt = lambda *options: ctypes.CDLL(None).mallopt(*options) == 1   # other C libraries do not have it
+    return works(lambda: mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_MMAP_MAX, 0))
 
 
 def to_device(tensor, device):

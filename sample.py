@@ -24,8 +24,9 @@ import checkpoint
 import runtime
 import sampling
 import tokenizer
+import validate
 import weights
-from configurator import UsageError, UserError, configure
+from configurator import UserError, configure
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what to continue
@@ -60,24 +61,10 @@ chat = start is None and prompts is None and sys.stdin.isatty() and sys.stdout.i
 
 # refusals
 
-if num_samples < 1 or batch_size < 1 or max_new_tokens < 0:
-    raise UsageError(f'num_samples={num_samples}, batch_size={batch_size}, max_new_tokens={max_new_tokens}: expected '
-                     f'at least 1, at least 1, at least 0')
+validate.sample_options(config)
 controls = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'min_p': min_p,
             'repetition_penalty': repetition_penalty}
-try:
-    sampling.check(**controls)
-    stops = sampling.read_stops(stop)
-except ValueError as error:
-    raise UsageError(error) from None
-if quantize not in (None, 'int8'):
-    raise UsageError(f"quantize={quantize!r}: expected 'int8' or None")
-if stream not in (True, False, 'auto'):
-    raise UsageError(f"stream={stream!r}: expected 'auto', True or False")
-if start is not None and prompts is not None:
-    raise UsageError(f'start={start!r} and prompts={prompts!r}: give one of them')
-if stream is True and json:
-    raise UsageError('stream=True and json=True: JSON is written when a sample is complete, give one of them')
+stops = sampling.read_stops(stop)
 if stream == 'auto':
     stream = sys.stdout.isatty() and num_samples == 1 and prompts is None and not json
 

@@ -20,6 +20,8 @@ import signal
 import sys
 import time
 
+STARTED = time.perf_counter()   # before the slow imports, because max_minutes counts them
+
 import torch
 
 import checkpoint
@@ -29,9 +31,11 @@ import lr_range
 import optim
 import runtime
 import tokenizer
+import validate
+from budget import Budget
 from configurator import UsageError, UserError, configure
 from dataset import Dataset
-from model import ARCHS, ATTEND, GPT, GPTConfig, switches
+from model import GPT, GPTConfig, switches
 
 # ---------------------------------------------------------------------------------------------------------------------
 # output
@@ -68,6 +72,7 @@ loss_chunks = 1                       # more: logits in so many pieces, which sa
 # optimizer
 optimizer = 'adamw'                   # 'adamw', 'muon' (for the matrices of the blocks; needs fewer steps)
 max_iters = 600000                    # steps in all; one step is one update
+max_minutes: float | None = None      # as many steps as fit into these minutes, at most max_iters; None: max_iters
 weight_decay = 1e-1                   # on matrices only
 grad_clip = 1.0                       # largest norm of the gradient, 0.0 for no limit
 beta1 = 0.9
@@ -108,7 +113,7 @@ if runtime.restarts() and init_from not in ('resume', 'auto'):
                     f'give --init_from=auto')
 resuming = init_from == 'resume' or init_from == 'auto' and os.path.exists(ckpt_path)
 if not resuming and init_from in ('scratch', 'auto'):
-    ckpt = None
+    ckpt = start_path = None
 else:
     start_path = ckpt_path if resuming else checkpoint.resolve(init_from)
     ckpt = checkpoint.load(start_path)
@@ -133,33 +138,7 @@ else:
 
 # refusals
 
-for name in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size',
-             'loss_chunks'):
-    if config[name] < 1:
-        raise UsageError(f'{name}={config[name]}: expected 1 or more')
-for name in ('checkpoint_interval', 'keep_last', 'patience', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay',
-             'grad_clip', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'lora_rank', 'lora_alpha', 'peak_flops'):
-    if config[name] is not None and not 0 <= config[name] < math.inf:
-        raise UsageError(f'{name}={config[name]}: expected 0 or more')
-for name in ('beta1', 'beta2', 'dropout', 'lora_dropout'):
-    if not 0 <= config[name] < 1:
-        raise UsageError(f'{name}={config[name]}: expected 0 or more, and less than 1')
-for name, known in (('arch', ARCHS), ('attention', ATTEND), ('parallel', runtime.PARALLEL),
-                    ('optimizer', optim.OPTIMIZERS), ('schedule', optim.SCHEDULES)):
-    if config[name] not in known:
-        raise UsageError(f'{name}={config[name]!r}: expected one of {", ".join(map(repr, known))}')
-if gradient_accumulation_steps % runtime.processes():
-    raise UsageError(f'gradient_accumulation_steps={gradient_accumulation_steps}: expected a multiple of the '
-                     f'{runtime.processes()} processes')
-if lora_rank and (ckpt is None or freeze or not lora_alpha or 'base' in ckpt and not resuming):
-    raise UsageError(f'lora_rank={lora_rank}: expected weights to adapt, as in --init_from=gpt2, which are no adapter '
-                     f'(export.py merges one), no freeze beside it, and lora_alpha above 0')
-if lora_rank and not resuming and os.path.realpath(os.path.dirname(start_path)) == os.path.realpath(out_dir):
-    raise UsageError(f'out_dir={out_dir!r} holds the weights that the adapter is for: give another folder')
-if find_lr and (eval_only or init_from in ('resume', 'auto')):
-    raise UsageError('find_lr=True starts from scratch or from weights: leave eval_only away, and give init_from')
-if schedule != 'constant' and min_lr > learning_rate and not find_lr:
-    raise UsageError(f'min_lr={min_lr} is above learning_rate={learning_rate}: give both')
+validate.train_options(config, runtime.processes(), ckpt, start_path, resuming)
 
 # machine
 
@@ -177,7 +156,6 @@ if rt.any(rt.master and not eval_only) and not rt.same(checkpoint.holder(out_dir
 
 data = Dataset(dataset)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 
 
 def batch_of(step):
@@ -235,10 +213,13 @@ opt = optim.build(optimizer, model, learning_rate, (beta1, beta2), weight_decay,
 scaler = rt.grad_scaler()
 step, seconds, best_val_loss = 0, 0.0, math.inf
 evaluated, bad_evals = -1, 0   # the step of the last evaluation; evaluations since the best one
+planned = None                 # the number of steps that fit into max_minutes, once it is known
 if resuming:
     step, best_val_loss, seconds = ckpt['iter_num'], ckpt['best_val_loss'], ckpt.get('seconds', 0.0)
     evaluated, bad_evals = ckpt.get('evaluated', -1), ckpt.get('bad_evals', 0)
     optim.load_state(opt, ckpt['optimizer'])
+    if max_minutes == ckpt['config'].get('max_minutes'):
+        planned = ckpt.get('planned')
     if ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
     say(f'resumed {ckpt_path}: step {step:,}, {step * tokens_per_iter:,} tokens seen, '
@@ -307,7 +288,7 @@ def save():
         **({'base': base, 'lora': adapter} if lora_rank else {}),
         'tokenizer': data.tokenizer, 'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss,
         'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
-        'evaluated': evaluated, 'bad_evals': bad_evals, 'seconds': time.perf_counter() - begun})
+        'planned': planned, 'evaluated': evaluated, 'bad_evals': bad_evals, 'seconds': time.perf_counter() - begun})
     if rt.master:
         writer.put(state, best=evaluated == step and bad_evals == 0)
 
@@ -320,6 +301,7 @@ def evaluate():
     model.eval()
     losses = {}
     for split in ('train', 'val'):
+        budget.start()
         total, count = torch.zeros(2, device=rt.device)   # of batches
         for start in range(0, eval_iters, rt.world_size):
             if rt.any(bool(signals)):
@@ -332,6 +314,7 @@ def evaluate():
                 total += model(x, y)[1] * share
             count += share
         losses[split] = (rt.mean(total) / rt.mean(count)).item()
+        budget.stop('evaluation')
     model.train()
     return losses
 
@@ -352,11 +335,24 @@ def on_signal(number, frame):
 for number in (signal.SIGINT, signal.SIGTERM) if writing else ():
     signal.signal(number, on_signal)
 
+
+def lengths(planned):
+    """Steps of the run, of its warmup, and until the learning rate is at its lowest. A run that max_minutes limits
+    decays until its end, and warms up for a tenth of it at most."""
+    if find_lr:
+        return lr_range.STEPS, 0, lr_range.STEPS
+    if planned is None:
+        return max_iters, warmup_iters, max_iters if lr_decay_iters is None else lr_decay_iters
+    return min(planned, max_iters), min(warmup_iters, planned // 10), planned
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: max_iters updates, and one more turn to measure what the last one gave
 
 test = lr_range.RangeTest()
-end = lr_range.STEPS if find_lr else max_iters
+budget = Budget(None if find_lr or eval_only or planned else max_minutes, STARTED - seconds,
+                agree=lambda value: rt.mean(torch.tensor(value, dtype=torch.float64)).item())
+end, warmup, decay_iters = lengths(planned)
 peak = peak_flops or rt.peak_flops()
 x, y = batch_of(step)   # (micro-batches of this process, B, T) each
 changed = not resuming  # since the last save
@@ -385,7 +381,9 @@ while True:
     done = last or interrupted or 0 < patience <= bad_evals
     due = losses or done or checkpoint_interval and step % checkpoint_interval == 0
     if due and changed and writing:
+        budget.start()
         save()
+        budget.stop('save')
         changed = False
         t0, timed = time.perf_counter(), 0
     if done or eval_only:
@@ -396,8 +394,9 @@ while True:
         say(f'step {step}: {count:,} parameters are trained', file=sys.stderr)
 
     # one update: forward and backward over the micro-batches, whose gradients add up
+    budget.start()
     rate = test.rate(step) if find_lr else optim.learning_rate_at(
-        step, schedule, learning_rate, min_lr, warmup_iters, decay_iters, cooldown_iters)
+        step, schedule, learning_rate, min_lr, warmup, decay_iters, cooldown_iters)
     for group in opt.param_groups:
         group['lr'] = rate
     rt.reseed(seed, step)
@@ -430,6 +429,15 @@ while True:
         t0, timed = time.perf_counter(), 0
     step += 1
 
+    # the number of steps that fit into max_minutes, once it can be told
+    if budget.measuring:
+        rt.sync()
+        budget.stop('step')
+        planned = budget.steps_that_fit(step, max_iters, eval_interval, writer.seconds)
+        if planned is not None:
+            end, warmup, decay_iters = lengths(planned)
+            say(f'max_minutes={max_minutes:g}: {planned:,} steps fit', file=sys.stderr)
+
 # ---------------------------------------------------------------------------------------------------------------------
 status = 0
 if rt.master and evaluated >= 0 and not eval_only and not writer.wait():
@@ -441,8 +449,8 @@ elif interrupted and not (last and evaluated == step):
     status = 130
 elif find_lr:
     say(test.report(out_dir) if rt.master else '', file=sys.stderr)
-elif first > max_iters:
-    say(f'nothing to do: step {first:,} is past max_iters={max_iters:,}', file=sys.stderr)
+elif first > end:
+    say(f'nothing to do: step {first:,} is past max_iters={end:,}', file=sys.stderr)
 elif not eval_only:
     early = f'no better loss in {bad_evals} evaluations, ' if 0 < patience <= bad_evals else ''
     perplexity = ', '.join(f'{value:,.2f} per {unit}' for unit, value in data.perplexity(best_val_loss).items())

@@ -2,9 +2,13 @@
 How the weights of a built model lie in memory, for decoding, where reading them is what takes the time.
 """
 
+import functools
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+from runtime import works
 
 
 class PackedLinear(nn.Module):
@@ -22,10 +26,13 @@ class PackedLinear(nn.Module):
 
 class Int8Linear(nn.Module):
     """A Linear whose matrix is kept in 8 bits, with one scale per output channel (weight-only, symmetric, Dettmers et
-    al., 2022, section 2): half of what a matrix in bfloat16 has to read, for a little precision."""
+    al., 2022, section 2): half of what a matrix in bfloat16 has to read, for a little precision.
 
-    def __init__(self, linear):
+    kernel: whether to use torch's kernel for that where it can; None: if it works on this machine."""
+
+    def __init__(self, linear, kernel=None):
         super().__init__()
+        self.kernel = int8_kernel_works() if kernel is None else kernel
         weight, dtype = linear.weight.detach().float(), linear.weight.dtype
         scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).to(dtype)           # (out,)
         steps = (weight / scale.float()[:, None]).round().clamp(-127, 127)            # (out, in)
@@ -35,7 +42,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows, width = x.numel() // x.size(-1), x.size(-1)
-        if x.device.type == 'cpu' and x.dtype == torch.bfloat16 and rows <= FEW and width % 32 == 0:
+        suits = x.device.type == 'cpu' and x.dtype == torch.bfloat16 and rows <= FEW and width % 32 == 0
+        if suits and self.kernel:
             y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:   # torch.compile makes one kernel of it
             y = F.linear(x, self.weight.to(x.dtype) * self.scale[:, None])
@@ -60,13 +68,42 @@ def int8(model):
 
 
 def pack(model):
-    """Put the matrices of a model on the CPU into the order of oneDNN's kernels, if it has kernels for their type."""
+    """Put the matrices of a model on the CPU into the order of oneDNN's kernels, if they are in bfloat16 and these
+    kernels work on this machine."""
     weight = model.lm_head.weight
     if weight.device.type == 'cpu' and weight.dtype == torch.bfloat16 and can_pack():
-        replace_linears(model, PackedLinear)
+        replace_linears(model, packed)
     return model
 
 
+def packed(linear):
+    """A PackedLinear in the place of a Linear, or the Linear itself if oneDNN refuses it."""
+    try:
+        return PackedLinear(linear)
+    except RuntimeError:
+        return linear
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whether the kernels work on this machine: a trial of each, once per process
+
+@functools.cache
 def can_pack():
-    """Whether this torch and this CPU have oneDNN's kernels for bfloat16."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether a PackedLinear gives the numbers of a Linear: it needs oneDNN and a CPU with AVX-512 or more."""
+    return works(lambda: agree(PackedLinear, lambda linear: linear))
+
+
+@functools.cache
+def int8_kernel_works():
+    """Whether an Int8Linear gives the same numbers with torch's kernel for 8 bits as without it."""
+    return works(lambda: agree(functools.partial(Int8Linear, kernel=True), functools.partial(Int8Linear, kernel=False)))
+
+
+@torch.inference_mode()
+def agree(kind, other):
+    """Whether two kinds of Linear, made of one small Linear in bfloat16, give nearly the same numbers."""
+    linear = nn.utils.skip_init(nn.Linear, 64, 48, dtype=torch.bfloat16)   # which draws no random numbers
+    for p in linear.parameters():
+        p.copy_(torch.arange(p.numel()).sin().view_as(p))
+    x = torch.arange(3 * 64).cos().view(3, 64).bfloat16()
+    return torch.allclose(kind(linear)(x), other(linear)(x), atol=0.1, rtol=0.02)

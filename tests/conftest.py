@@ -3,11 +3,14 @@
 import atexit
 import contextlib
 import functools
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import uuid
@@ -21,6 +24,87 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared' / 'data'   # real text and GPT-2's encoding, on machines that have them
 sys.path.insert(0, str(ROOT))
+
+
+
+def can_link():
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.symlink('target', Path(folder, 'link'))
+        except (OSError, NotImplementedError):
+            return False
+        return True
+
+
+def can_compile():
+    compilers = (os.environ.get('CXX', 'c++'), 'g++', 'clang++')
+    return any(map(shutil.which, compilers)) and Path(sysconfig.get_path('include'), 'Python.h').exists()
+
+
+def can_connect_namespaces():
+    """Whether two connected network devices can be made: tried in a network namespace that ends with the trial."""
+    command = 'unshare --net ip link add flatgpt0 type veth peer name flatgpt1'.split()
+    return bool(shutil.which('unshare')) and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def can_use_gpu():
+    import torch  # not at the top: the process that only hands out tests to others does not need it
+    return torch.cuda.is_available()
+
+
+def can_use_gloo():
+    import torch.distributed
+    return torch.distributed.is_available() and torch.distributed.is_gloo_available()
+
+
+def is_there(module):
+    return importlib.util.find_spec(module) is not None
+
+
+# What a test can need of the machine: how to find out, and the reason that the skipped test gives
+CAPABILITIES = {
+    'gpu': (can_use_gpu, 'needs a CUDA GPU'),
+    'linux': (lambda: sys.platform == 'linux', 'needs Linux'),
+    'root': (lambda: hasattr(os, 'geteuid') and os.geteuid() == 0, 'needs root'),
+    'fork': (lambda: sys.platform == 'linux', 'needs fork() of a process that has threads: Linux'),
+    'two_processes': (can_use_gloo, 'needs torch.distributed with gloo'),
+    'c_compiler': (can_compile, 'needs a C++ compiler and Python.h, for torch.compile'),
+    'symlinks': (can_link, 'needs a file system with symbolic links'),
+    'fifo': (lambda: hasattr(os, 'mkfifo'), 'needs named pipes'),
+    'full_disk': (lambda: Path('/dev/full').exists(), 'needs a file that is always full: /dev/full'),
+    'limits': (lambda: is_there('resource'), 'needs limits of memory and file size: the module resource'),
+    'file_locks': (lambda: is_there('fcntl'), 'needs the module fcntl'),
+    'network_namespaces': (can_connect_namespaces, 'needs network namespaces: Linux and root'),
+    'gpt2_encoding': (lambda: (SHARED / 'tiktoken_cache').is_dir(), "needs GPT-2's encoding on this machine"),
+    'shakespeare': (lambda: (SHARED / 'tinyshakespeare.txt').exists(), 'needs tiny Shakespeare on this machine'),
+}
+
+
+@functools.cache
+def can(name):
+    """Whether this machine has the capability."""
+    return bool(CAPABILITIES[name][0]())
+
+
+def needs(*names):
+    """The mark of a test that is skipped, with the reason, where one of these capabilities is missing."""
+    reasons = [CAPABILITIES[name][1] for name in names if not can(name)]
+    return pytest.mark.skipif(bool(reasons), reason=', '.join(reasons))
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Names what is long or not printable by its argument: a compressed file, for one, holds the time of its making."""
+    if isinstance(val, bytes) or isinstance(val, str) and (len(val) > 60 or not val.isprintable()):
+        return argname
+
+
+@pytest.hookimpl(tryfirst=True)   # before -m and -k drop some
+def pytest_collection_modifyitems(session, items):
+    session.collected_ids = [item.nodeid for item in items]
+    for item in items:
+        if item.get_closest_marker('gpu'):
+            item.add_marker(needs('gpu'))
+
 
 signal.signal(signal.SIGINT, signal.default_int_handler)   # which a job in a shell's background inherits as ignored
 
@@ -44,7 +128,8 @@ dtype = 'float32'
 """
 
 
-# Runs scripts, each in a fork of this process, which has imported torch already: that is half the time of a short run
+# Runs scripts, each in a fork of this process, which has imported torch already: importing it takes half the time of a
+# short run.
 FORKS = """
 import json, os, sys
 import numpy, torch, torch._dynamo
@@ -80,18 +165,20 @@ def forks():
 
 
 def run(script, *args, cwd=ROOT, timeout=120, **env):
-    """Run a script of the project, and return its CompletedProcess with stdout and stderr as text."""
+    """The CompletedProcess of a script of the project, with stdout and stderr as text."""
+    script, args, env = str(ROOT / script), [str(arg) for arg in args], {**os.environ, 'WANDB_MODE': 'offline', **env}
+    if not can('fork'):
+        return subprocess.run([sys.executable, script, *args], cwd=cwd, env=env, timeout=timeout, encoding='utf-8',
+                              stdin=subprocess.DEVNULL, capture_output=True)
     with tempfile.NamedTemporaryFile('r', encoding='utf-8') as out, \
             tempfile.NamedTemporaryFile('r', encoding='utf-8') as err:
-        call = [str(ROOT / script), [str(arg) for arg in args], str(cwd),
-                {**os.environ, 'WANDB_MODE': 'offline', **env}, out.name, err.name]
-        forks().stdin.write(json.dumps(call) + '\n')
+        forks().stdin.write(json.dumps([script, args, str(cwd), env, out.name, err.name]) + '\n')
         forks().stdin.flush()
         timer = threading.Timer(timeout, os.kill, (int(forks().stdout.readline()), signal.SIGKILL))
         timer.start()
         status = int(forks().stdout.readline())
         timer.cancel()
-        return subprocess.CompletedProcess(call, status, out.read(), err.read())
+        return subprocess.CompletedProcess([script, *args], status, out.read(), err.read())
 
 
 @contextlib.contextmanager
@@ -107,6 +194,10 @@ def started(*command, cwd=ROOT, seconds=150, **env):
         yield process
     finally:
         timer.cancel()
+        if not can('linux'):   # no /proc: torchrun ends its children when it is asked to end
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
         for folder in Path('/proc').glob('[0-9]*'):   # torchrun's children are in sessions of their own
             with contextlib.suppress(OSError):
                 if mark in (folder / 'environ').read_text():

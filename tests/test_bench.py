@@ -1,14 +1,22 @@
-"""bench.py as a person runs it: a table, one JSON object whose numbers agree, and a trace."""
+"""bench.py: a table, one JSON object whose numbers agree, a trace; one true run, the others in this process."""
 
 import json
 
 import pytest
+import torch
 from conftest import assert_one_line, run
+from in_process import call
+from one_device import OneDevice
 
+import runtime
 from model import GPT, GPTConfig
 
 TINY_MODEL = ('--device=cpu', '--dtype=float32', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=32',
               '--vocab_size=100', '--steps=3')
+
+
+def a_model(vocab_size=100):
+    return GPT(GPTConfig(vocab_size, 16, n_layer=2, n_embd=32, n_head=2, bias=False))
 
 
 def result_of(done):
@@ -19,6 +27,18 @@ def result_of(done):
 def table_of(done):
     return {line[:12].strip(): line[13:] for line in done.stdout.splitlines()[:-1]}
 
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A function that runs bench.py in this process, on a machine whose rates are known: to measure them takes most of
+    the time of a short run."""
+    monkeypatch.setattr(runtime.Runtime, 'measured_flops', lambda rt: 5e10)
+    monkeypatch.setattr(runtime.Runtime, 'measured_bandwidth', lambda rt: 7e9)
+    return lambda *args: call('bench.py', *args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a true run
 
 @pytest.fixture(scope='module')
 def profiled(tmp_path_factory):
@@ -33,7 +53,7 @@ def test_the_last_line_is_json_whose_numbers_agree(profiled):
                            'ms_per_step', 'ms_min', 'ms_max', 'tok_per_s', 'mfu', 'peak_flops', 'first_step_s',
                            'measured_flops', 'measured_bandwidth', 'flops', 'traffic_bytes', 'ms_by_flops',
                            'ms_by_bandwidth', 'reached', 'peak_memory_bytes'}
-    model = GPT(GPTConfig(100, 16, n_layer=2, n_embd=32, n_head=2, bias=False))
+    model = a_model()
     assert result['parameters'] == model.get_num_params(non_embedding=False)
     assert (result['batch_size'], result['block_size']) == (3, 16)
     assert 0 < result['ms_min'] <= result['ms_per_step'] <= result['ms_max']
@@ -41,11 +61,10 @@ def test_the_last_line_is_json_whose_numbers_agree(profiled):
     assert result['mfu'] == pytest.approx(model.flops_per_token() * result['tok_per_s'] / result['peak_flops'])
     assert 1e9 < result['peak_flops'] < 1e15    # measured
     assert 1e8 < result['measured_bandwidth'] < 1e13
-    assert result['ms_by_flops'] == pytest.approx(
-        model.flops_per_token() * 3 * 16 / result['measured_flops'] * 1000)
-    assert result['ms_by_bandwidth'] == pytest.approx(
-        32 * result['parameters'] / result['measured_bandwidth'] * 1000)
+    assert result['flops'] == model.flops_per_token() * 3 * 16
+    assert result['ms_by_flops'] == pytest.approx(result['flops'] / result['measured_flops'] * 1000)
     assert result['traffic_bytes'] == 32 * result['parameters']
+    assert result['ms_by_bandwidth'] == pytest.approx(result['traffic_bytes'] / result['measured_bandwidth'] * 1000)
     assert result['reached'] == pytest.approx(
         max(result['ms_by_flops'], result['ms_by_bandwidth']) / result['ms_per_step'])
     assert 2**26 < result['peak_memory_bytes'] < 2**34
@@ -81,76 +100,113 @@ def test_profile_prints_ten_operators_and_writes_a_trace_that_viewers_open(profi
     assert [path.name for path in folder.iterdir()] == ['bench_log']
 
 
-def test_a_recipe_gives_the_model_the_batch_and_the_dataset(tiny, char_dataset):
-    done = run('bench.py', tiny, '--steps=1', '--peak_flops=1e12')
-    result = result_of(done)
-    model = GPT(GPTConfig(20, 16, n_layer=2, n_embd=32, n_head=2, bias=False))
+# ---------------------------------------------------------------------------------------------------------------------
+# the modes
+
+def test_a_recipe_gives_the_model_the_batch_and_the_dataset(bench, tiny):
+    done = bench(tiny, '--steps=1', '--peak_flops=1e12')
+    result, model = result_of(done), a_model(20)
     assert result['parameters'] == model.get_num_params(non_embedding=False)   # the vocabulary is the dataset's
     assert (result['batch_size'], result['peak_flops']) == (4, 1e12)
     assert result['mfu'] == pytest.approx(model.flops_per_token() * result['tok_per_s'] / 1e12)
     assert 'not for bench.py, passed over: ' in done.stderr and 'learning_rate' in done.stderr
 
 
-def test_versus_measures_two_settings_in_turn_and_gives_their_ratio():
-    done = run('bench.py', *TINY_MODEL, '--versus=n_layer=4 batch_size=2')
-    result = result_of(done)
+def test_versus_measures_two_settings_in_turn_and_gives_their_ratio(bench):
+    done = bench(*TINY_MODEL, '--versus=n_layer=4 batch_size=2')
+    result, table = result_of(done), table_of(done)
     first, second = result['settings']
     assert (first['batch_size'], second['batch_size']) == (1, 2)
     assert second['parameters'] > first['parameters']
+    assert first['loss'] != second['loss']
     assert 0 < result['ratio_min'] <= result['ratio'] <= result['ratio_max']
-    table = table_of(done)
     assert table['setting'].split() == ['batch_size=None', 'n_layer=2', 'batch_size=2', 'n_layer=4']
     assert f'takes {result["ratio"]:.3f} of' in table['ratio']
 
 
-def test_versus_may_be_another_precision():
-    first, second = result_of(run('bench.py', *TINY_MODEL, '--versus=dtype=bfloat16'))['settings']
+def test_versus_may_be_another_precision(bench):
+    first, second = result_of(bench(*TINY_MODEL, '--versus=dtype=bfloat16'))['settings']
     assert 'float32, not' in first['machine'] and 'bfloat16, not' in second['machine']
+    assert first['loss'] == pytest.approx(second['loss'], rel=1e-2) and first['loss'] != second['loss']
 
 
-def test_activation_checkpointing_takes_the_same_step():
-    first, second = result_of(run('bench.py', *TINY_MODEL, '--versus=activation_checkpointing=True'))['settings']
+def test_activation_checkpointing_gives_the_same_losses(bench):
+    first, second = result_of(bench(*TINY_MODEL, '--versus=activation_checkpointing=True'))['settings']
     assert first['loss'] == second['loss']
 
 
-def test_attention_compares_the_ways_to_compute_it():
-    done = run('bench.py', *TINY_MODEL, '--mode=attention', '--batch_size=2')
+def test_adapters_train_few_parameters_of_the_same_model(bench):
+    result = result_of(bench(*TINY_MODEL, '--lora_rank=2'))
+    assert result['parameters'] == 2 * 2 * (2 * 32 + 96 + 32 + 2 * 32 + 2 * 128)   # 2 layers: in and out of 4 matrices
+
+
+def test_attention_compares_the_ways_to_compute_it(bench):
+    done = bench(*TINY_MODEL, '--mode=attention', '--batch_size=2')
     first, second = result_of(done)['settings']
     assert (first['attention'], second['attention']) == ('math', 'sdpa')
     assert first['tok_per_s'] == pytest.approx(2 * 16 / first['ms_per_step'] * 1000)
-    assert first['ms_by_flops'] == pytest.approx(12 * 32 * 8 * 32 / first['measured_flops'] * 1000)
+    assert first['flops'] == 12 * 32 * 8 * 32   # of 32 tokens that see 8 others on average
+    assert first['ms_by_flops'] == pytest.approx(first['flops'] / 5e10 * 1000)
     assert table_of(done)['setting'].split() == ['attention=math', 'attention=sdpa']
 
 
-def test_decode_measures_prompt_and_tokens():
-    result = result_of(run('bench.py', *TINY_MODEL, '--mode=decode', '--batch_size=2', '--prompt_tokens=5'))
+@pytest.mark.parametrize('quantize', [None, 'int8'])
+def test_decode_measures_prompt_and_tokens(bench, quantize):
+    options = [f'--quantize={quantize}'] if quantize else []
+    result = result_of(bench(*TINY_MODEL, '--mode=decode', '--batch_size=2', '--prompt_tokens=5', *options))
     assert result['tok_per_s'] == pytest.approx(2 / result['ms_per_step'] * 1000)
     assert result['prompt_tok_per_s'] == pytest.approx(2 * 5 / result['first_step_s'])
-    n = GPT(GPTConfig(100, 16, n_layer=2, n_embd=32, n_head=2, bias=False)).get_num_params()
+    weights = a_model().get_num_params() * (1 if quantize else 4)
     keys = 2 * 2 * 32 * (5 + 2 + 1) * 2   # and values, of 2 layers and 2 rows, after prompt, warmup and half the steps
-    assert result['ms_by_bandwidth'] == pytest.approx((n + keys) * 4 / result['measured_bandwidth'] * 1000)
+    assert result['traffic_bytes'] == weights + keys * 4
+    assert result['ms_by_bandwidth'] == pytest.approx(result['traffic_bytes'] / 7e9 * 1000)
 
 
-def test_decode_takes_the_vocabulary_of_a_recipes_dataset(tiny):
-    result = result_of(run('bench.py', tiny, '--mode=decode', '--prompt_tokens=2', '--steps=3'))
-    model = GPT(GPTConfig(20, 16, n_layer=2, n_embd=32, n_head=2, bias=False))
-    assert result['parameters'] == model.get_num_params(non_embedding=False)
+def test_decode_has_the_vocabulary_of_a_recipes_dataset(bench, tiny):
+    result = result_of(bench(tiny, '--mode=decode', '--prompt_tokens=2', '--steps=3'))
+    assert result['parameters'] == a_model(20).get_num_params(non_embedding=False)
 
 
-def test_data_measures_batches_of_a_dataset(tiny, char_dataset):
-    result = result_of(run('bench.py', tiny, '--mode=data', '--steps=3'))
+def test_data_measures_batches_of_a_dataset(bench, tiny):
+    result = result_of(bench(tiny, '--mode=data', '--steps=3'))
     assert (result['batch_size'], result['loss'], result['mfu']) == (4, None, None)
     assert result['tok_per_s'] == pytest.approx(4 * 16 / result['ms_per_step'] * 1000)
 
 
-@pytest.mark.parametrize('args, status, words', [
-    (['--steps=0'], 2, ['steps=0', '1 or more']), (['--n_head=3'], 2, ['n_embd=32', 'n_head=3']),
-    (['--mode=dance'], 2, ["mode='dance'", "'decode'"]), (['--versus=steps=5'], 2, ['steps is the same']),
-    (['--versus=n_heads=2'], 2, ['n_heads', 'n_head']), (['--mode=data'], 2, ['dataset']),
-    (['--batch_size=0'], 2, ['batch_size=0']), (['--versus=help'], 2, ["versus='help'"]),
-    (['--versus=versus=x'], 2, ['words such as']), (['--mode=decode'], 2, ['= 21', 'block_size=16']),
+# ---------------------------------------------------------------------------------------------------------------------
+# a GPU, rehearsed on the device 'meta', whose tensors have shapes and no numbers
+
+@pytest.mark.parametrize('options', [['train'], ['train', '--dtype=bfloat16', '--arch=llama', '--optimizer=muon'],
+                                     ['train', '--lora_rank=2', '--activation_checkpointing'],
+                                     ['decode', '--prompt_tokens=2', '--batch_size=3'],
+                                     ['decode', '--prompt_tokens=2', '--quantize=int8', '--dtype=bfloat16'],
+                                     ['attention', '--window=5'], ['attention', '--pos=alibi']], ids=' '.join)
+def test_all_tensors_of_a_mode_are_on_its_device(bench, monkeypatch, options):
+    meta = torch.device('meta')
+    monkeypatch.setattr(runtime, 'pick_device', lambda *_: meta)
+    monkeypatch.setattr(runtime.Runtime, 'sync', lambda rt: None)
+    monkeypatch.setattr(runtime.Runtime, 'autocast', lambda rt: torch.autocast('cpu', enabled=False))
+    monkeypatch.setattr(runtime.Runtime, 'peak_memory', lambda rt: None)
+    with OneDevice(meta) as mode:
+        done = bench(*TINY_MODEL, f'--mode={options[0]}', *options[1:])
+    result = result_of(done)
+    assert 'meta (' in str(result) and mode.operators > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# refusals
+
+@pytest.mark.parametrize('args, words', [
+    (['--steps=0'], ['steps=0', '1 or more']), (['--n_head=3'], ['n_embd=32', 'n_head=3']),
+    (['--batch_size=0'], ['batch_size=0', '1 or more']), (['--warmup_steps=-1'], ['warmup_steps=-1', '0 or more']),
+    (['--optimizer=sgd'], ["optimizer='sgd'", "'adamw', 'muon'"]), (['--quantize=int4'], ["quantize='int4'", 'int8']),
+    (['--mode=dance'], ["mode='dance'", "'decode'"]), (['--mode=data'], ['dataset']),
+    (['--mode=decode'], ['= 21', 'block_size=16']),
+    (['--versus=steps=5'], ['steps is the same']), (['--versus=n_heads=2'], ['n_heads', 'n_head']),
+    (['--versus=help'], ["versus='help'"]), (['--versus=versus=x'], ['words such as']),
+    (['--versus=n_layer=0'], ['n_layer=0', '1 or more']),
 ], ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith('--') else '')
-def test_what_cannot_be_ends_in_one_line(args, status, words):
-    done = run('bench.py', *TINY_MODEL, *args)
-    assert_one_line(done, status, *words)
+def test_what_cannot_be_ends_in_one_line(bench, args, words):
+    done = bench(*TINY_MODEL, *args)
+    assert_one_line(done, 2, *words)
     assert done.stdout == ''

@@ -6,14 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import quick
 
 import tokenizer
 from configurator import UserError
 from tokenizer import BpeTokenizer, CharTokenizer, from_dict, same
 
-quick = settings(deadline=None, max_examples=100, database=None)
 texts = st.text(st.characters(exclude_categories=['Cs']))   # any Unicode text
 LINES = [f'the {i}th line says: 你好 world, naïve café! def f(x): return {i}\n' for i in range(300)]
 
@@ -284,7 +284,7 @@ def test_texts_must_not_be_cut_where_blanks_are_put_before_them(trained, sentenc
     assert sentencepiece.encode_texts(['hello', 'hello']).tolist() == [*sentencepiece.encode('hello'), 2] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_character_is_of_the_same_kind_to_both_libraries():
     """Else words might end in other places: seen by whether a character makes a word with 'a', '1' and '!'."""
     import tiktoken

@@ -9,8 +9,6 @@ import os
 import pickle
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, needs, run
 
 import checkpoint
 from configurator import UserError
@@ -56,7 +54,7 @@ def path(tmp_path):
 @contextlib.contextmanager
 def file_size_limit(size):
     """No file of this process may grow beyond size bytes: the nearest thing to a full disk. Python ignores SIGXFSZ."""
-    resource = pytest.importorskip('resource')
+    import resource
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -117,6 +115,7 @@ def test_an_error_in_the_middle_of_a_save_leaves_the_old_file_and_nothing_else(p
     assert [file.name for file in path.parent.iterdir()] == ['ckpt.pt']
 
 
+@needs('limits')
 def test_a_save_that_finds_no_room_says_so_and_leaves_the_old_file(path):
     old = path.read_bytes()
     with file_size_limit(len(old) // 2), pytest.raises(UserError, match='cannot write .*ckpt.pt: .*intact') as error:
@@ -126,6 +125,7 @@ def test_a_save_that_finds_no_room_says_so_and_leaves_the_old_file(path):
     assert [file.name for file in path.parent.iterdir()] == ['ckpt.pt']
 
 
+@needs('limits')
 def test_a_first_save_that_finds_no_room_says_that_there_is_none_yet(tmp_path):
     with file_size_limit(1000), pytest.raises(UserError, match='cannot write .*best.pt: .*none yet'):
         checkpoint.save(tmp_path / 'best.pt', state_of(small_model()))
@@ -137,11 +137,13 @@ def test_a_first_save_that_finds_no_room_says_that_there_is_none_yet(tmp_path):
 
 def claim_elsewhere(out_dir):
     """What another process that claims out_dir prints."""
-    code = f'import checkpoint; lock = checkpoint.claim({str(out_dir)!r}); print("claimed")'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    script = out_dir.parent / 'claim.py'
+    script.write_text(f'import checkpoint\nlock = checkpoint.claim({str(out_dir)!r})\nprint("claimed")\n')
+    done = run(script, PYTHONPATH=str(ROOT))
     return done.stdout + done.stderr
 
 
+@needs('file_locks')
 def test_a_folder_is_made_with_its_parents_and_held_by_one_process_at_a_time(tmp_path):
     out_dir = tmp_path / 'a' / 'b'
     assert checkpoint.holder(out_dir) == -1
@@ -156,8 +158,9 @@ def test_a_folder_is_made_with_its_parents_and_held_by_one_process_at_a_time(tmp
     checkpoint.claim(out_dir).close()   # that process has ended, which freed it
 
 
+@needs('file_locks')
 def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip('fcntl')
+    import fcntl
 
     def flock(*args):
         raise OSError(errno.ENOLCK, 'No locks available')
@@ -216,6 +219,7 @@ def test_put_returns_before_the_state_is_written_and_no_two_writes_overlap(tmp_p
     assert written == [('best.pt', 1), ('ckpt.pt', 1), ('ckpt.pt', 2), ('ckpt.pt', 3)] and max(most) == 1
 
 
+@needs('limits')
 def test_a_write_that_fails_is_reported_and_the_next_one_makes_up_for_it(tmp_path, monkeypatch, capsys):
     writer = checkpoint.Writer(tmp_path)
     put(writer, 10, best=True)
@@ -297,7 +301,7 @@ def assert_refused(path, *words):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('part', [0, 1e-4, 0.001, 0.01, *(i / 20 for i in range(1, 20)), 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize('part', [0, 1e-4, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.9999])
 def test_a_truncated_checkpoint_is_refused(path, part):
     whole = path.read_bytes()
     path.write_bytes(whole[:int(part * len(whole))])
@@ -313,7 +317,7 @@ def flipped(content, at, bit):
     return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1:]
 
 
-@pytest.mark.parametrize('part', range(8))
+@pytest.mark.parametrize('part', [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, 8))])
 def test_a_flipped_bit_anywhere_is_refused(tmp_path, part):
     path = tmp_path / 'ckpt.pt'
     checkpoint.save(path, state_of(small_model()))
@@ -359,8 +363,8 @@ def test_a_flipped_bit_in_a_weight_that_others_have_written_is_refused_with_the_
 @pytest.mark.parametrize('content', [
     b'\n', b'to be or not to be\n' * 100, 'größer\n'.encode() * 50, b'\x80', b'PK\x03\x04', b'\0' * 5000,
     b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 497764107\n',
-    *(np.random.Philox(key=i).random_raw(200).tobytes() for i in range(8)),
-], ids=['line', 'text', 'utf8', 'pickle', 'zip', 'zeros', 'pointer', *(f'random{i}' for i in range(8))])
+    *(np.random.Philox(key=i).random_raw(200).tobytes() for i in range(3)),
+], ids=['line', 'text', 'utf8', 'pickle', 'zip', 'zeros', 'pointer', *(f'random{i}' for i in range(3))])
 def test_another_kind_of_file_is_refused(tmp_path, content):
     (tmp_path / 'ckpt.pt').write_bytes(content)
     assert_refused(tmp_path / 'ckpt.pt', 'no checkpoint')
@@ -413,7 +417,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, version):
 # ---------------------------------------------------------------------------------------------------------------------
 # models out of checkpoints
 
-@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', '_orig_mod.module.', 'module._orig_mod.'])
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.'])
 @pytest.mark.parametrize('bias', [False, True])
 def test_a_nanogpt_checkpoint_loads_with_its_weights_and_its_gelu(tmp_path, prefix, bias):
     model = small_model(bias=bias, gelu='erf')
@@ -444,7 +448,7 @@ WPE = 'transformer.wpe.weight'
 @pytest.mark.parametrize('weights, args', [
     ({WPE: None}, {}), ({'transformer.h.9.x': torch.zeros(1)}, {}), ({WPE: torch.zeros(3, 4)}, {}), ({WPE: 1}, {}),
     ({}, {'n_layer': 3}), ({}, {'n_layer': 1}), ({}, {'bias': False}), ({}, {'n_head': 3}), ({}, {'n_embd': 'four'}),
-    ({}, {'n_lairs': 2}), ({}, {'dropout': -1.0}), ({}, {'n_embd': 2**40}), ({}, {'vocab_size': 6}),
+    ({}, {'n_lairs': 2}), ({}, {'dropout': -1.0}), ({}, {'n_embd': 2**50}), ({}, {'vocab_size': 6}),
 ], ids=['missing', 'extra', 'shape', 'no tensor', 'deeper', 'shallower', 'bias', 'heads', 'type', 'name', 'dropout',
         'huge', 'vocabulary'])
 def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, weights, args):
@@ -468,7 +472,7 @@ def test_resolve_refuses_a_folder_without_a_checkpoint(tmp_path):
         checkpoint.resolve(tmp_path)
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'some/model'])
+@pytest.mark.parametrize('name', ['gpt2', 'gpt2-xl', 'some/model'])
 def test_a_file_or_folder_goes_before_a_name_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
@@ -503,8 +507,8 @@ def test_the_tokenizer_of_the_named_dataset_must_not_be_larger_than_the_model(tm
         checkpoint.load_model(tmp_path, tokenizer_of=str(char_dataset))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs GPT-2's encoding")
-@pytest.mark.parametrize('vocab_size', [50257, 50304])
+@needs('gpt2_encoding')
+@pytest.mark.parametrize('vocab_size', [pytest.param(50257, marks=pytest.mark.full), 50304])
 def test_a_nanogpt_checkpoint_of_gpt2s_vocabulary_gets_its_tokenizer(tmp_path, monkeypatch, vocab_size):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
     torch.save(as_nanogpt(small_model(vocab_size)), tmp_path / 'ckpt.pt')
@@ -562,6 +566,7 @@ def test_rewind_log_without_a_log_makes_none(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@needs('limits')
 def test_rewind_log_that_finds_no_room_says_so_and_leaves_the_log(tmp_path):
     log = b'{"iter": 0}\n' * 1000
     (tmp_path / 'log.jsonl').write_bytes(log)
@@ -580,6 +585,7 @@ def test_append_log_writes_null_for_what_json_has_no_number_for(tmp_path):
     assert second == '{"iter": 4}'
 
 
+@needs('limits')
 @pytest.mark.parametrize('room', [0, 5])
 def test_append_log_that_finds_no_room_says_so_and_goes_on_with_whole_lines(tmp_path, capsys, room):
     checkpoint.append_log(tmp_path, {'iter': 0})

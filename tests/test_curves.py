@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from properties import quick
 
 import curves
 from configurator import UserError
@@ -82,6 +83,7 @@ def test_a_scale_that_an_old_log_lacks_is_refused_and_others_are_named(tmp_path)
         curves.places(run, 'flops')
 
 
+@quick
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), st.integers(1, 40))
 def test_smoothing_is_the_mean_of_the_neighbours(values, width):
     y, half = np.array(values), width // 2
@@ -128,6 +130,7 @@ def test_numbers_are_short(value, text):
     assert curves.short(value) == text
 
 
+@quick
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(2, 10))
 def test_ticks_are_few_even_and_inside(low, size, n):
     high = low + size
@@ -138,6 +141,7 @@ def test_ticks_are_few_even_and_inside(low, size, n):
     assert np.allclose(np.diff(marks), marks[1] - marks[0]) if len(marks) > 2 else True
 
 
+@quick
 @given(st.floats(-6, 15), st.floats(0.05, 12), st.integers(3, 8))
 def test_logarithmic_ticks_are_few_rising_and_inside(power, decades, n):
     low, high = 10**power, 10**(power + decades)

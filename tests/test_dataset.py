@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import quick
 
 import dataset
 from configurator import UserError
@@ -20,7 +21,6 @@ from dataset import Dataset, find, random_starts, read_meta, write
 from tokenizer import CharTokenizer, from_dict
 
 CPU = torch.device('cpu')
-quick = settings(deadline=None, max_examples=100, database=None)
 OLD = {'train': np.array([0, 1, 2, 3] * 10, np.uint16), 'val': np.array([3, 2, 1, 0] * 5, np.uint16)}
 NEW = {'train': np.array([1, 0] * 20, np.uint16), 'val': np.array([0, 1] * 10, np.uint16)}   # as many tokens
 OLD_TOK, NEW_TOK = CharTokenizer('abcd'), CharTokenizer('yz')
@@ -36,6 +36,11 @@ def sized(vocab_size):
     """What dataset.write needs of a tokenizer."""
     return SimpleNamespace(vocab_size=vocab_size, eot=None, token_bytes=lambda i: b'x',
                            to_dict=lambda: {'kind': 'a test'})
+
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    monkeypatch.setattr(os, 'fsync', lambda file: None)   # no test here loses power, and a disk takes its time
 
 
 @pytest.fixture
@@ -160,8 +165,9 @@ def test_a_reader_finds_the_old_dataset_or_the_new_one_at_every_moment(tmp_path,
     assert found == [before] + ['unfinished'] * 3 and seen(tmp_path) == 'new'
 
 
-@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()], ids=['full', 'Ctrl-C'])
-@pytest.mark.parametrize('begin', ['ours', "nanoGPT's", 'nothing'])
+@pytest.mark.parametrize('begin, error', [('ours', OSError(28, 'No space left on device')),
+                                          ("nanoGPT's", OSError(28, 'No space left on device')),
+                                          ('nothing', KeyboardInterrupt())], ids=['ours', "nanoGPT's", 'nothing'])
 @pytest.mark.parametrize('call, n', [('replace', n) for n in range(4)] + [('fsync', n) for n in range(4)])
 def test_a_failure_at_any_point_leaves_no_mixture(tmp_path, monkeypatch, begin, call, n, error):
     before, calls, real = began(tmp_path, begin), [], getattr(os, call)
@@ -567,7 +573,7 @@ def test_batches_are_put_on_the_device_that_is_named(ramp):
         assert [tensor.device.type for tensor in batch] == ['meta', 'meta']
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+@pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_of_the_cpu(ramp):
     for device in (torch.device('cuda', 0), CPU):
         x, y = ramp.train_batch(5, 1337, 4, 2, 3, device)

@@ -13,6 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import needs
 
 import download as module
 from configurator import UserError
@@ -132,11 +133,11 @@ def resumed(server, requests):
 # ---------------------------------------------------------------------------------------------------------------------
 # a server that works, and one that recovers
 
-@pytest.mark.parametrize('sha256', [SHA256, None])
+@pytest.mark.parametrize('known', [True, False], ids=['digest', 'no digest'])
 @pytest.mark.parametrize('content', [TEXT, b''], ids=['text', 'nothing'])
-def test_a_file_arrives_whole(server, path, content, sha256):
+def test_a_file_arrives_whole(server, path, content, known):
     server.content = content
-    download(server.url, path, sha256 and hashlib.sha256(content).hexdigest())
+    download(server.url, path, hashlib.sha256(content).hexdigest() if known else None)
     assert whole(path, content)
     assert server.asked == [None]
 
@@ -250,7 +251,8 @@ def test_a_server_that_never_finds_the_range_is_given_up(server, path, begun):
     assert nothing(path)
 
 
-@pytest.mark.parametrize('content', [TEXT[:-1], TEXT + b'\n', b'<html>log in first</html>'])
+@pytest.mark.parametrize('content', [TEXT[:-1], TEXT + b'\n', b'<html>log in first</html>'],
+                         ids=['shorter', 'longer', 'page'])
 def test_another_content_is_refused_and_thrown_away(server, path, content):
     server.content = content
     with pytest.raises(UserError) as refusal:
@@ -314,7 +316,7 @@ def test_a_folder_that_is_not_there_is_one_line(server, tmp_path):
     assert len(server.asked) == 1   # trying again would not mend it
 
 
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')
+@needs('full_disk')
 def test_a_full_disk_is_one_line(server, path):
     path.with_name('text.txt.part').symlink_to('/dev/full')
     with pytest.raises(UserError) as refusal:
@@ -332,7 +334,8 @@ def test_a_file_of_the_expected_size_arrives(server, path):
     assert whole(path)
 
 
-@pytest.mark.parametrize(('content', 'left'), [(TEXT[:-1], b''), (TEXT + b'x', b''), (TEXT[:-1], TEXT[:100])])
+@pytest.mark.parametrize(('content', 'left'), [(TEXT[:-1], b''), (TEXT + b'x', b''), (TEXT[:-1], TEXT[:100])],
+                         ids=['shorter', 'longer', 'begun'])
 def test_a_file_of_another_size_is_refused_and_thrown_away(server, path, content, left):
     server.content = content
     if left:

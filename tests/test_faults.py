@@ -2,16 +2,45 @@
 
 import random
 import shutil
-import sys
 
 import pytest
-from conftest import ROOT, assert_one_line, log_of, run, started
-from test_train import HERE, assert_same_run, contents, load, records, train
+from conftest import ROOT, assert_one_line, log_of, needs, run, started
+from in_process import call
+from test_train import HERE, again, assert_same_run, contents, load, records, train  # noqa: F401
 
-pytestmark = pytest.mark.processes
+import checkpoint
+
+
+def config_with(tmp_path, code):
+    path = tmp_path / 'fault.py'
+    path.write_text('import os, signal, threading, time\n' + code)
+    return path
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # kill -9
+
+IN_MID_SAVE = """
+import checkpoint
+_seal = checkpoint.seal
+def _die(f):
+    path = str(f.name)
+    if path.endswith('ckpt.pt.tmp') and os.path.exists(path.removesuffix('.tmp')):   # there is a state already
+        f.truncate(f.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    _seal(f)
+checkpoint.seal = _die
+"""
+
+
+def test_a_run_killed_in_mid_save_goes_on_bit_for_bit_from_the_state_before(tmp_path, tiny, trained):
+    out_dir = tmp_path / 'out'
+    train(tiny, config_with(tmp_path, IN_MID_SAVE), f'--out_dir={out_dir}', status=-9)
+    assert (out_dir / 'ckpt.pt.tmp').exists() and load(out_dir / 'ckpt.pt')['iter_num'] == 0
+    train(f'--out_dir={out_dir}', '--init_from=resume')
+    assert_same_run(out_dir, trained)
+    assert not (out_dir / 'ckpt.pt.tmp').exists()
+
 
 # Starts train.py again and again in a fork of a process that has imported torch already, until it is left to finish;
 # each life is killed at a random instant, every other one while a checkpoint is being written
@@ -52,8 +81,10 @@ optim.learning_rate_at = _slow
 """
 
 
-@pytest.mark.parametrize('kills, steps', [(4, 420), pytest.param(20, 1500, marks=pytest.mark.slow)])
-def test_a_run_killed_many_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, tiny, kills, steps):
+@pytest.mark.full
+@needs('fork')
+def test_a_run_killed_many_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, tiny):
+    kills, steps = 6, 600
     (tmp_path / 'slow.py').write_text(SLOW)
     args = [tiny, tmp_path / 'slow.py', *HERE, '--init_from=auto', f'--max_iters={steps}', '--eval_interval=20',
             '--checkpoint_interval=3', '--keep_last=2', '--dropout=0.1', '--log_interval=5']
@@ -75,12 +106,6 @@ def test_a_run_killed_many_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # signals
-
-def config_with(tmp_path, code):
-    path = tmp_path / 'fault.py'
-    path.write_text('import os, signal, threading, time\n' + code)
-    return path
-
 
 IN_EVALUATION = """
 from dataset import Dataset
@@ -106,6 +131,7 @@ checkpoint.save = _signal
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('code, at', [(IN_EVALUATION, range(10, 11)), (IN_SAVE, range(10, 20))],
                          ids=['evaluation', 'save'])
 def test_sigterm_during(tmp_path, tiny, trained, code, at):
@@ -117,7 +143,8 @@ def test_sigterm_during(tmp_path, tiny, trained, code, at):
     assert_same_run(tmp_path / 'out', trained)
 
 
-@pytest.mark.slow
+@pytest.mark.full
+@needs('c_compiler')
 def test_sigterm_during_compile(tmp_path, tiny):
     code = """
 import optim
@@ -128,24 +155,26 @@ def _signal(step, *rest):
     return _rate_at(step, *rest)
 optim.learning_rate_at = _signal
 """
-    done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}', '--compile=True', status=130,
-                 TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
+    done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}', '--compile=True', '--n_layer=1',
+                 status=130, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
     assert_one_line(done, 130, 'interrupted at step 1,')
     assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 1
 
 
+@pytest.mark.full
 def test_an_early_stop_can_be_overruled_and_the_run_is_as_if_it_had_not_stopped(tmp_path, tiny):
     args = (tiny, '--learning_rate=0.2', '--warmup_iters=40', '--max_iters=30', '--eval_interval=2')
     train(*args, f'--out_dir={tmp_path / "whole"}')
     done = train(*args, f'--out_dir={tmp_path / "parts"}', '--patience=2')
     stopped = load(tmp_path / 'parts' / 'ckpt.pt')['iter_num']
     assert 'no better loss in 2 evaluations' in done.stderr and stopped < 30
-    again = train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume')
-    assert f'stopped at step {stopped}' in again.stderr and again.stdout == ''
+    done = train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume')
+    assert f'stopped at step {stopped}' in done.stderr and done.stdout == ''
     train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume', '--patience=0')
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('more', [['--schedule=constant'], ['--lr_decay_iters=20']], ids=['constant', 'decayed'])
 def test_a_finished_run_whose_max_iters_is_raised_goes_on_as_if_it_had_been_so_from_the_start(tmp_path, tiny, more):
     train(tiny, *more, f'--out_dir={tmp_path / "whole"}', '--max_iters=30')
@@ -157,6 +186,7 @@ def test_a_finished_run_whose_max_iters_is_raised_goes_on_as_if_it_had_been_so_f
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
+@pytest.mark.full
 def test_checkpoints_between_evaluations_and_older_ones_are_kept_if_asked(tmp_path, tiny, trained):
     train(tiny, f'--out_dir={tmp_path}', '--checkpoint_interval=4', '--keep_last=3')
     steps = {path.name: load(path)['iter_num'] for path in tmp_path.glob('ckpt*.pt')}
@@ -168,6 +198,7 @@ def test_checkpoints_between_evaluations_and_older_ones_are_kept_if_asked(tmp_pa
     assert log_of(tmp_path) == log_of(trained)
 
 
+@pytest.mark.full
 def test_the_scale_of_float16_goes_on_where_it_was_after_an_overflow(tmp_path, tiny):
     """The first steps overflow on purpose, so that the scale is not the one that every run begins with."""
     code = """
@@ -184,38 +215,46 @@ torch.amp.GradScaler = lambda *args, **kwargs: _scaler(*args, init_scale=2.0**40
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
-@pytest.mark.parametrize('damage', ['cut', 'flip'])
-@pytest.mark.parametrize('init_from', ['resume', 'auto'])
-def test_a_damaged_checkpoint_is_refused_and_stays_and_an_older_one_helps(tmp_path, trained, tiny, init_from, damage):
+@pytest.mark.parametrize(('init_from', 'damage'), [('resume', 'cut'), ('auto', 'flip')])
+def test_a_damaged_checkpoint_is_refused_and_stays(tmp_path, trained, tiny, init_from, damage):
     out_dir = shutil.copytree(trained, tmp_path / 'out')
     whole = (out_dir / 'ckpt.pt').read_bytes()
     middle = len(whole) // 2
     damaged = whole[:middle] if damage == 'cut' else whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1:]
     (out_dir / 'ckpt.pt').write_bytes(damaged)
     before = contents(out_dir)
-    done = run('train.py', tiny, f'--out_dir={out_dir}', f'--init_from={init_from}', *HERE)
+    done = call('train.py', tiny, f'--out_dir={out_dir}', f'--init_from={init_from}', *HERE)
     assert_one_line(done, 1, str(out_dir / 'ckpt.pt'), 'damaged', f'--init_from={out_dir / "best.pt"}')
     assert contents(out_dir) == before
-    done = train(tiny, f'--init_from={out_dir / "best.pt"}', f'--out_dir={tmp_path / "new"}', '--eval_only')
-    assert f'val loss {load(out_dir / "best.pt")["best_val_loss"]:.4f}' in done.stdout
 
 
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(tmp_path, tiny):
-    args = [ROOT / 'train.py', tiny, *HERE, f'--out_dir={tmp_path}', '--max_iters=1000000', '--eval_interval=1000000']
-    with started(*args) as process:
+@needs('file_locks')
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')   # the lock, which the end of a process closes
+@pytest.mark.parametrize('init_from', ['scratch', 'auto', 'resume'])
+def test_a_second_run_in_the_same_folder_is_refused(again, tiny, init_from):   # noqa: F811
+    before = contents(again)
+    with checkpoint.claim(again):
+        done = call('train.py', tiny, f'--out_dir={again}', f'--init_from={init_from}', *HERE)
+    assert_one_line(done, 1, str(again), 'another run writes to', 'choose another folder')
+    assert contents(again) == before
+
+
+@pytest.mark.full
+@needs('file_locks')
+def test_a_run_that_is_killed_frees_its_folder(tmp_path, tiny):
+    with started(ROOT / 'train.py', tiny, *HERE, f'--out_dir={tmp_path}', '--max_iters=1000000',
+                 '--eval_interval=1000000') as process:
         next(line for line in process.stdout if line.startswith('iter 3:'))
-        before = contents(tmp_path).keys()
-        for init_from in ('scratch', 'auto', 'resume'):
-            done = run(*args, f'--init_from={init_from}')
-            assert_one_line(done, 1, str(tmp_path), f'process {process.pid} on', 'choose another folder')
-        assert contents(tmp_path).keys() == before
-        process.kill()   # which frees the folder
+        done = run('train.py', tiny, *HERE, f'--out_dir={tmp_path}')
+        assert_one_line(done, 1, str(tmp_path), f'process {process.pid} on', 'choose another folder')
+        process.kill()
         process.communicate()
     train(tiny, f'--out_dir={tmp_path}', '--init_from=auto', '--max_iters=3')
     assert load(tmp_path / 'ckpt.pt')['iter_num'] == 3
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='needs a file system that is full at once: /dev/full')
+@pytest.mark.full
+@needs('full_disk', 'symlinks')
 def test_a_full_disk_under_the_log_costs_lines_and_not_the_run(tmp_path, tiny):
     (tmp_path / 'log.jsonl').symlink_to('/dev/full')
     done = train(tiny, config_with(tmp_path, 'import checkpoint\ncheckpoint.set_aside = lambda out_dir: None\n'),
@@ -224,8 +263,9 @@ def test_a_full_disk_under_the_log_costs_lines_and_not_the_run(tmp_path, tiny):
     assert load(tmp_path / 'ckpt.pt')['iter_num'] == 3
 
 
+@pytest.mark.full
+@needs('limits')
 def test_a_full_disk_leaves_the_old_state_and_the_run_goes_on_when_there_is_room_again(tmp_path, tiny, trained):
-    resource = pytest.importorskip('resource')
     code = """
 import checkpoint, resource
 _save = checkpoint.save
@@ -240,7 +280,6 @@ def _full(path, state):
             (path.parent / 'then').write_text(str(checkpoint.load(path.parent / 'ckpt.pt')['iter_num']))
 checkpoint.save = _full
 """
-    assert resource
     done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}')
     assert done.stderr.count('cannot write') == 1 and 'the one before it is intact; make room' in done.stderr
     assert (tmp_path / 'out' / 'then').read_text() == '0'   # the old state, whole
@@ -250,18 +289,20 @@ checkpoint.save = _full
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers
 
+@pytest.mark.full
 def test_a_nan_at_a_step_ends_the_run_with_advice_and_the_checkpoint_before_it_goes_on(tmp_path, tiny, trained):
     code = """
-import runtime
-_autocast, _passes = runtime.Runtime.autocast, []
-def _spoil(self):
-    _passes.append(1)
-    if len(_passes) == 4 + 2 * 13 + 4 + 1:   # two evaluations of four passes, and the first of two in step 13
-        for object in __import__('gc').get_objects():
-            if type(object).__name__ == 'GPT':
-                object.transformer.ln_f.weight.data.fill_(float('nan'))
-    return _autocast(self)
-runtime.Runtime.autocast = _spoil
+import optim
+from model import GPT
+_rate_at, _loss, _steps = optim.learning_rate_at, GPT.loss, []
+def _at(step, *rest):
+    _steps.append(step)
+    return _rate_at(step, *rest)
+def _spoil(self, x, targets):
+    if _steps and _steps[-1] == 13:
+        self.transformer.ln_f.weight.data.fill_(float('nan'))
+    return _loss(self, x, targets)
+optim.learning_rate_at, GPT.loss = _at, _spoil
 """
     done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}', '--checkpoint_interval=6',
                  status=1)

@@ -6,14 +6,18 @@ import shutil
 
 import numpy as np
 import pytest
+import ranks
 import torch
-from conftest import assert_one_line, log_of, run, torchrun
+from conftest import assert_one_line, log_of, needs, run
+from in_process import call
 from test_checkpoint import assert_same_weights
 from test_train import HERE, contents, load, train
 
 import checkpoint
 import dataset
 import lora
+import optim
+from configurator import UserError
 from dataset import Dataset
 from tokenizer import CharTokenizer
 
@@ -44,6 +48,7 @@ def test_adapters_learn_and_are_saved_alone_beside_the_name_and_digest_of_their_
     assert losses[0] == pytest.approx(first, abs=1e-6)   # step 0 is the base
 
 
+@pytest.mark.full
 def test_an_adapter_run_that_is_resumed_is_the_same_bit_for_bit(adapted, trained, tiny, tmp_path):
     train(tiny, *LORA, f'--init_from={trained}', f'--out_dir={tmp_path}', '--max_iters=13', '--lr_decay_iters=20')
     train(f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=20', '--lr_decay_iters=None')
@@ -62,7 +67,8 @@ def test_an_adapter_is_found_with_its_base_after_both_have_moved(adapted, traine
     again, model = checkpoint.load_model(tmp_path / adapted.name)[0], checkpoint.load_model(adapted)[0]
     assert_same_weights(again.state_dict(), model.state_dict())
     (tmp_path / 'kept.pt').unlink()
-    assert_one_line(run('sample.py', f'--out_dir={tmp_path / adapted.name}'), 1, 'an adapter for /gone/best.pt', 'gone')
+    with pytest.raises(UserError, match='an adapter for /gone/best.pt, which is gone'):
+        checkpoint.load_model(tmp_path / adapted.name)
 
 
 def test_an_adapter_on_the_wrong_base_is_refused(adapted, trained, tmp_path):
@@ -71,8 +77,8 @@ def test_an_adapter_on_the_wrong_base_is_refused(adapted, trained, tmp_path):
     checkpoint.save(tmp_path / 'base.pt', base)
     ckpt['base'] |= {'path': str(tmp_path / 'base.pt'), 'relative': 'base.pt'}
     checkpoint.save(tmp_path / 'best.pt', ckpt)
-    assert_one_line(run('sample.py', f'--init_from={tmp_path / "best.pt"}'), 1, 'an adapter for weights with sha256',
-                    'have changed or are others')
+    with pytest.raises(UserError, match='an adapter for weights with sha256 .* have changed or are others'):
+        checkpoint.load_model(tmp_path / 'best.pt')
 
 
 def test_of_two_places_the_one_with_the_right_base_counts(adapted, trained, tmp_path):
@@ -88,12 +94,14 @@ def test_of_two_places_the_one_with_the_right_base_counts(adapted, trained, tmp_
 
 @pytest.mark.parametrize('damage', [lambda ckpt: ckpt['model'].popitem(), lambda ckpt: ckpt.pop('lora'),
                                     lambda ckpt: ckpt['base'].pop('relative'),
-                                    lambda ckpt: ckpt['lora'].update(rank=5)])
+                                    lambda ckpt: ckpt['lora'].update(rank=5)],
+                         ids=['a tensor', 'lora', 'a part of base', 'rank'])
 def test_an_adapter_that_lacks_a_part_is_refused(adapted, tmp_path, damage):
     ckpt = load(adapted / 'best.pt')
     damage(ckpt)
     checkpoint.save(tmp_path / 'best.pt', ckpt)
-    assert_one_line(run('sample.py', f'--out_dir={tmp_path}'), 1, 'does not fit its own description')
+    with pytest.raises(UserError, match='does not fit its own description'):
+        checkpoint.load_model(tmp_path)
 
 
 def test_merged_and_unmerged_give_the_same_logits(adapted):
@@ -103,24 +111,28 @@ def test_merged_and_unmerged_give_the_same_logits(adapted):
     torch.testing.assert_close(merged(ids, ids)[0], apart(ids, ids)[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 def test_full_finetuning_goes_on_from_an_adapter_as_merged(adapted, tiny, tmp_path):
     train(tiny, f'--init_from={adapted}', f'--out_dir={tmp_path}', '--max_iters=0')
     assert_same_weights(load(tmp_path / 'ckpt.pt')['model'], checkpoint.load_model(adapted)[0].state_dict())
 
 
+@pytest.mark.full
 def test_an_adapter_for_a_cropped_base_knows_its_context(trained, tiny, tmp_path):
     train(tiny, *LORA, f'--init_from={trained}', f'--out_dir={tmp_path}', '--max_iters=2', '--block_size=8')
     assert checkpoint.load_model(tmp_path)[0].config.block_size == 8
     train(f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=4')
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize('parallel', [pytest.param('ddp', marks=pytest.mark.slow), 'fsdp'])
+@pytest.mark.full
+@needs('two_processes', 'fork')
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 def test_two_processes_train_adapters_as_one(trained, tiny, tmp_path, parallel):
     args = (tiny, '--lora_rank=2', '--learning_rate=1e-3', f'--init_from={trained}', '--max_iters=4', *HERE)
     one = run('train.py', *args, f'--out_dir={tmp_path / "one"}')
     assert one.returncode == 0, one.stderr
-    torchrun('train.py', *args, f'--out_dir={tmp_path / "two"}', f'--parallel={parallel}')
+    two = ranks.run('train.py', *args, f'--out_dir={tmp_path / "two"}', f'--parallel={parallel}')
+    assert two.returncode == 0, two.stderr
     first, second = (load(tmp_path / name / 'ckpt.pt')['model'] for name in ('one', 'two'))
     assert first.keys() == second.keys()
     for name, p in first.items():
@@ -146,6 +158,7 @@ def test_what_is_frozen_does_not_move_and_has_no_moments(trained, tiny, tmp_path
     assert 'transformer.wte.weight is lm_head.weight: what holds the one holds the other' in done.stderr
 
 
+@pytest.mark.full
 def test_parameters_are_released_step_by_step_and_the_run_resumes_bit_for_bit(trained, tiny, tmp_path):
     freeze = r'--freeze=0: transformer\.(wte|wpe|h); 2: transformer\.(wte|wpe|h\.0); 4:'
     args = (tiny, f'--init_from={trained}', freeze, '--max_iters=6', '--lr_decay_iters=6', '--eval_interval=2')
@@ -162,14 +175,15 @@ def test_parameters_are_released_step_by_step_and_the_run_resumes_bit_for_bit(tr
     assert_same_weights(*(load(tmp_path / name / 'ckpt.pt')['model'] for name in ('parts', 'whole')))
 
 
-@pytest.mark.slow
-@pytest.mark.processes
+@pytest.mark.full
+@needs('two_processes', 'fork')
 def test_two_processes_release_parameters_as_one(trained, tiny, tmp_path):
     args = (tiny, f'--init_from={trained}', r'--freeze=0: transformer\.(wte|wpe|h); 2: wte; 4:', '--max_iters=6',
             '--learning_rate=1e-3', *HERE)
     one = run('train.py', *args, f'--out_dir={tmp_path / "one"}')
     assert one.returncode == 0, one.stderr
-    torchrun('train.py', *args, f'--out_dir={tmp_path / "two"}')
+    two = ranks.run('train.py', *args, f'--out_dir={tmp_path / "two"}')
+    assert two.returncode == 0, two.stderr
     first, second = (load(tmp_path / name / 'ckpt.pt')['model'] for name in ('one', 'two'))
     for name, p in first.items():
         torch.testing.assert_close(second[name], p, rtol=0, atol=1e-5)
@@ -202,6 +216,7 @@ def test_targets_outside_the_mask_are_minus_one_and_inputs_stay(pairs):
                 assert (target != -1) == ('=' in before) and target in (-1, row[t + 1])
 
 
+@pytest.mark.full
 def test_the_mean_is_over_what_is_learnt_however_the_rows_are_shared_out(pairs, tiny, tmp_path):
     """Micro-batches have unequal numbers of targets, and still are worth what they have."""
     args = (tiny, f'--dataset={pairs[0]}', '--block_size=7', '--max_iters=4', '--learning_rate=1e-3', '--eval_iters=3')
@@ -214,13 +229,15 @@ def test_the_mean_is_over_what_is_learnt_however_the_rows_are_shared_out(pairs, 
         torch.testing.assert_close(load(tmp_path / 'four' / 'ckpt.pt')['model'][name], p, rtol=0, atol=1e-5)
 
 
-@pytest.mark.processes
+@pytest.mark.full
+@needs('two_processes', 'fork')
 def test_two_processes_learn_what_is_to_be_learnt_as_one(pairs, tiny, tmp_path):
     args = (tiny, f'--dataset={pairs[0]}', '--block_size=7', '--max_iters=4', '--learning_rate=1e-3', '--batch_size=2',
             '--gradient_accumulation_steps=4', '--eval_iters=3', *HERE)
     one = run('train.py', *args, f'--out_dir={tmp_path / "one"}')
     assert one.returncode == 0, one.stderr
-    torchrun('train.py', *args, f'--out_dir={tmp_path / "two"}')
+    two = ranks.run('train.py', *args, f'--out_dir={tmp_path / "two"}')
+    assert two.returncode == 0, two.stderr
     for ours, theirs in zip(log_of(tmp_path / 'two'), log_of(tmp_path / 'one'), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -239,6 +256,7 @@ def test_a_batch_with_nothing_to_learn_changes_nothing_and_is_no_nan(tmp_path, t
     assert loss == 0 and all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
 
 
+@pytest.mark.full
 def test_a_step_with_nothing_to_learn_is_no_nan_for_a_run_either(tmp_path, tiny):
     tok = CharTokenizer('ab')
     ids, mask = np.zeros(500, np.uint16), np.arange(500) >= 480
@@ -249,6 +267,7 @@ def test_a_step_with_nothing_to_learn_is_no_nan_for_a_run_either(tmp_path, tiny)
     assert 'loss 0.0000' in done.stdout
 
 
+@pytest.mark.full
 def test_an_evaluation_weighs_batches_by_what_is_learnt(pairs, tiny, tmp_path):
     done = train(tiny, f'--dataset={pairs[0]}', f'--out_dir={tmp_path}', '--max_iters=0', '--eval_iters=3',
                  '--batch_size=2', '--block_size=7')
@@ -275,6 +294,7 @@ def test_a_mask_that_is_missing_or_too_short_is_refused(pairs, tmp_path, damage)
 # ---------------------------------------------------------------------------------------------------------------------
 # the range test
 
+@pytest.mark.full
 def test_find_lr_suggests_a_rate_and_touches_no_checkpoint(trained, tiny, tmp_path):
     out_dir = shutil.copytree(trained, tmp_path / 'out')
     before = contents(out_dir)
@@ -289,6 +309,7 @@ def test_find_lr_suggests_a_rate_and_touches_no_checkpoint(trained, tiny, tmp_pa
     assert 'step 0' not in done.stdout   # nothing is evaluated
 
 
+@pytest.mark.full
 def test_find_lr_starts_from_weights_too(trained, tiny, tmp_path):
     train(tiny, f'--out_dir={tmp_path}', '--find_lr=True', f'--init_from={trained}', '--lora_rank=2')
     first = json.loads((tmp_path / 'find_lr.jsonl').read_text().splitlines()[0])['loss']
@@ -298,36 +319,30 @@ def test_find_lr_starts_from_weights_too(trained, tiny, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # refusals
 
+@pytest.mark.parametrize(('freeze', 'words'), [
+    ('wtee', ["freeze='wtee'", 'transformer.wte.weight']), ('(', ['freeze=', 'no regular expression']),
+    ('.', ["freeze='.'", 'nothing left']), ('0: wte; 0:', ['rising steps']), ('5: wte', ['rising steps']),
+    ('0: wte; x: wpe', ['rising steps'])])
+def test_a_freeze_that_cannot_be_is_refused(trained, freeze, words):
+    with pytest.raises(UserError) as refusal:
+        optim.Freezer(checkpoint.load_model(trained)[0], freeze)
+    for word in words:
+        assert word in str(refusal.value)
+
+
 @pytest.mark.parametrize('args, status, words', [
-    (['--lora_rank=2'], 2, ['lora_rank=2', '--init_from=gpt2']),
-    (['--lora_rank=2', '--init_from={adapted}'], 2, ['lora_rank=2', 'no adapter']),
-    (['--lora_rank=2', '--init_from={trained}', '--freeze=wte'], 2, ['lora_rank=2', 'freeze']),
-    (['--lora_rank=2', '--init_from={trained}', '--lora_targets=q_proj'], 1, ["lora_targets='q_proj'", 'c_attn']),
-    (['--lora_rank=2', '--init_from={trained}', '--lora_targets=.'], 1, ['lm_head', 'tie_weights']),
-    (['--lora_rank=-1'], 2, ['lora_rank=-1']), (['--lora_dropout=1.0'], 2, ['lora_dropout=1.0']),
-    (['--freeze=wtee'], 1, ["freeze='wtee'", 'transformer.wte.weight']),
-    (['--freeze=('], 1, ['freeze=', 'no regular expression']),
-    (['--freeze=.'], 1, ["freeze='.'", 'nothing left']),
-    (['--freeze=0: wte; 0:'], 1, ['rising steps']), (['--freeze=5: wte'], 1, ['rising steps']),
-    (['--freeze=0: wte; x: wpe'], 1, ['rising steps']),
-    (['--find_lr=True', '--eval_only=True'], 2, ['find_lr=True']),
-    (['--out_dir={trained}', '--find_lr=True', '--init_from=resume'], 2, ['find_lr=True']),
     (['--out_dir={adapted}', '--init_from=resume', '--lora_rank=4'], 2, ['another run, of lora_rank=2']),
     (['--out_dir={adapted}', '--init_from=resume', '--lora_alpha=4'], 2, ['another run, of lora_alpha=16.0']),
     (['--out_dir={adapted}', '--init_from=resume', '--lora_dropout=0.5'], 2, ['another run, of lora_dropout=0.1']),
-    (['--out_dir={trained}', '--init_from={trained}', '--lora_rank=2'], 2, ['holds the weights', 'another folder']),
-    (['--lora_rank=2', '--lora_alpha=0', '--init_from={trained}'], 2, ['lora_alpha above 0']),
     (['--out_dir={trained}', '--init_from=resume', '--freeze=wte'], 2, ["another run, of freeze=''"]),
-], ids=lambda value: ' '.join(value) if isinstance(value, list) and value[0].startswith('--') else '')
-def test_what_cannot_be_ends_in_one_line(tmp_path, tiny, trained, adapted, args, status, words):
-    done = run('train.py', tiny, f'--out_dir={tmp_path / "out"}', *(arg.format(trained=trained, adapted=adapted)
-                                                                    for arg in args))
+    (['--out_dir={trained}', '--lora_rank=2', '--init_from={trained}'], 2, ['holds the weights', 'another folder']),
+    (['--out_dir={tmp}/out', '--lora_rank=2', '--init_from={adapted}'], 2, ['lora_rank=2', 'no adapter']),
+    (['--out_dir={tmp}/out', '--lora_rank=2', '--lora_targets=q_proj', '--init_from={trained}'], 1,
+     ["lora_targets='q_proj'", 'c_attn']),
+    (['--out_dir={tmp}/out', '--freeze=0: wte; 2:', '--parallel=fsdp'], 2, ["parallel='fsdp' keeps what is frozen"]),
+], ids=['rank', 'alpha', 'dropout', 'freeze', 'folder', 'adapter', 'targets', 'fsdp'])
+def test_what_cannot_be_ends_in_one_line_and_writes_nothing(tmp_path, tiny, trained, adapted, args, status, words):
+    before = contents(trained), contents(adapted)
+    done = call('train.py', tiny, *(arg.format(trained=trained, adapted=adapted, tmp=tmp_path) for arg in args))
     assert_one_line(done, status, *words)
-    assert not contents(tmp_path)
-
-
-@pytest.mark.processes
-def test_fsdp_does_not_release_what_it_holds(trained, tiny, tmp_path):
-    done = torchrun('train.py', tiny, f'--init_from={trained}', f'--out_dir={tmp_path}', '--freeze=0: wte; 2:',
-                    '--parallel=fsdp', *HERE, status=1)
-    assert "parallel='fsdp' keeps what is frozen" in done.stderr
+    assert (contents(trained), contents(adapted)) == before and not contents(tmp_path)

@@ -8,10 +8,10 @@ import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from conftest import ROOT, log_of, run, started
+from conftest import ROOT, log_of, needs, run, started
 from test_train import HERE, load
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.full, needs('network_namespaces', 'two_processes')]
 GIVE_UP = 8   # seconds
 
 
@@ -24,16 +24,13 @@ def hosts():
     """The names of two namespaces, at 10.77.0.1 and 10.77.0.2 on the two ends of a veth pair."""
     names = [f'flatgpt-{os.getpid()}-{i}' for i in (0, 1)]
     cable = [f'v{os.getpid()}-{i}' for i in (0, 1)]
-    try:
-        for name in names:
-            ip('netns add', name)
-        ip('link add', cable[0], 'netns', names[0], 'type veth peer name', cable[1], 'netns', names[1])
-        for i, (name, end) in enumerate(zip(names, cable)):
-            ip('-n', name, f'address add 10.77.0.{i + 1}/24 dev', end)
-            ip('-n', name, 'link set lo up')
-            ip('-n', name, 'link set', end, 'up')
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f'cannot make network namespaces here: {getattr(error, "stderr", error)}')
+    for name in names:
+        ip('netns add', name)
+    ip('link add', cable[0], 'netns', names[0], 'type veth peer name', cable[1], 'netns', names[1])
+    for i, (name, end) in enumerate(zip(names, cable)):
+        ip('-n', name, f'address add 10.77.0.{i + 1}/24 dev', end)
+        ip('-n', name, 'link set lo up')
+        ip('-n', name, 'link set', end, 'up')
     try:
         yield list(zip(names, cable))
     finally:
@@ -86,15 +83,3 @@ def test_two_hosts_train_as_one_survive_a_cut_cable_with_an_error_and_go_on_when
     assert [record['iter'] for record in two] == list(range(saved + 10))
     for ours, theirs in zip(two, one):
         assert ours['loss'] == pytest.approx(theirs['loss'], rel=1e-3)
-
-
-def test_hosts_that_do_not_share_out_dir_are_refused(hosts, tiny, trained, tmp_path):
-    """The second one finds nothing to resume."""
-    (tmp_path / 'apart.py').write_text(
-        f'import os\nout_dir = {str(trained)!r} if os.environ["RANK"] == "0" else {str(tmp_path / "empty")!r}\n')
-    with launched(hosts, tiny, tmp_path / 'apart.py', *HERE, '--init_from=auto', '--max_iters=30') as (first, second):
-        errors = [process.communicate(timeout=60)[1] for process in (first, second)]
-    assert first.returncode == second.returncode == 1
-    assert any('must be a folder that all hosts share' in err for err in errors), errors
-
-

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from conftest import ROOT, assert_one_line, run
+from in_process import call
 
 TEXT = (ROOT / 'LEARN.md').read_text(encoding='utf-8')
 
@@ -56,11 +57,10 @@ def test_python_that_is_typed_line_by_line_prints_what_stands_below_it(source, o
 def test_the_script_to_write_greets_and_complains_as_the_page_says(tmp_path):
     script = tmp_path / 'hello.py'
     script.write_text(FILES['hello.py'])
-    path = {'PYTHONPATH': str(ROOT)}
-    assert run(script, '--times=3', **path).stdout == 'hello you!!!\n'
+    assert call(script, '--times=3').stdout == 'hello you!!!\n'
     for mistake, words in (('--tims=3', "unknown option 'tims', the nearest is 'times'"),
                            ('--times=many', 'expected an integer')):
-        assert_one_line(run(script, mistake, **path), 2, words)
+        assert_one_line(call(script, mistake), 2, words)
         assert f'`{words}`' in ' '.join(TEXT.split())
 
 
@@ -72,7 +72,7 @@ eval_interval, eval_iters, warmup_iters = 30, 2, 2
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_all_exercises_can_be_done_from_the_first_to_the_last(tmp_path):
     for folder in ('config', 'data', 'assets'):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns(

@@ -16,7 +16,7 @@ def outputs_of(cells):
     return [output for cell in cells for output in cell.outputs]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     monkeypatch.setenv('FLATGPT_FAST', '1')
@@ -53,6 +53,7 @@ def test_every_figure_of_a_notebook_has_something_to_say_before_it(name):
             assert before.cell_type == 'markdown'
 
 
+@pytest.mark.full
 def test_an_error_in_a_cell_stops_the_run_and_is_shown(tmp_path):
     from nbclient.exceptions import CellExecutionError
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from test_hub import COMMIT, server  # noqa: F401
 
@@ -20,7 +19,7 @@ SMALL = {'vocab_size': 300, 'hidden_size': 24, 'num_hidden_layers': 2, 'num_atte
          'intermediate_size': 40, 'max_position_embeddings': 32, 'bos_token_id': 0, 'eos_token_id': 0}
 SMALL_GPT2 = {'vocab_size': 300, 'n_embd': 24, 'n_layer': 2, 'n_head': 4, 'n_positions': 32, 'bos_token_id': 0,
               'eos_token_id': 0}
-LLAMA3 = {'rope_type': 'llama3', 'rope_theta': 5e3, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
           'original_max_position_embeddings': 16}
 THEIRS = {
     'gpt2': ('GPT2', SMALL_GPT2),
@@ -29,14 +28,18 @@ THEIRS = {
     'llama': ('Llama', {**SMALL, 'num_key_value_heads': 4}),
     'llama, groups': ('Llama', {**SMALL, 'num_key_value_heads': 2, 'attention_bias': True, 'mlp_bias': True}),
     'llama, tied': ('Llama', {**SMALL, 'num_key_value_heads': 1, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-2,
-                              'head_dim': 8, 'rope_parameters': LLAMA3}),
+                              'head_dim': 8, 'rope_theta': 5e3, 'rope_scaling': LLAMA3}),
     'qwen3': ('Qwen3', {**SMALL, 'num_key_value_heads': 2, 'head_dim': 16, 'tie_word_embeddings': True,
-                        'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e6}}),
+                        'rope_theta': 1e6}),
     'qwen3, untied': ('Qwen3', {**SMALL, 'num_key_value_heads': 4, 'head_dim': 6}),
 }
 
 
 def classes(name):
+    """Their configuration and their model. Imported here: it takes two seconds, also where no test needs it."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
     model = getattr(transformers, f'{name}LMHeadModel' if name == 'GPT2' else f'{name}ForCausalLM')
     return getattr(transformers, f'{name}Config'), model
 
@@ -44,7 +47,6 @@ def classes(name):
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
     """{name: (a folder that transformers wrote, its model)}, with weights and biases that all matter."""
-    transformers.logging.disable_progress_bar()
     made, root = {}, tmp_path_factory.mktemp('theirs')
     for number, (name, (kind, fields)) in enumerate(THEIRS.items()):
         torch.manual_seed(number)
@@ -123,6 +125,8 @@ def test_what_goes_out_is_read_by_their_own_class(folders, name, tmp_path):
     ARCHS['llama'] | {'bias': False}, ARCHS['llama'] | {'n_kv_head': 2}, ARCHS['qwen3'] | {'bias': False},
     ARCHS['qwen3'] | {'bias': False, 'head_dim': 10, 'rope_scaling': (4.0, 1.0, 2.0, 16.0)}])
 def test_a_model_of_ours_gives_the_same_logits_in_their_class(changes, tmp_path):
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{'vocab_size': 300, 'block_size': 32, 'n_layer': 2, 'n_embd': 24, 'n_head': 4, **changes}))
     with torch.no_grad():
@@ -130,7 +134,7 @@ def test_a_model_of_ours_gives_the_same_logits_in_their_class(changes, tmp_path)
             p.add_(torch.randn_like(p), alpha=0.2)
     kind = pretrained.kind_of(model.config)
     pretrained.save(tmp_path / 'new', model, kind, torch.float32, BpeTokenizer.train(['abc'], 300))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'new')
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'new')
     assert type(theirs).__name__ == pretrained.CLASSES[kind]
     with torch.inference_mode():
         torch.testing.assert_close(theirs(tokens()).logits, model(tokens(), tokens())[0], rtol=0, atol=1e-4)
@@ -145,7 +149,6 @@ def test_an_architecture_that_no_class_has_is_refused_with_the_switch(changes, w
     with pytest.raises(UserError, match=r'no class of Hugging Face has .*--arch=gpt2') as refusal:
         pretrained.kind_of(GPTConfig(**{**changes}))
     assert words in str(refusal.value)
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +173,7 @@ def test_weights_in_several_files_are_one_model(folders, tmp_path):
 
 def test_weights_in_bfloat16_are_read_and_written_without_loss(folders, tmp_path):
     torch.manual_seed(0)
-    theirs = transformers.Qwen3ForCausalLM(folders['qwen3'][1].config).to(torch.bfloat16)
+    theirs = type(folders['qwen3'][1])(folders['qwen3'][1].config).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path / 'in')
     model = loaded(tmp_path / 'in')
     assert model.lm_head.weight.dtype == torch.float32
@@ -190,14 +193,19 @@ def test_a_tied_head_that_is_stored_twice_must_be_the_same(copy):
         checkpoint.load(folder)
 
 
-def test_older_configurations_of_rotary_positions_mean_the_same(copy, folders):
-    for name in ('llama, tied', 'qwen3'):
-        folder = copy(name)
-        fields = json.loads((folder / 'config.json').read_text())
-        rope = fields.pop('rope_parameters')
-        fields['rope_theta'] = rope.pop('rope_theta')
-        fields['rope_scaling'] = {'type': rope.pop('rope_type'), **rope} if len(rope) > 1 else None
-        (folder / 'config.json').write_text(json.dumps(fields))
+@pytest.mark.parametrize('name, rope', [('llama, tied', LLAMA3), ('qwen3', {'rope_type': 'default'})],
+                         ids=['llama3', 'default'])
+def test_older_and_newer_configurations_of_rotary_positions_mean_the_same(copy, folders, name, rope):
+    """transformers 5 writes rope_parameters; before, there were rope_theta and rope_scaling, with a type."""
+    base = THEIRS[name][1]['rope_theta']
+    folder = copy(name)
+    fields = json.loads((folder / 'config.json').read_text())
+    for key in ('rope_parameters', 'rope_theta', 'rope_scaling'):
+        fields.pop(key, None)
+    older = {'type': rope['rope_type'], **{key: value for key, value in rope.items() if key != 'rope_type'}}
+    for written in ({'rope_parameters': {'rope_theta': base, **rope}}, {'rope_theta': base, 'rope_scaling': rope},
+                    {'rope_theta': base, 'rope_scaling': older if len(older) > 1 else None}):
+        (folder / 'config.json').write_text(json.dumps({**fields, **written}))
         assert loaded(folder).config == loaded(folders[name][0]).config
 
 
@@ -302,7 +310,7 @@ def test_weights_in_a_pickle_are_not_read(copy):
 
 def test_the_later_of_two_places_for_the_base_of_positions_counts(copy, folders):
     folder = copy('qwen3')
-    change(folder, rope_theta=1e4)
+    change(folder, rope_theta=1e4, rope_parameters={'rope_type': 'default', 'rope_theta': 1e6})
     assert loaded(folder).config.rope_base == 1e6
 
 

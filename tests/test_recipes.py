@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line, run
+from in_process import call
 
 import checkpoint
 from dataset import Dataset
@@ -15,14 +16,14 @@ from tokenizer import CharTokenizer
 
 @pytest.fixture
 def copy(tmp_path):
-    """Copies a prepare.py to where its dataset does not disturb; returns how to run it there."""
+    """Copies a prepare.py to where its dataset does not disturb; returns the folder and how to run it there."""
     def copied(name):
         folder = tmp_path / 'data' / name
         folder.mkdir(parents=True)
         shutil.copy(ROOT / 'data' / name / 'prepare.py', folder)
 
-        def prepare(*args, status=0):
-            done = run(str(folder / 'prepare.py'), *args, PYTHONPATH=str(ROOT))
+        def prepare(*args, status=0, run=call):
+            done = run(folder / 'prepare.py', *args, PYTHONPATH=str(ROOT))
             assert done.returncode == status, done.stderr
             return done
         return folder, prepare
@@ -55,7 +56,7 @@ def text_of(folder):
 
 def test_every_file_of_a_tree_is_there_once_and_whole_in_one_split(copy, tree):
     folder, prepare = copy('my_code')
-    done = prepare(f'--input={tree}', '--tokenizer=char', '--val_fraction=0.2')
+    done = prepare(f'--input={tree}', '--tokenizer=char', '--val_fraction=0.2', run=run)
     assert '20 files, ' in done.stdout and "left out: 1 files, such as 'latin.py, no UTF-8'" in done.stdout
     found = text_of(folder)
     files = {path.read_text().replace('    ', '\t') for path in tree.glob('part*/*.py')}
@@ -115,7 +116,7 @@ def pairs_of(folder):
 
 def test_only_answers_are_learnt_and_no_question_is_in_both_splits(copy):
     folder, prepare = copy('sql')
-    done = prepare('--n_pairs=500')
+    done = prepare('--n_pairs=500', run=run)
     found = pairs_of(folder)
     for prompt, answer in found['train'] + found['val']:
         assert prompt.startswith('question: ') and prompt.endswith('\nsql:')

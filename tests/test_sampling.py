@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import quick
 
 from sampling import check, draw, penalise, uniform
 
@@ -54,6 +55,7 @@ def reference(logits, temperature, top_k, top_p, min_p):
     return result
 
 
+@quick
 @given(st.lists(st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0]), min_size=2, max_size=12),
        st.sampled_from([0.3, 0.7, 1.0, 1.5]), st.none() | st.integers(1, 14),
        st.none() | st.sampled_from([0.0, 0.13, 0.37, 0.61, 0.89, 1.0]),
@@ -122,14 +124,13 @@ def test_no_temperature_takes_the_likeliest(temperature):
     assert drawn(z, 64, temperature=temperature)[z.argmax()] == 64
 
 
-@pytest.mark.parametrize('temperature', [1e-4, 0.3, 1.0, 10.0])
-@pytest.mark.parametrize('chance', [1.0, 1 - 2 ** -24, 0.5, 2 ** -24], ids=['1', 'below 1', '1/2', 'least'])
-@pytest.mark.parametrize('top_k', [None, 3])
+@pytest.mark.parametrize('temperature', [1e-4, 1.0, 10.0])
 @pytest.mark.parametrize('never', [-math.inf, -1e30], ids=['minus infinity', 'underflow'])
-def test_an_id_of_probability_zero_is_never_drawn(never, top_k, chance, temperature):
+def test_an_id_of_probability_zero_is_never_drawn(never, temperature):
     z = torch.tensor([never, never, 0.1, never, 0.2, -0.1, never, 0.3, never])
-    token = draw(z[None], torch.tensor([chance]), temperature=temperature, top_k=top_k)
-    assert token.item() in (2, 4, 5, 7)
+    chance = torch.tensor([1.0, 1 - 2 ** -24, 0.5, 2 ** -24])   # both ends, and what float32 has next to 1
+    for top_k in (None, 3):
+        assert set(draw(z.expand(4, -1), chance, temperature=temperature, top_k=top_k).tolist()) <= {2, 4, 5, 7}
 
 
 @pytest.mark.parametrize(('chance', 'token'), [(2 ** -24, 0), (0.25, 0), (0.26, 1), (0.5, 1), (1.0, 3)])
@@ -166,9 +167,9 @@ def test_a_longer_stream_begins_like_a_shorter_one():
     assert uniform(7, 3, 0).shape == (0,)
 
 
-@pytest.mark.parametrize('seed', [0, 1, 1337, -1, -2, 2 ** 31, 2 ** 53 + 1, 2 ** 63, 2 ** 63 + 1, 2 ** 64 - 5])
-@pytest.mark.parametrize('other', [1, 2])
-def test_neighbouring_seeds_and_rows_have_streams_of_their_own(seed, other):
+@pytest.mark.parametrize('seed', [0, 1, -1, 2 ** 53 + 1, 2 ** 63, 2 ** 64 - 5])
+def test_neighbouring_seeds_and_rows_have_streams_of_their_own(seed):
     here = uniform(seed, 0, 8)
-    assert not torch.equal(here, uniform(seed + other, 0, 8))
-    assert not torch.equal(here, uniform(seed, other, 8))
+    for other in (1, 2):
+        assert not torch.equal(here, uniform(seed + other, 0, 8))
+        assert not torch.equal(here, uniform(seed, other, 8))

@@ -33,11 +33,12 @@ def constants(law):
     return [law.E, law.A, law.alpha, law.B, law.beta]
 
 
-@pytest.mark.parametrize('law', LAWS)
+@pytest.mark.parametrize('law', [REPLICATION, *(pytest.param(law, marks=pytest.mark.full) for law in LAWS[::2])])
 def test_the_fit_recovers_the_law_that_made_the_losses(law):
     assert constants(fit(*some_runs(law))) == pytest.approx(constants(law), rel=1e-3)
 
 
+@pytest.mark.full
 def test_runs_that_went_wrong_do_not_bend_the_law():
     params, tokens, losses = some_runs(REPLICATION)
     losses[::10] *= 1.2
@@ -45,6 +46,7 @@ def test_runs_that_went_wrong_do_not_bend_the_law():
     assert constants(fit(params, tokens, losses, delta=1.0)) != pytest.approx(constants(REPLICATION), rel=0.3)
 
 
+@pytest.mark.full
 def test_noise_of_the_runs_becomes_an_error_of_that_size():
     params, tokens, losses = some_runs(REPLICATION, 200)
     found = fit(params, tokens, losses * np.exp(np.random.default_rng(1).normal(0, 0.002, 200)))
@@ -52,6 +54,7 @@ def test_noise_of_the_runs_becomes_an_error_of_that_size():
     assert found.exponents()[0] == pytest.approx(REPLICATION.exponents()[0], abs=0.02)
 
 
+@pytest.mark.full
 def test_a_fit_from_a_law_that_is_near_is_that_from_the_grid():
     params, tokens, losses = some_runs(REPLICATION)
     losses = losses * np.exp(np.random.default_rng(1).normal(0, 0.002, len(losses)))

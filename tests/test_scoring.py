@@ -69,7 +69,7 @@ def token_by_token(model, ids, size, stride):
     return costs
 
 
-@pytest.mark.parametrize('stride', [1, 64, 100, 128])
+@pytest.mark.parametrize('stride', [1, 100, 128])
 def test_the_loss_is_that_of_hugging_face_and_its_error_that_of_numpy(pair, stride):
     theirs, ours = pair
     ids = ids_of(300, 101)

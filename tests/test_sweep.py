@@ -4,7 +4,9 @@ import json
 
 import pytest
 from conftest import assert_one_line, run
+from in_process import call
 
+pytestmark = pytest.mark.full   # each run of the sweep is a process of its own
 TINY = ['--budgets=1e7,2e7', '--held_out=1x16:4e7', '--sizes=1x8,2x8', '--min_steps=20', '--max_epochs=0.1',
         '--block_size=16', '--batch_size=4', '--learning_rate=1e-3']
 
@@ -24,7 +26,6 @@ def runs_of(path):
     return json.loads(path.read_text())['runs']
 
 
-@pytest.mark.slow
 def test_each_run_spends_its_budget_and_those_too_short_or_too_long_are_left_out(swept):
     runs = runs_of(swept[0])
     for each in runs:
@@ -34,7 +35,6 @@ def test_each_run_spends_its_budget_and_those_too_short_or_too_long_are_left_out
     assert shapes == [(1, 8, 1e7, False), (2, 8, 2e7, False), (1, 16, 4e7, True)]
 
 
-@pytest.mark.slow
 def test_a_run_is_that_of_train_py(swept, tmp_path, char_dataset):
     (held,) = [each for each in runs_of(swept[0]) if each['held_out']]
     done = run('train.py', f'--dataset={char_dataset}', '--n_layer=1', '--n_embd=16', '--n_head=1', '--block_size=16',
@@ -47,7 +47,6 @@ def test_a_run_is_that_of_train_py(swept, tmp_path, char_dataset):
     assert (held['train_loss'], held['val_loss']) == pytest.approx((last['train_loss'], last['val_loss']), abs=1e-5)
 
 
-@pytest.mark.slow
 def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     path, args = swept
     before = json.loads(path.read_text())
@@ -67,20 +66,17 @@ def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     ('--jobs=0', 2, ['jobs=0', '1 or more']),
     ('--dataset=nowhere/at_all', 1, ['nowhere/at_all']),
 ])
-@pytest.mark.slow
 def test_what_cannot_be_is_one_line(swept, change, status, words):
-    assert_one_line(run('sweep.py', *swept[1], change), status, *words)
+    assert_one_line(call('sweep.py', *swept[1], change), status, *words)
 
 
-@pytest.mark.slow
 def test_a_file_that_is_no_file_of_results_stays_as_it_is(swept, tmp_path):
     for content in ('[]', '{"common": {}, "runs": []}'):
         (tmp_path / 'mine.json').write_text(content)
-        assert_one_line(run('sweep.py', *swept[1], f'--results={tmp_path / "mine.json"}'), 1, 'no file of results')
+        assert_one_line(call('sweep.py', *swept[1], f'--results={tmp_path / "mine.json"}'), 1, 'no file of results')
         assert (tmp_path / 'mine.json').read_text() == content
 
 
-@pytest.mark.slow
 def test_a_run_that_fails_says_why(swept, tmp_path):
     done = run('sweep.py', *swept[1], '--optimizer=best', '--max_epochs=0.01', f'--results={tmp_path / "new.json"}')
     assert_one_line(done, 1, 'optimizer=', "'muon'")

@@ -1,4 +1,5 @@
-"""Weights as they lie in memory for decoding: packed ones compute the same, 8-bit ones nearly the same."""
+"""Weights as they lie in memory for decoding: packed ones compute the same, 8-bit ones nearly the same; where a kernel
+fails, or there is none, the plain path does."""
 
 import pytest
 import torch
@@ -18,18 +19,104 @@ def a_linear(out, width, bias, dtype=torch.bfloat16):
     return nn.Linear(width, out, bias=bias).to(dtype)
 
 
+def packed(linear):
+    """What weights.pack() makes of a model whose head is this Linear."""
+    model = nn.Module()
+    model.lm_head = linear
+    return weights.pack(model).lm_head
+
+
+def kernel_runs():
+    """Whether oneDNN packs a matrix in bfloat16 here, found out by doing it."""
+    try:
+        PackedLinear(a_linear(8, 8, True))
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+@pytest.fixture
+def untried():
+    """As if no kernel had been tried in this process, nor will have been afterwards."""
+    trials = weights.can_pack, weights.int8_kernel_works
+    for trial in trials:
+        trial.cache_clear()
+    yield
+    for trial in trials:
+        trial.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packed by oneDNN
+
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('rows', [(1, 1), (3, 1), (2, 40)], ids=str)
-def test_packed_weights_give_the_same_numbers(shape, rows):
+@pytest.mark.parametrize('rows', [(1, 1), (2, 40)], ids=str)
+def test_packing_gives_the_same_numbers_with_the_kernel_or_without(shape, rows):
     linear = a_linear(*shape)
     x = torch.randn(*rows, shape[1], dtype=torch.bfloat16)
     with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=1e-2, rtol=1.6e-2)
+        expected = linear(x)
+        result = packed(linear)
+        assert type(result) is (PackedLinear if kernel_runs() else nn.Linear)
+        torch.testing.assert_close(result(x), expected, atol=1e-2, rtol=1.6e-2)
 
+
+def test_the_trial_finds_out_whether_the_kernel_runs_and_draws_no_random_numbers(untried):
+    state = torch.get_rng_state()
+    assert weights.can_pack() == kernel_runs()
+    assert weights.int8_kernel_works() in (True, False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def refuse(*args):
+    raise RuntimeError('bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq')
+
+
+def missing(*args):
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+
+KERNELS = {
+    'does not pack': ('_reorder_linear_weight', refuse),
+    'does not multiply': ('_linear_pointwise', refuse),
+    'is not there': ('_linear_pointwise', missing),
+    'is wrong': ('_linear_pointwise', lambda x, weight, *args: x.new_ones(*x.shape[:-1], weight.size(0))),
+}
+
+
+@pytest.mark.parametrize('damage', KERNELS)
+def test_a_kernel_that_fails_is_not_used_whatever_oneDNN_says(monkeypatch, untried, damage):
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
+    name, kernel = KERNELS[damage]
+    monkeypatch.setattr(torch.ops.mkldnn, name, kernel)
+    if damage != 'does not pack':
+        monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', lambda weight, rows: weight)
+    assert weights.can_pack() is False
+    linear = a_linear(64, 48, True)
+    assert packed(linear) is linear
+
+
+def test_a_matrix_that_oneDNN_refuses_stays_as_it_is_after_a_good_trial(monkeypatch):
+    monkeypatch.setattr(weights, 'can_pack', lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', refuse)
+    linear = a_linear(64, 48, True)
+    assert packed(linear) is linear
+
+
+@pytest.mark.parametrize('why', ['float32', 'the trial fails'])
+def test_what_cannot_be_packed_stays_as_it_is(monkeypatch, why):
+    if why == 'the trial fails':
+        monkeypatch.setattr(weights, 'can_pack', lambda: False)
+    linear = a_linear(64, 48, True, torch.float32 if why == 'float32' else torch.bfloat16)
+    assert packed(linear) is linear
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('rows', [(1, 1), (3, 1), (2, 40)], ids=str)
+@pytest.mark.parametrize('rows', [(1, 1), (2, 40)], ids=str)
 def test_8_bit_weights_are_off_by_half_a_step_of_their_channel_at_most(shape, rows, dtype):
     linear = a_linear(*shape, dtype)
     coarse = Int8Linear(linear)
@@ -41,6 +128,31 @@ def test_8_bit_weights_are_off_by_half_a_step_of_their_channel_at_most(shape, ro
     with torch.inference_mode():
         expected = nn.functional.linear(x.float(), kept, linear.bias if linear.bias is None else linear.bias.float())
         torch.testing.assert_close(coarse(x).float(), expected, atol=3e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize('damage', ['raises', 'is not there', 'is wrong'])
+def test_a_kernel_for_8_bits_that_fails_is_not_used(monkeypatch, untried, damage):
+    x, linear = torch.randn(2, 64, dtype=torch.bfloat16), a_linear(48, 64, True)
+    with torch.inference_mode():
+        expected = Int8Linear(linear, kernel=False)(x)
+        if damage == 'is not there':
+            monkeypatch.delattr(torch, '_weight_int8pack_mm')
+        else:
+            wrong = lambda x, weight, scale: x.new_ones(len(x), len(weight))
+            monkeypatch.setattr(torch, '_weight_int8pack_mm', wrong if damage == 'is wrong' else refuse)
+        assert torch.equal(Int8Linear(linear)(x), expected)
+    assert weights.int8_kernel_works() is False
+
+
+def test_a_kernel_for_8_bits_that_works_is_used_for_few_rows(monkeypatch):
+    calls, kernel = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, '_weight_int8pack_mm', lambda *args: calls.append(1) or kernel(*args))
+    monkeypatch.setattr(weights, 'int8_kernel_works', lambda: True)
+    linear = Int8Linear(a_linear(48, 64, True))
+    with torch.inference_mode():
+        for rows, counted in ((1, 1), (weights.FEW, 2), (weights.FEW + 1, 2)):
+            linear(torch.randn(rows, 64, dtype=torch.bfloat16))
+            assert len(calls) == counted
 
 
 def test_large_activations_do_not_overflow_in_float16():
@@ -56,9 +168,17 @@ def test_a_channel_of_zeros_stays_zero():
     assert Int8Linear(linear)(torch.randn(2, 8))[:, 1].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(('change', 'kind'), [(weights.pack, PackedLinear), (weights.int8, Int8Linear)])
+# ---------------------------------------------------------------------------------------------------------------------
+# a whole model
+
+@pytest.mark.parametrize('change', [weights.pack, weights.int8])
 @pytest.mark.parametrize('changes', [{}, {'tie_weights': False, 'mlp': 'swiglu', 'n_kv_head': 2}], ids=str)
-def test_all_linears_are_replaced_and_the_embedding_is_not(changes, change, kind):
+@pytest.mark.parametrize('trials', ['as they are', 'failing'])
+def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes, change, trials):
+    if trials == 'failing':
+        monkeypatch.setattr(weights, 'can_pack', lambda: False)
+        monkeypatch.setattr(weights, 'int8_kernel_works', lambda: False)
+    kind = Int8Linear if change is weights.int8 else PackedLinear if weights.can_pack() else nn.Linear
     model = make(torch.bfloat16, spread=0.02, n_embd=32, **changes)
     embedding, idx = model.transformer.wte.weight.clone(), tokens()
     with torch.inference_mode():
@@ -82,12 +202,3 @@ def test_8_bits_cost_little_of_the_loss_of_a_trained_model(trained, char_dataset
             losses[kind] = model(x, y)[1].item()
     print(losses)
     assert losses[weights.int8] == pytest.approx(losses[weights.pack], rel=0.01)
-
-
-@pytest.mark.parametrize('why', ['float32', 'no oneDNN'])
-def test_what_cannot_be_packed_stays_as_it_is(monkeypatch, why):
-    model = make(torch.float32 if why == 'float32' else torch.bfloat16)
-    if why == 'no oneDNN':
-        monkeypatch.setattr(weights, 'can_pack', lambda: False)
-    weights.pack(model)
-    assert type(model.lm_head) is nn.Linear

@@ -1,0 +1,74 @@
+"""
+How many steps fit into --max_minutes: the first steps of a run are timed, then the number of steps is set for good.
+"""
+
+import bisect
+import time
+
+WARMUP = 3       # first steps that are not timed: memory is allocated, kernels are built
+LEAST = 10       # steps to time
+SHARE = 0.02     # and at least this share of the minutes, because a step's time varies
+MOST = 0.10      # but no more than this share, if a step is slow
+MARGIN = 0.03    # share of the minutes that is not planned, for steps that turn out slower
+AT_EXIT = 3.0    # seconds for the picture of the losses and the end of the process
+
+
+class Budget:
+    """Times the parts of a run and says how many steps fit into its minutes.
+
+    minutes: for the whole run, in which the start of the process, evaluations and saves are included. None: no limit.
+    begun: what the clock showed when the run began; for a resumed run, earlier by what its first part took.
+    agree: a function that makes one number of those that the processes have, so that all set the same number of steps.
+    clock: a function that returns seconds.
+    """
+
+    def __init__(self, minutes, begun, agree=float, clock=time.perf_counter):
+        self.seconds = None if minutes is None else 60 * minutes
+        self.begun = begun
+        self.agree = agree
+        self.clock = clock
+        self.started = begun
+        self.times = {'step': [], 'evaluation': [], 'save': []}   # seconds of each
+
+    @property
+    def measuring(self):
+        """Whether the number of steps is still to be set."""
+        return self.seconds is not None
+
+    def start(self):
+        """Start to time one part."""
+        self.started = self.clock()
+
+    def stop(self, part):
+        """Count the seconds since start() as one 'step', one 'evaluation' of a split, or one 'save'."""
+        self.times[part].append(self.clock() - self.started)
+
+    def steps_that_fit(self, step, most, eval_interval, seconds_to_write=0.0):
+        """The number of steps of the whole run, of which `step` are made: at least these, at most `most`; None as long
+        as too few steps are timed. Once it has returned a number it measures no more.
+
+        The steps left, an evaluation with a save each eval_interval steps and one at the end, and the seconds to write
+        the last checkpoint must fit into what is left of the minutes.
+        """
+        steps = self.times['step']
+        counted = steps[WARMUP:]
+        timed = self.agree(sum(counted))
+        used = self.agree(self.clock() - self.begun)
+        enough = len(counted) >= LEAST and timed >= SHARE * self.seconds
+        slow = self.agree(sum(steps[1:])) >= MOST * self.seconds or used >= 0.5 * self.seconds
+        if not (enough or slow or step >= most):
+            return None
+        counted = counted or steps[1:] or steps   # the first step compiles
+        per_step = self.agree(sum(counted) / len(counted))
+        evaluation = 2 * self.agree(min(self.times['evaluation'], default=0.0))   # of two splits
+        evaluation += self.agree(min(self.times['save'], default=0.0))
+        left = (1 - MARGIN) * self.seconds - used - self.agree(seconds_to_write) - AT_EXIT
+
+        def cost(total):
+            """Seconds from now to the end of a run of so many steps."""
+            evaluations = (total - 1) // eval_interval - (step - 1) // eval_interval + 1
+            return (total - step) * per_step + evaluations * evaluation
+
+        fit = bisect.bisect_right(range(step + 1, most + 1), left, key=cost)   # the cost rises with the steps
+        self.seconds = None
+        return step + fit

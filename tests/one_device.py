@@ -1,0 +1,36 @@
+"""A rehearsal of a GPU without one: tensors on a device, all of which must stay there."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+# what the host reads of a tensor, and what it gets here
+ANSWERS = {aten._local_scalar_dense.default: 1, aten.item.default: 1, aten.is_nonzero.default: True,
+           aten.equal.default: True}
+MIXED = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default}   # indices may be on the CPU
+
+
+class OneDevice(TorchDispatchMode):
+    """A block in which an operator must not get tensors of a device together with tensors of others, which is an error
+    on a GPU. Copies may, indices, and numbers without dimensions.
+
+    .operators: how many operators had tensors of the device.
+    .reads: how often the host read a number, for which it would have to wait.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.operators, self.reads = torch.device(device), 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        others = [value for value in tensors if value.device.type != self.device.type]
+        if len(others) < len(tensors):
+            self.operators += 1
+            if operator in ANSWERS:
+                self.reads += 1
+                return ANSWERS[operator]
+            assert operator in MIXED or all(value.dim() == 0 for value in others), (
+                f'{operator} gets tensors on {self.device} and others: {others}')
+        return operator(*args, **kwargs or {})

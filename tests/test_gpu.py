@@ -1,0 +1,365 @@
+"""On a GPU, run by make test-gpu: it computes what the CPU computes in float32, wrappers and compiled code change
+nothing, an interrupted run goes on bit for bit, and the scripts work."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import log_of, needs, run
+from in_process import call
+
+import checkpoint
+import lora
+import optim
+import runtime
+import weights
+from dataset import Dataset
+from model import ARCHS, GPT, GPTConfig
+
+# each version of torch has warnings of its own about GPUs
+pytestmark = [pytest.mark.gpu, needs('gpu'), pytest.mark.filterwarnings('default')]
+
+GPU, CPU = torch.device('cuda', 0), torch.device('cpu')
+SHAPE = {'vocab_size': 96, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 64}
+ON_GPU = ('--device=cuda', '--compile=False')
+RATE = 1e-2   # of the optimizer
+
+
+@pytest.fixture
+def exact():
+    """Matrix products in float32 have all its digits; runtime.setup() allows TensorFloat-32, which has 10 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile without what it has made for other tests."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def a_model(spread=0.05, seed=1, **changes):
+    """A model, on the CPU, in which every parameter is at random."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**SHAPE, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=spread)
+    return model
+
+
+def ids_of(*shape, vocab=96, seed=0):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+def one_step(rt, model):
+    """The loss, the gradients and the weights of one step, as train.py makes it: a number, {name: tensor on the CPU}
+    twice."""
+    model.to(rt.device).train()
+    if rt.compile:
+        rt.compile_model(model)
+    opt, scaler = optim.build('adamw', model, RATE, (0.9, 0.95), 0.1, rt.dtype), rt.grad_scaler()
+    tokens = runtime.to_device(ids_of(8, 33), rt.device)
+    with rt.autocast():
+        loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+    scaler.scale(loss).backward()
+    scaler.unscale_(opt)
+    gradients = {name: p.grad.to('cpu', copy=True) for name, p in model.named_parameters()}
+    rt.clip_gradients(model, 1.0)
+    scaler.step(opt)
+    scaler.update()
+    return loss.item(), gradients, {name: p.detach().to('cpu', copy=True) for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope='module')
+def of_the_cpu():
+    """The step of the CPU in float32."""
+    return one_step(runtime.Runtime(CPU, torch.float32, False, 0, 1), a_model())
+
+
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 0.01), ('float16', 0.01), ('bfloat16', 0.05)])
+def test_a_training_step_is_that_of_the_cpu_in_float32(of_the_cpu, compiler, dtype, tolerance, compiled):
+    rt = runtime.setup('cuda', dtype, False)
+    rt.compile = compiled   # without the trial that setup() makes
+    loss, gradients, after = one_step(rt, a_model())
+    expected_loss, expected, expected_after = of_the_cpu
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    steady = 0
+    for name, g in expected.items():
+        error = (gradients[name] - g).norm() / g.norm()
+        moved = (after[name] - expected_after[name]).abs()
+        print(f'{name}: gradient off by {error:.1e}, weights by {moved.max() / RATE:.1e} learning rates')
+        assert error < tolerance
+        assert moved.max() <= 2.01 * RATE   # AdamW's first step is as long as the learning rate
+        large = g.abs() > 20 * tolerance * g.square().mean().sqrt()   # its sign is not in doubt
+        assert (moved[large] < 0.01 * RATE).all()
+        steady += large.sum().item()
+    assert steady > 0.1 * sum(g.numel() for g in expected.values())
+
+
+def test_the_most_memory_used_is_that_of_the_gpu():
+    rt = runtime.setup('cuda', 'float32', False)
+    more = rt.peak_memory() + 2**26
+    x = torch.zeros(more, dtype=torch.uint8, device=GPU)
+    most = rt.peak_memory()
+    assert more <= most < more + 2**30
+    del x
+    assert rt.peak_memory() == most
+
+
+EXACT = """
+import torch
+torch.use_deterministic_algorithms(True)
+"""
+INTERRUPT = """
+import os, signal
+from dataset import Dataset
+_train_batch = Dataset.train_batch
+def _signal(data, step, *rest):
+    if step == 13:    # which is asked for during step 12
+        os.kill(os.getpid(), signal.SIGTERM)
+    return _train_batch(data, step, *rest)
+Dataset.train_batch = _signal
+"""
+
+
+def train(*args, status=0):
+    """A process of train.py on the GPU, with kernels that give the same bits each time."""
+    done = run('train.py', *args, *ON_GPU, '--dtype=bfloat16', '--dropout=0.1', CUBLAS_WORKSPACE_CONFIG=':4096:8')
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture(scope='module')
+def gpu_run(tmp_path_factory, tiny):
+    """(out_dir of a finished run on the GPU, what it said, the path of the config that makes it exact)"""
+    folder = tmp_path_factory.mktemp('gpu')
+    (folder / 'exact.py').write_text(EXACT)
+    done = train(tiny, folder / 'exact.py', f'--out_dir={folder / "out"}')
+    return folder / 'out', done, folder / 'exact.py'
+
+
+def state_of(out_dir):
+    """{name: tensor} of the weights and the optimizer in ckpt.pt."""
+    ckpt = torch.load(out_dir / 'ckpt.pt', weights_only=True)
+    moments = {f'{i} {key}': value for i, of in ckpt['optimizer']['state'].items() for key, value in of.items()}
+    return {**ckpt['model'], **moments}
+
+
+def test_a_run_learns_and_says_on_which_gpu(gpu_run):
+    out_dir, done, _ = gpu_run
+    assert f'cuda:0 ({torch.cuda.get_device_name(0)}), bfloat16, ' in done.stderr
+    losses = [record['val_loss'] for record in log_of(out_dir) if 'val_loss' in record]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
+    assert {tensor.device for tensor in state_of(out_dir).values()} == {CPU}
+
+
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(gpu_run, tiny, tmp_path):
+    out_dir, _, exact_config = gpu_run
+    (tmp_path / 'interrupt.py').write_text(INTERRUPT)
+    args = tiny, exact_config, f'--out_dir={tmp_path / "out"}'
+    train(*args, tmp_path / 'interrupt.py', status=130)
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 13
+    train(*args, '--init_from=resume')
+    one, two = state_of(out_dir), state_of(tmp_path / 'out')
+    assert one.keys() == two.keys() and len(one) > 30
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert log_of(out_dir) == log_of(tmp_path / 'out')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes: a group of this one alone
+
+@pytest.fixture
+def several(monkeypatch):
+    """A Runtime that wraps models as it does for several processes, over NCCL, in a group of this process alone."""
+    alone = {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '0',
+             'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo'}   # which need no network then
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    make_mesh = dist.init_device_mesh
+    monkeypatch.setattr(dist, 'init_device_mesh', lambda kind, shape: make_mesh(kind, (1,)))
+    runtime.join(GPU)
+    yield runtime.Runtime(GPU, torch.float32, False, rank=0, world_size=2)   # of one process it would wrap nothing
+    dist.destroy_process_group()
+
+
+def losses_and_weights(rt, parallel):
+    """The losses of three steps of two micro-batches each, and the weights after them, {name: tensor}."""
+    model = a_model(bias=False).to(GPU).train()
+    wrapped = rt.wrap(model, parallel)
+    opt, losses = optim.build('adamw', model, 1e-3, (0.9, 0.95), 0.1, torch.float32), []
+    for step in ids_of(3, 2, 4, 33).to(GPU):
+        for micro, rows in enumerate(step):
+            with rt.average_gradients(wrapped, on=micro == 1):
+                loss = wrapped(rows[:, :-1], rows[:, 1:])[1] / 2
+                loss.backward()
+            losses.append(loss.item())
+        rt.clip_gradients(model, 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return losses, rt.whole(model.state_dict())
+
+
+@pytest.mark.parametrize('parallel', runtime.PARALLEL)
+def test_a_wrapped_model_makes_the_steps_of_a_plain_one(several, exact, parallel):
+    expected, theirs = losses_and_weights(runtime.Runtime(GPU, torch.float32, False, 0, 1), parallel)
+    losses, ours = losses_and_weights(several, parallel)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert (ours[name] - weight).abs().mean() < 1e-5, name   # a hundredth of a learning rate
+    assert several.mean(torch.full((2,), 6.0, device=GPU)).tolist() == [3.0, 3.0]   # a sum over one, for two
+    assert several.any(True) and several.same(4.0)   # between CPUs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoding
+
+PROMPTS = [ids_of(n, seed=n) for n in (3, 7, 1, 6, 2)]
+TALKERS = {'gpt2': {}, 'llama': {**ARCHS['llama'], 'n_kv_head': 2}, 'alibi': {'pos': 'alibi', 'window': 9}}
+
+
+def greedy(model, prompts=PROMPTS, n=60, **options):
+    """The likeliest tokens, (B, n) as lists; past the context, whose newer half is then read again."""
+    return torch.stack(list(model.generate(prompts, n, temperature=0, **options)), dim=1).tolist()
+
+
+def talker(name, device):
+    """A model whose likeliest token is, with this seed, always likelier than the next by a thousandth or more."""
+    return a_model(spread=0.3, seed=6, **TALKERS[name]).to(device).eval()
+
+
+@pytest.mark.parametrize('name', TALKERS)
+def test_greedy_text_is_that_of_the_cpu(exact, name):
+    expected = greedy(talker(name, CPU))
+    assert len({token for row in expected for token in row}) > 10
+    model = talker(name, GPU)
+    assert greedy(model) == expected
+    assert greedy(model, static=True) == expected
+    assert greedy(model, [PROMPTS[1]]) == [expected[1]]
+
+
+def test_greedy_text_by_cuda_graphs_is_that_of_the_cpu(exact, compiler, capsys):
+    from torch._dynamo.utils import counters
+    from torch._inductor import cudagraph_trees
+
+    model, rt = talker('llama', GPU), runtime.Runtime(GPU, torch.float32, True, 0, 1)
+    counters.clear()
+    rt.compile_step(model)
+    texts = [PROMPTS, PROMPTS[::-1]]
+    expected = [greedy(talker('llama', CPU), prompts) for prompts in texts]
+    assert greedy(model, static=True) == expected[0]
+    streams = [model.generate(prompts, 60, temperature=0, static=True) for prompts in texts]
+    tokens = [torch.stack(pair) for pair in zip(*streams)]   # of two texts in turn, whose caches lie side by side
+    assert torch.stack(tokens, dim=2).tolist() == expected
+    assert 'torch.compile does not work here' not in capsys.readouterr().err
+    assert counters['inductor']['cudagraph_skips'] == 0 and counters['stats']['unique_graphs'] == 1
+    manager = cudagraph_trees.get_manager(GPU.index, create_if_none_exists=False)
+    assert manager is not None and manager.new_graph_id().id > 0   # which counts the graphs
+
+
+def test_8_bit_weights_give_the_logits_of_the_cpu_and_cost_little_of_the_loss(exact, gpu_run, char_dataset):
+    data, losses, logits = Dataset(str(char_dataset)), {}, {}
+    for device in (CPU, GPU):
+        x, y = data.eval_batch('val', 0, 1, 100, 16, device)
+        model = checkpoint.load_model(gpu_run[0])[0].to(device)
+        with torch.inference_mode():
+            losses[device, 'whole'] = model(x, y)[1].item()
+            weights.int8(model)
+            logits[device], loss = model(x, y)
+        losses[device, 'int8'] = loss.item()
+    print(losses)
+    torch.testing.assert_close(logits[GPU].cpu(), logits[CPU], atol=1e-3, rtol=1e-3)
+    assert losses[GPU, 'int8'] == pytest.approx(losses[GPU, 'whole'], rel=0.01)
+
+
+def test_samples_are_the_same_each_time(gpu_run):
+    args = (f'--out_dir={gpu_run[0]}', '--start=4 times', '--num_samples=3', '--max_new_tokens=20', *ON_GPU)
+    for more in ((), ('--dtype=float32',), ('--quantize=int8',)):
+        one, two = (call('sample.py', *args, *more) for _ in range(2))
+        assert one.returncode == 0, one.stderr
+        assert one.stdout == two.stdout and one.stdout.count('4 times') >= 3
+        assert 'cuda:0 (' in one.stderr and '60 tokens in' in one.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what becomes of a run
+
+def test_an_adapter_is_trained_merged_and_exported(exact, gpu_run, tiny, tmp_path):
+    done = call('train.py', tiny, *ON_GPU, '--dtype=bfloat16', f'--init_from={gpu_run[0]}', '--lora_rank=3',
+                f'--out_dir={tmp_path / "adapter"}')
+    assert done.returncode == 0, done.stderr
+    torch.set_float32_matmul_precision('highest')   # which train.py has lowered
+    apart, merged = (checkpoint.load_model(tmp_path / 'adapter', merged=merged)[0].to(GPU) for merged in (False, True))
+    assert lora.adapters(apart) and not lora.adapters(merged)
+    x = ids_of(4, 16, vocab=20).to(GPU)
+    with torch.inference_mode():
+        expected, base = apart(x, x)[0], checkpoint.load_model(gpu_run[0])[0].to(GPU)(x, x)[0]
+        torch.testing.assert_close(merged(x, x)[0], expected, atol=1e-4, rtol=1e-4)
+        assert (base - expected).abs().max() > 0.01   # it has learnt something
+    done = call('export.py', f'--out_dir={tmp_path / "adapter"}', f'--to={tmp_path / "exported"}')
+    assert done.returncode == 0, done.stderr
+    again = checkpoint.load_model(tmp_path / 'exported')[0].to(GPU)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(x, x)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measurements
+
+SMALL = ('--device=cuda', '--block_size=64', '--n_layer=2', '--n_head=2', '--n_embd=64', '--vocab_size=100',
+         '--steps=3', '--batch_size=4')
+
+
+def result_of(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_bench_profiles_a_step_and_says_how_much_memory_it_took(tmp_path):
+    done = run('bench.py', *SMALL, '--compile=False', '--profile=True', cwd=tmp_path)
+    result = result_of(done)
+    assert result['machine'].startswith('cuda:0 (') and 'bfloat16' in result['machine']
+    assert 2**20 < result['peak_memory_bytes'] < 2**32
+    assert f'peak memory  {result["peak_memory_bytes"] / 2**30:,.2f} GiB' in done.stdout
+    assert result['loss'] == pytest.approx(4.6, abs=0.3)   # log(100)
+    assert 1e12 < result['measured_flops'] < 1e16 and 1e10 < result['measured_bandwidth'] < 1e14
+    assert 'Self CUDA' in done.stdout and os.listdir(tmp_path) == ['bench_log']
+    trace, = (tmp_path / 'bench_log').iterdir()
+    events = json.loads(trace.read_text(encoding='utf-8'))['traceEvents']
+    assert any(event.get('cat') == 'kernel' for event in events)
+
+
+@pytest.mark.parametrize('args', [
+    ['--versus=optimizer=muon dtype=float16'], ['--lora_rank=2', '--activation_checkpointing'],
+    ['--mode=attention'], ['--mode=decode'], ['--mode=decode', '--quantize=int8', '--arch=llama'],
+], ids=' '.join)
+def test_bench_measures(args):
+    result = result_of(call('bench.py', *SMALL, '--compile=False', *args))
+    for setting in result.get('settings', [result]):
+        assert setting['tok_per_s'] > 0 and 0 < setting['reached'] < 1
+
+
+def test_bench_measures_batches_of_a_dataset(char_dataset):
+    result = result_of(call('bench.py', *SMALL, '--compile=False', '--mode=data', f'--dataset={char_dataset}'))
+    assert result['tok_per_s'] > 0
+
+
+def test_bench_decodes_by_cuda_graphs(compiler):
+    done = call('bench.py', *SMALL, '--mode=decode', '--compile=True', '--steps=8', '--warmup_steps=3')
+    result = result_of(done)
+    assert ', compiled,' in result['machine'] and 'does not work here' not in done.stderr
+    assert result['ms_max'] < 1000   # nothing is compiled in the steps that count

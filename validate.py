@@ -1,0 +1,135 @@
+"""
+Checks of the options of train.py, sample.py, eval.py and export.py, before anything is loaded or written.
+
+Each function takes the options of a script by name, {name: value}, and raises UsageError for a value that is out of
+range or for options that exclude each other, UserError for a folder that is in the way: one line each, which says what
+is wrong, the value, and what is expected.
+"""
+
+import math
+import os
+
+import optim
+import runtime
+import sampling
+from configurator import UsageError, UserError
+from model import ARCHS, ATTEND
+
+
+def at_least(least, options, *names):
+    """Raise UsageError if one of the options is a number below `least` or is not finite. None is allowed."""
+    for name in names:
+        value = options[name]
+        if value is not None and not value >= least:   # nan is not
+            raise UsageError(f'{name}={value}: expected {least} or more')
+        if value == math.inf:
+            raise UsageError(f'{name}={value}: expected a finite number, {least} or more')
+
+
+def one_of(known, options, name):
+    """Raise UsageError if the option is none of the known values."""
+    if options[name] not in known:
+        raise UsageError(f'{name}={options[name]!r}: expected one of {", ".join(map(repr, known))}')
+
+
+def train_options(options, processes=1, ckpt=None, start_path=None, resuming=False):
+    """Check the options of train.py.
+
+    processes: how many share the work. ckpt: the checkpoint that the run starts from, None: from scratch.
+    start_path: where it lies. resuming: whether its run goes on, else only its weights are used.
+    """
+    at_least(1, options, 'eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
+             'block_size', 'loss_chunks')
+    at_least(0, options, 'checkpoint_interval', 'keep_last', 'patience', 'max_iters', 'max_minutes', 'learning_rate',
+             'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'lora_rank',
+             'lora_alpha', 'peak_flops')
+    for name in ('beta1', 'beta2', 'dropout', 'lora_dropout'):
+        if not 0 <= options[name] < 1:
+            raise UsageError(f'{name}={options[name]}: expected 0 or more, and less than 1')
+    one_of(ARCHS, options, 'arch')
+    one_of(ATTEND, options, 'attention')
+    one_of(runtime.PARALLEL, options, 'parallel')
+    one_of(optim.OPTIMIZERS, options, 'optimizer')
+    one_of(optim.SCHEDULES, options, 'schedule')
+    micro_batches = options['gradient_accumulation_steps']
+    if micro_batches % processes:
+        raise UsageError(f'gradient_accumulation_steps={micro_batches}: expected a multiple of the {processes} '
+                         f'processes')
+    if options['lora_rank']:
+        lora_options(options, ckpt, start_path, resuming)
+    if options['find_lr'] and (options['eval_only'] or options['init_from'] in ('resume', 'auto')):
+        raise UsageError(f'find_lr=True starts from scratch or from weights: remove eval_only, and give another '
+                         f'init_from than {options["init_from"]!r}')
+    rate, lowest = options['learning_rate'], options['min_lr']
+    if options['schedule'] != 'constant' and lowest > rate and not options['find_lr']:
+        raise UsageError(f'min_lr={lowest} is above learning_rate={rate}: give both')
+
+
+def lora_options(options, ckpt, start_path, resuming):
+    """Check the options of train.py for a run that trains an adapter; the arguments are those of train_options()."""
+    rank = options['lora_rank']
+    if ckpt is None:
+        raise UsageError(f'lora_rank={rank}: expected weights to adapt, give --init_from=gpt2 or another model')
+    if options['freeze']:
+        raise UsageError(f'lora_rank={rank} and freeze={options["freeze"]!r}: an adapter leaves all weights as they '
+                         f'are, give one of them')
+    if not options['lora_alpha']:
+        raise UsageError(f'lora_rank={rank}: expected lora_alpha above 0')
+    if resuming:
+        return
+    if 'base' in ckpt:
+        raise UsageError(f'lora_rank={rank}: expected weights that are no adapter, but {start_path} is one: merge it '
+                         f'with export.py first')
+    out_dir = options['out_dir']
+    if os.path.realpath(os.path.dirname(start_path)) == os.path.realpath(out_dir):
+        raise UsageError(f'out_dir={out_dir!r} holds the weights that the adapter is for: give another folder')
+
+
+def stop_option(options):
+    """Check the option `stop` of sample.py and eval.py."""
+    try:
+        sampling.read_stops(options['stop'])
+    except ValueError as error:
+        raise UsageError(error) from None
+
+
+def sample_options(options):
+    """Check the options of sample.py."""
+    at_least(1, options, 'num_samples', 'batch_size')
+    at_least(0, options, 'max_new_tokens')
+    controls = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+    try:
+        sampling.check(**{name: options[name] for name in controls})
+    except ValueError as error:
+        raise UsageError(error) from None
+    stop_option(options)
+    one_of((None, 'int8'), options, 'quantize')
+    one_of(('auto', True, False), options, 'stream')
+    if options['start'] is not None and options['prompts'] is not None:
+        raise UsageError(f'start={options["start"]!r} and prompts={options["prompts"]!r}: give one of them')
+    if options['stream'] is True and options['json']:
+        raise UsageError('stream=True and json=True: JSON is written when a sample is complete, give one of them')
+
+
+def eval_options(options):
+    """Check the options of eval.py."""
+    if not any(options[name] for name in ('data', 'choices', 'last_word', 'generate')):
+        raise UsageError('nothing to do: give one or several of --data, --choices, --last_word, --generate')
+    at_least(1, options, 'batch_size', 'max_new_tokens', 'stride', 'limit')
+    at_least(0, options, 'shots')
+    one_of(('train', 'val'), options, 'split')
+    if options['shots'] and not (options['choices'] or options['generate']):
+        raise UsageError(f'shots={options["shots"]}: examples need questions, give --choices or --generate')
+    stop_option(options)
+
+
+def export_options(options):
+    """Check the options of export.py."""
+    to = os.path.expanduser(options['to'])
+    if not to:
+        raise UsageError('to: give the folder to make, as in --to=my-model')
+    one_of(runtime.DTYPES, options, 'dtype')
+    if options['adapter'] and options['dtype'] != 'float32':
+        raise UsageError(f'dtype={options["dtype"]!r}: adapters are kept in float32')
+    if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
+        raise UserError(f'{to} is there already: remove it, or give another folder')
