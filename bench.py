@@ -226,7 +226,7 @@ if mode not in MODES:
 
 works, results = [], []
 for o in settings:
-    rt = runtime.setup(o.device, o.dtype, o.compile, o.seed)
+    rt = runtime.setup(o.device, o.dtype, o.compile, o.seed, training=mode in ('train', 'attention'))
     print(rt.describe(), file=sys.stderr)
     rows = o.batch_size or (1 if rt.device.type == 'cpu' or mode == 'decode' else 12)
     work = MODES[mode](o, rt, rows)

@@ -7,10 +7,10 @@ import time
 
 WARMUP = 3       # first steps that are not timed: memory is allocated, kernels are built
 LEAST = 10       # steps to time
-SHARE = 0.02     # and at least this share of the minutes, because a step's time varies
+SHARE = 0.04     # and at least this share of the minutes, because a step's time varies
 MOST = 0.10      # but no more than this share, if a step is slow
 MARGIN = 0.03    # share of the minutes that is not planned, for steps that turn out slower
-AT_EXIT = 3.0    # seconds for the picture of the losses and the end of the process
+AT_EXIT = 2.0    # seconds for the picture of the losses and the end of the process
 
 
 class Budget:

@@ -43,7 +43,7 @@ from model import GPT, NANOGPT_FIELDS, GPTConfig
 from runtime import before_leaving
 
 VERSION = 1
-RUN_ONLY = ('optimizer', 'scaler', 'planned', 'evaluated', 'bad_evals', 'seconds')   # for resuming only
+RUN_ONLY = ('optimizer', 'scaler', 'machine', 'planned', 'evaluated', 'bad_evals', 'seconds')   # for resuming only
 
 
 def claim(out_dir):

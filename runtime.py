@@ -250,10 +250,17 @@ class Runtime:
             sys.exit(status)
 
 
-def setup(device='auto', dtype='auto', compile='auto', seed=0):
-    """Choose the machine and seed it; joins the other processes when torchrun started this one. Raises UsageError."""
+def setup(device='auto', dtype='auto', compile='auto', seed=0, training=False, earlier=None):
+    """Choose the machine and seed it; joins the other processes when torchrun started this one. Raises UsageError.
+
+    training: whether matrix products decide the speed; then dtype='auto' is bfloat16 on a CPU only if its products
+    are measured to be faster. earlier: (device type, dtype) of the first part of a resumed run, which 'auto' keeps.
+    """
     rank, world_size = int(os.environ.get('RANK', 0)), processes()
     device = pick_device(device, int(os.environ.get('LOCAL_RANK', 0)) if world_size > 1 else None)
+    if dtype == 'auto' and earlier and earlier[0] == device.type:
+        dtype = earlier[1]
+    measure = training and dtype == 'auto' and device.type == 'cpu'
     dtype = pick_dtype(dtype, device)
     keep_compiled_code()
     compile = pick_compile(compile, device)
@@ -265,6 +272,8 @@ def setup(device='auto', dtype='auto', compile='auto', seed=0):
         attention = prefer_attention(device, dtype)
     if world_size > 1:
         join(device)
+    if measure and dtype == torch.bfloat16 and not bfloat16_is_faster(world_size):
+        dtype = torch.float32
     if device.type == 'cpu':
         keep_freed_memory()
     torch.manual_seed(seed % 2**64)   # the same weights in every process
@@ -397,6 +406,18 @@ def cpu_multiplies_bfloat16():
     return bool(can.get('bf16') or (allowed and (can.get('avx512_bf16') or can.get('amx_bf16'))))   # 'bf16': of ARM
 
 
+def bfloat16_is_faster(world_size=1):
+    """Whether this CPU multiplies matrices in bfloat16 at least a fifth faster than in float32, for all processes: some
+    that have the instructions (AVX512-BF16 without AMX) take twice as long."""
+    rt = Runtime(torch.device('cpu'), torch.float32, False, 0, world_size)
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    times = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = a.to(dtype), b.to(dtype)
+        times.append(rt.best_time(lambda x=x, y=y: x @ y))
+    return rt.mean(torch.tensor(times[1] / times[0])).item() < 1 / 1.2
+
+
 def pick_compile(choice, device):
     """Whether to use torch.compile, if a trial works: 'auto' says yes on a GPU and no on a CPU, where it costs half a
     minute before the first step."""
@@ -454,7 +475,7 @@ def attention_works(kernel, device, dtype):
         q = torch.arange(2 * 64 * 64, device=device).sin().view(1, 2, 64, 64).to(dtype).requires_grad_()  # (B, H, T, D)
         with sdpa_kernel(kernel):
             y = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-            y.sum().backward()
+            y.square().sum().backward()   # whose gradient lies as y does
         return torch.stack((y.detach(), q.grad)).float()
 
     return works(lambda: torch.allclose(results(kernel), results(SDPBackend.MATH), atol=0.05, rtol=0.05))

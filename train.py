@@ -94,7 +94,7 @@ find_lr = False                       # find a learning rate, in 300 steps at ri
 # machine
 seed = 1337                           # of the weights, the batches and dropout
 device = 'auto'                       # 'cuda', 'cuda:1', 'mps', 'cpu', 'auto' (the first of them that is there)
-dtype = 'auto'                        # 'float32', 'bfloat16', 'float16' (scales the loss), 'auto' (bfloat16 if native)
+dtype = 'auto'                        # 'float32', 'bfloat16', 'float16' (scales the loss), 'auto' (the faster of two)
 compile: str | bool = 'auto'          # torch.compile: True, False, 'auto' (where it pays for itself)
 parallel = 'ddp'                      # several processes: 'ddp' (each has all of the model), 'fsdp' (each has a share)
 activation_checkpointing = False      # a third more work for much less memory: keep only what enters each block
@@ -142,7 +142,7 @@ validate.train_options(config, runtime.processes(), ckpt, start_path, resuming)
 
 # machine
 
-rt = runtime.setup(device, dtype, compile, seed)
+rt = runtime.setup(device, dtype, compile, seed, training=True, earlier=ckpt.get('machine') if resuming else None)
 say = functools.partial(print, flush=True) if rt.master else lambda *args, **kwargs: None   # one process talks
 if parallel == 'fsdp' and rt.dtype == torch.float16:
     raise UsageError("parallel='fsdp' does not scale the loss of dtype='float16': give --dtype=bfloat16")
@@ -288,7 +288,8 @@ def save():
         **({'base': base, 'lora': adapter} if lora_rank else {}),
         'tokenizer': data.tokenizer, 'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss,
         'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
-        'planned': planned, 'evaluated': evaluated, 'bad_evals': bad_evals, 'seconds': time.perf_counter() - begun})
+        'machine': (rt.device.type, str(rt.dtype)[6:]), 'planned': planned, 'evaluated': evaluated,
+        'bad_evals': bad_evals, 'seconds': time.perf_counter() - begun})
     if rt.master:
         writer.put(state, best=evaluated == step and bad_evals == 0)
 

@@ -162,13 +162,13 @@ def test_decode_measures_prompt_and_tokens(bench, quantize):
     assert result['ms_by_bandwidth'] == pytest.approx(result['traffic_bytes'] / 7e9 * 1000)
 
 
-def test_decode_has_the_vocabulary_of_a_recipes_dataset(bench, tiny):
-    result = result_of(bench(tiny, '--mode=decode', '--prompt_tokens=2', '--steps=3'))
+def test_decode_has_the_vocabulary_of_a_dataset(bench, char_dataset):
+    result = result_of(bench(*TINY_MODEL, '--mode=decode', '--prompt_tokens=2', f'--dataset={char_dataset}'))
     assert result['parameters'] == a_model(20).get_num_params(non_embedding=False)
 
 
-def test_data_measures_batches_of_a_dataset(bench, tiny):
-    result = result_of(bench(tiny, '--mode=data', '--steps=3'))
+def test_data_measures_batches_of_a_dataset(bench, char_dataset):
+    result = result_of(bench(*TINY_MODEL, '--mode=data', f'--dataset={char_dataset}', '--batch_size=4'))
     assert (result['batch_size'], result['loss'], result['mfu']) == (4, None, None)
     assert result['tok_per_s'] == pytest.approx(4 * 16 / result['ms_per_step'] * 1000)
 

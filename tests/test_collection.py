@@ -1,13 +1,18 @@
-"""The tests have the same names, in the same order, at any time and on any machine: workers agree, and so do people."""
+"""What holds for the suite as a whole: its ids are the same at any time and on any machine, and make test-oldest runs
+it with the oldest versions that pyproject.toml allows."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import tomllib
 
 import pytest
-from conftest import ROOT
+from conftest import CAPABILITIES, ROOT, can, needs, run, started
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 # Makes the collecting process another machine at another time: its clock is wrong, and it has none of the capabilities
 ELSEWHERE = """
@@ -87,3 +92,46 @@ def test_an_address_and_a_path_are_found_in_an_id(value):
                                          ('x' * 60, None), ('größe', None), (1.5, None)], ids=range(6))
 def test_what_is_long_or_not_printable_is_named_by_its_argument(value, name, request):
     assert request.config.hook.pytest_make_parametrize_id(config=request.config, val=value, argname='content') == name
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    bounds = [Requirement(text) for text in project['dependencies'] + project['optional-dependencies']['test']]
+    lines = (ROOT / 'requirements-oldest.txt').read_text(encoding='utf-8').splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith('#')]
+    versions = [{each.name: [(only.operator, Version(only.version)) for only in each.specifier] for each in those}
+                for those in (bounds, pins)]
+    assert versions[1] == {name: [('==', version) for _, version in found] for name, found in versions[0].items()}
+    assert {operator for found in versions[0].values() for operator, _ in found} == {'>='}
+
+
+@pytest.mark.parametrize('name', CAPABILITIES)
+def test_a_test_is_skipped_with_the_reason_where_a_capability_is_missing(name):
+    mark = needs(name).mark
+    assert mark.args == (not can(name),) and (mark.kwargs['reason'] == CAPABILITIES[name][1]) == (not can(name))
+
+
+def test_the_reasons_of_all_missing_capabilities_are_given(monkeypatch):
+    monkeypatch.setattr('conftest.can', lambda name: name == 'linux')
+    mark = needs('linux', 'root', 'symlinks').mark
+    assert mark.args == (True,) and mark.kwargs['reason'] == 'needs root, needs a file system with symbolic links'
+    assert needs('linux').mark.args == (False,)
+
+
+@pytest.mark.full
+def test_scripts_run_without_forks_as_with_them(monkeypatch, tmp_path):
+    calls = [('plot.py', '--help'), ('plot.py', '--out_dir=nowhere', '--größe=1')]
+    forked = [run(*call, cwd=tmp_path) for call in calls]
+    monkeypatch.setattr('conftest.can', lambda name: False)
+    plain = [run(*call, cwd=tmp_path) for call in calls]
+    assert [(done.args, done.returncode, done.stdout, done.stderr) for done in plain] == [
+        ([sys.executable, *done.args], done.returncode, done.stdout, done.stderr) for done in forked]
+    assert [done.returncode for done in plain] == [0, 2]
+
+
+@pytest.mark.full
+def test_a_started_process_ends_with_its_block_where_there_is_no_proc(monkeypatch):
+    monkeypatch.setattr('conftest.can', lambda name: False)
+    with started('-c', 'import time; print("up", flush=True); time.sleep(60)') as process:
+        assert process.stdout.readline() == 'up\n'
+    assert process.returncode == -signal.SIGTERM

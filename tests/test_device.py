@@ -1,5 +1,6 @@
-"""What a GPU will do with the model, rehearsed on the device 'meta', whose tensors have shapes but no numbers: nothing
-meets what was left on the CPU, and the host does not wait for the device more often than it must."""
+"""What a GPU will do with the model, rehearsed without one: on the device 'meta', whose tensors have shapes but no
+numbers, nothing meets what was left on the CPU, and the host does not wait more often than it must; and what
+torch.compile will make one graph of is one graph."""
 
 import pytest
 import torch
@@ -55,3 +56,42 @@ def test_decoding_stays_on_the_device_and_waits_for_it_every_32_tokens(name, sta
     assert mode.operators > 30 * 50
     assert mode.reads == 3   # after the first token, at column 32, after the last token
     assert all(part.shape == (3,) and part.device == META for step in steps for part in step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one graph: what breaks it in two is slow, and nothing says so
+
+with_each_way = pytest.mark.parametrize('name', ['qwen3', *(pytest.param(name, marks=pytest.mark.full)
+                                                            for name in SWITCHES if name != 'qwen3')])
+
+
+@pytest.fixture
+def graphs():
+    """A function that returns how many graphs torch.compile has made in this test."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: counters['stats']['unique_graphs']
+    torch.compiler.reset()
+
+
+@with_each_way
+def test_a_training_step_is_one_graph(graphs, name):
+    model = GPT(GPTConfig(**{**SHAPE, 'dropout': 0.1, **SWITCHES[name]}))
+    fast = torch.compile(model, backend='eager', fullgraph=True)
+    idx = torch.zeros(3, 48, dtype=torch.long)
+    for _ in range(2):
+        fast(idx, idx)[1].backward()
+    assert graphs() == 1
+
+
+@with_each_way
+def test_all_steps_of_decoding_are_one_graph(graphs, name):
+    model = GPT(GPTConfig(**{**SHAPE, **SWITCHES[name]})).eval()
+    read, fast = model.step, torch.compile(model.step, backend='eager', fullgraph=True)
+    model.step = lambda idx, cache: (fast if cache.at and idx.size(1) == 1 else read)(idx, cache)
+    for seed in range(2):
+        prompts = [torch.full((n,), seed) for n in (3, 7, 1)]
+        assert len(list(model.generate(prompts, 20, seed=seed, static=True))) == 20
+    assert graphs() == 1

@@ -43,14 +43,24 @@ def test_a_run_killed_in_mid_save_goes_on_bit_for_bit_from_the_state_before(tmp_
 
 
 # Starts train.py again and again in a fork of a process that has imported torch already, until it is left to finish;
-# each life is killed at a random instant, every other one while a checkpoint is being written
+# each life is killed while it trains, every other one while a checkpoint is being written
 LIVES = """
 import os, random, runpy, signal, sys, time
 import numpy, torch, torch._dynamo
 
 kills, seed, out_dir, *sys.argv = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *sys.argv[4:]
-chance, writing = random.Random(seed), os.path.join(out_dir, 'ckpt.pt.tmp')
+chance = random.Random(seed)
+
+def state(name):
+    try:
+        found = os.stat(os.path.join(out_dir, name))
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    except FileNotFoundError:
+        return None
+
 for life in range(kills + 1):
+    before = {name: state(name) for name in ('ckpt.pt.tmp', 'log.jsonl')}   # what the lives before have left
+    changed = lambda name: state(name) not in (None, before[name])
     pid = os.fork()
     if pid == 0:
         os.environ['HASTE'] = str(int(life == kills))
@@ -59,14 +69,18 @@ for life in range(kills + 1):
         sys.exit()
     if life == kills:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    end = time.monotonic() + (chance.uniform(0, 0.8) if life % 2 else 30)
-    while time.monotonic() < end and not (life % 2 == 0 and os.path.exists(writing) and chance.random() < 0.2):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if life % 2 == 0 and changed('ckpt.pt.tmp') and chance.random() < 0.1:
+            break
+        if life % 2 == 1 and end - time.monotonic() > 1 and changed('log.jsonl'):   # it trains
+            end = time.monotonic() + chance.uniform(0, 0.5)
         time.sleep(0.0005)
         if os.waitpid(pid, os.WNOHANG)[0]:
             sys.exit(f'life {life} ended before it was killed')
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    print('killed', 'in a save' if os.path.exists(writing) else 'elsewhere', flush=True)
+    print('killed', 'in a save' if changed('ckpt.pt.tmp') else 'elsewhere', flush=True)
 """
 
 # No faster than 100 steps a second, so that no life reaches the end, until the last one
@@ -97,8 +111,8 @@ def test_a_run_killed_many_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path
     assert process.returncode == 0, err
     print(f'{out.count("killed")} kills, {out.count("in a save")} of them in a save, '
           f'{err.count("resumed")} lives resumed')
-    assert out.count('killed') == kills and out.count('in a save') >= kills // 4
-    assert err.count('resumed') >= kills // 4
+    assert out.count('killed') == kills and out.count('in a save') >= kills // 3
+    assert err.count('resumed') >= kills // 3
     assert_same_run(out_dir, tmp_path / 'calm')
     assert {path.name for path in out_dir.iterdir() if 'previous' not in path.name} - {'loss.png'} == {
         '.lock', 'ckpt.pt', f'ckpt-{steps - 3}.pt', f'ckpt-{steps - 6}.pt', 'best.pt', 'log.jsonl'}
@@ -141,24 +155,6 @@ def test_sigterm_during(tmp_path, tiny, trained, code, at):
     assert ckpt['iter_num'] in at
     train(f'--out_dir={tmp_path / "out"}', '--init_from=resume')
     assert_same_run(tmp_path / 'out', trained)
-
-
-@pytest.mark.full
-@needs('c_compiler')
-def test_sigterm_during_compile(tmp_path, tiny):
-    code = """
-import optim
-_rate_at = optim.learning_rate_at
-def _signal(step, *rest):
-    if step == 0:
-        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    return _rate_at(step, *rest)
-optim.learning_rate_at = _signal
-"""
-    done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}', '--compile=True', '--n_layer=1',
-                 status=130, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache'))
-    assert_one_line(done, 130, 'interrupted at step 1,')
-    assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 1
 
 
 @pytest.mark.full

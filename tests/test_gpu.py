@@ -185,7 +185,7 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 def several(monkeypatch):
     """A Runtime that wraps models as it does for several processes, over NCCL, in a group of this process alone."""
     alone = {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '0',
-             'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo'}   # which need no network then
+             'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': 'lo', 'DIST_TIMEOUT': '60'}   # no network is needed
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)

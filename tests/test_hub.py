@@ -64,6 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         if file and file.endswith('.safetensors'):   # large files lie elsewhere
             digest = hashlib.sha256(content).hexdigest()
             self.answer(302, {'X-Repo-Commit': COMMIT, 'X-Linked-Etag': f'"{digest}"', 'ETag': '"x"',
+                              'X-Linked-Size': len(content),
                               'Location': f'http://localhost:{self.server.server_port}{self.path}'})
         elif file:
             digest = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()

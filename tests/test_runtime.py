@@ -113,6 +113,39 @@ def test_auto_dtype_on_a_cpu_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch
     assert pick_dtype('auto', CPU) == expected
 
 
+@pytest.mark.parametrize(('seconds', 'expected'), [((1.0, 0.5), torch.bfloat16), ((1.0, 0.9), torch.float32),
+                                                   ((1.0, 2.0), torch.float32)])
+def test_training_on_a_cpu_is_in_bfloat16_only_if_its_products_are_faster(monkeypatch, seconds, expected):
+    times = iter(seconds)
+    monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(Runtime, 'best_time', lambda self, work: next(times))
+    assert runtime.setup('cpu', training=True).dtype == expected
+
+
+def test_what_is_not_to_be_measured_is_not(monkeypatch):
+    monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(Runtime, 'best_time', lambda self, work: pytest.fail('measured'))
+    assert runtime.setup('cpu').dtype == torch.bfloat16   # to decode, memory decides
+    assert runtime.setup('cpu', 'bfloat16', training=True).dtype == torch.bfloat16
+    assert runtime.setup('cpu', training=True, earlier=('cpu', 'bfloat16')).dtype == torch.bfloat16
+    monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda: False)
+    assert runtime.setup('cpu', training=True).dtype == torch.float32
+
+
+def test_a_resumed_run_keeps_its_dtype_on_the_same_kind_of_device_only(monkeypatch):
+    monkeypatch.setattr(runtime, 'bfloat16_is_faster', lambda world_size: True)
+    monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda: True)
+    assert runtime.setup('cpu', training=True, earlier=('cpu', 'float32')).dtype == torch.float32
+    assert runtime.setup('cpu', 'bfloat16', training=True, earlier=('cpu', 'float32')).dtype == torch.bfloat16
+    assert runtime.setup('cpu', training=True, earlier=('cuda', 'float32')).dtype == torch.bfloat16
+
+
+def test_the_faster_type_of_this_cpu_is_found_by_products():
+    assert runtime.bfloat16_is_faster() in (True, False)
+    if not runtime.cpu_multiplies_bfloat16():   # where they are emulated
+        assert not runtime.bfloat16_is_faster()
+
+
 @pytest.mark.full
 def test_a_process_that_is_limited_to_avx2_is_one_of_a_cpu_with_avx2():
     code = 'import torch, runtime, weights; print(runtime.pick_dtype("auto", torch.device("cpu")), weights.can_pack())'

@@ -631,3 +631,16 @@ def test_a_compiled_run_has_the_same_losses_and_parameter_names(tmp_path, tiny, 
     assert_close([record for record in log_of(tmp_path) if 'iter' in record],
                  [record for record in log_of(trained) if 'iter' in record][:3])
     assert load(tmp_path / 'ckpt.pt')['model'].keys() == load(trained / 'ckpt.pt')['model'].keys()
+
+
+@pytest.mark.parametrize('first, later', [('True', 'False'), ('False', 'True')])
+def test_a_resumed_run_keeps_the_dtype_that_auto_has_chosen(tmp_path, tiny, first, later):
+    patch = 'import runtime\nruntime.cpu_multiplies_bfloat16 = lambda: True\n'
+    for name, faster in (('first', first), ('later', later)):
+        (tmp_path / f'{name}.py').write_text(f'{patch}runtime.bfloat16_is_faster = lambda world_size: {faster}\n')
+    args = (tiny, '--dtype=auto', f'--out_dir={tmp_path / "out"}')
+    expected = 'bfloat16' if first == 'True' else 'float32'
+    done = train(*args, tmp_path / 'first.py', '--max_iters=2')
+    assert f', {expected}, ' in done.stderr and load(tmp_path / 'out' / 'ckpt.pt')['machine'] == ('cpu', expected)
+    done = train(*args, tmp_path / 'later.py', '--max_iters=3', '--init_from=resume')
+    assert f', {expected}, ' in done.stderr
