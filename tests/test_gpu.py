@@ -350,7 +350,7 @@ def test_bench_profiles_a_step_and_says_how_much_memory_it_took(tmp_path):
 def test_bench_measures(args):
     result = result_of(call('bench.py', *SMALL, '--compile=False', *args))
     for setting in result.get('settings', [result]):
-        assert setting['tok_per_s'] > 0 and 0 < setting['reached'] < 1
+        assert setting['tok_per_s'] > 0 and setting['reached'] > 0
 
 
 def test_bench_measures_batches_of_a_dataset(char_dataset):
