@@ -262,14 +262,14 @@ def setup(device='auto', dtype='auto', compile='auto', seed=0, training=False, e
         dtype = earlier[1]
     measure = training and dtype == 'auto' and device.type == 'cpu'
     dtype = pick_dtype(dtype, device)
-    keep_compiled_code()
-    compile = pick_compile(compile, device)
     attention = None
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')   # TensorFloat-32 where float32 is asked for
         let_segments_grow(device)
         attention = prefer_attention(device, dtype)
+    keep_compiled_code()
+    compile = pick_compile(compile, device)   # its trial allocates memory, which let_segments_grow must come before
     if world_size > 1:
         join(device)
     if measure and dtype == torch.bfloat16 and not bfloat16_is_faster(world_size):
