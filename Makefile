@@ -46,7 +46,7 @@ notebooks: .venv/dev
 	$(PY) -m tests.notebooks
 
 scaling: data/python_char/meta.json
-	$(PY) sweep.py
+	$(PY) -m flatgpt.sweep
 
 lint: .venv/dev
 	$(PY) -m ruff check .
@@ -54,8 +54,9 @@ lint: .venv/dev
 test: lint
 	$(PY) -m pytest -m "not full and not gpu" $(WORKERS)
 
+# with five times the examples of hypothesis
 test-full: .venv/dev
-	$(PY) -m pytest -m "full and not gpu" $(WORKERS)
+	HYPOTHESIS_PROFILE=many $(PY) -m pytest -m "(full or hypothesis) and not gpu" $(WORKERS)
 
 test-all: test
 	$(MAKE) test-full

@@ -25,15 +25,13 @@ from types import SimpleNamespace
 
 import torch
 
-import checkpoint
-import lora
-import optim
-import runtime
-import weights
-from attention import ATTEND, score_bias
-from configurator import UsageError, configure
-from dataset import Dataset
-from model import GPT, GPTConfig, switches
+from configurator import configure
+from flatgpt import checkpoint, lora, optim, runtime
+from flatgpt.dataset import Dataset
+from flatgpt.engine import cache_bytes, generate
+from flatgpt.errors import UsageError
+from flatgpt.quantize import int8, pack
+from model import GPT, GPTConfig, arch_fields, attend, make_attn_mask
 
 # ---------------------------------------------------------------------------------------------------------------------
 mode = 'train'                     # 'train' (a step), 'decode' (a token), 'data' (a batch), 'attention' (one layer's)
@@ -99,7 +97,7 @@ for o in settings:
 
 @dataclass
 class Work:
-    """Something to do again and again, and what each time takes at least."""
+    """A workload to repeat: a callable, and the tokens, FLOPs and bytes of one call (roofline)."""
     run: Callable          # does it once; in training, returns the loss
     tokens: int
     flops: float
@@ -117,7 +115,7 @@ def shape_of(o):
     try:
         ids = Dataset(o.dataset).vocab_size if o.dataset else o.vocab_size
         return GPTConfig(ids, o.block_size, o.n_layer, o.n_embd, o.n_head, o.bias, **ways,
-                         **switches(o.arch, pos=o.pos, window=o.window, layer_scale=o.layer_scale))
+                         **arch_fields(o.arch, pos=o.pos, window=o.window, layer_scale=o.layer_scale))
     except ValueError as error:
         raise UsageError(error) from None
 
@@ -130,7 +128,7 @@ def train(o, rt, rows):
         x, y = tokens[:, :-1], tokens[:, 1:]                                          # (B, T) each
     else:
         data = Dataset(o.dataset)
-        data.check(o.block_size, data.vocab_size)
+        data.validate_ids(o.block_size, data.vocab_size)
         x, y = (both[0] for both in data.train_batch(0, o.seed, 1, rows, o.block_size, rt.device))
     model = GPT(c)
     if o.lora_rank:
@@ -167,22 +165,22 @@ def decode(o, rt, rows):
     n, c, parameters = model.get_num_params(), model.config, model.get_num_params(non_embedding=False)
     matrix = 1 if o.quantize else rt.dtype.itemsize   # bytes per weight
     if o.quantize:
-        weights.int8(model)
+        int8(model)
     if rt.compile:
         rt.compile_step(model)
     elif not o.quantize:
-        weights.pack(model)
+        pack(model)
     longest = o.prompt_tokens + o.warmup_steps + o.steps
     if longest > c.block_size:
         raise UsageError(f'prompt_tokens + warmup_steps + steps = {longest}: expected '
                          f'at most block_size={c.block_size}, beyond which the context is read anew now and then')
     prompt = torch.randint(c.vocab_size, (rows, o.prompt_tokens), device=rt.device)
     tokens = 1 + o.warmup_steps + o.steps + 3   # of the prompt's pass; to trace
-    for _ in itertools.islice(model.generate(prompt, tokens, static=rt.compile), 3):
+    for _ in itertools.islice(generate(model, prompt, tokens, static_cache=rt.compile), 3):
         pass   # torch's own first time is not the model's; as many tokens, so that the KV cache has the same shape
-    stream = model.generate(prompt, tokens, top_k=200, static=rt.compile)
+    stream = generate(model, prompt, tokens, top_k=200, static_cache=rt.compile)
     length = min(o.prompt_tokens + o.warmup_steps + o.steps // 2, c.window or c.block_size)   # on average
-    traffic = n * matrix + model.cache_bytes(length * rows, rt.dtype.itemsize)   # each read once
+    traffic = n * matrix + cache_bytes(c, length * rows, rt.dtype.itemsize)   # each read once
     return Work(lambda: next(stream), rows, 2 * n * rows, traffic,
                 f'batch {rows}, {o.prompt_tokens} tokens of prompt', parameters)
 
@@ -192,32 +190,32 @@ def draw(o, rt, rows):
     if o.dataset is None:
         raise UsageError('mode=data needs a dataset to draw from: give --dataset=shakespeare_char, or a config file')
     data, step = Dataset(o.dataset), itertools.count()
-    data.check(o.block_size, data.vocab_size)
-    traffic = rows * o.block_size * (2 * data.data['train'].itemsize + 2 * 8)   # ids as they lie, and as int64
+    data.validate_ids(o.block_size, data.vocab_size)
+    traffic = rows * o.block_size * (2 * data.data['train'].dtype.itemsize + 2 * 8)   # ids as they lie, and as int64
     return Work(lambda: data.train_batch(next(step), o.seed, 1, rows, o.block_size, rt.device),
                 rows * o.block_size, 0, traffic, f'batch {rows} x {o.block_size}')
 
 
-def attend(o, rt, rows):
+def attention_pass(o, rt, rows):
     """Forward and backward pass of the attention of one layer, between the products with its weights."""
     c = shape_of(o)
     size = rows, c.n_head, o.block_size, c.head_width                                 # B, H, T, D
     q, k, v = (torch.randn(size, device=rt.device, dtype=rt.dtype, requires_grad=True) for _ in range(3))
     up = torch.randn(size, device=rt.device, dtype=rt.dtype)                          # the gradient of the result
     positions = torch.arange(o.block_size, device=rt.device)                          # (T,)
-    bias = score_bias(positions, positions, c.n_head, c.pos, c.window)
-    way = torch.compile(ATTEND[o.attention]) if rt.compile else ATTEND[o.attention]
+    attn_mask = make_attn_mask(positions, positions, c.n_head, c.pos, c.window)
+    attention = torch.compile(attend) if rt.compile else attend
 
     def both():
         q.grad = k.grad = v.grad = None
-        way(q, k, v, o.dropout, bias).backward(up)
+        attention(q, k, v, o.dropout, attn_mask, o.attention).backward(up)
 
     seen = min(c.window or o.block_size, o.block_size / 2)   # keys per query that are not in the future, on average
     return Work(both, rows * o.block_size, 12 * c.n_embd * o.block_size * seen * rows, 12 * q.nbytes,
                 f'batch {rows} x {o.block_size}, {c.n_head} heads of {size[-1]}')
 
 
-MODES = {'train': train, 'decode': decode, 'data': draw, 'attention': attend}
+MODES = {'train': train, 'decode': decode, 'data': draw, 'attention': attention_pass}
 UNIT = {'train': 'step', 'decode': 'token', 'data': 'batch', 'attention': 'pass'}
 if mode not in MODES:
     raise UsageError(f'mode={mode!r}: expected one of {", ".join(map(repr, MODES))}')

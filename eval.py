@@ -23,14 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
-import runtime
-import sampling
-import scoring
-import tokenizer
-import validate
-from configurator import UsageError, UserError, configure
-from dataset import Dataset, open_ids, read_meta
+from configurator import configure
+from flatgpt import checkpoint, engine, evaluation, runtime, tokenizer, validate
+from flatgpt.dataset import Dataset, open_ids, read_meta
+from flatgpt.errors import UsageError, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
@@ -62,7 +58,7 @@ config = configure(globals())
 # refusals
 
 validate.eval_options(config)
-stops = sampling.read_stops(stop)
+stops = engine.parse_stops(stop)
 if generate:
     try:
         import sacrebleu
@@ -73,9 +69,9 @@ if generate:
 
 # questions, before the model is loaded, so that a wrong line is found at once
 
-asked = {'choices': choices and scoring.read_items(choices, scoring.multiple_choice),
-         'last_word': last_word and scoring.read_items(last_word, scoring.last_word),
-         'generate': generate and scoring.read_items(generate, scoring.to_continue)}
+asked = {'choices': choices and evaluation.read_items(choices, evaluation.multiple_choice),
+         'last_word': last_word and evaluation.read_items(last_word, evaluation.last_word),
+         'generate': generate and evaluation.read_items(generate, evaluation.to_continue)}
 
 # model
 
@@ -111,7 +107,7 @@ def read_ids(name):
             learnt = open_ids(Path(name).with_suffix('.mask'), np.dtype(np.uint8), len(ids)).astype(bool)
     elif os.path.isfile(name) or name.endswith('.txt'):
         text = tokenizer.read_text(name)
-        with scoring.naming(name):
+        with evaluation.naming(name):
             ids = tok.encode(text)
         return np.concatenate((tok.beginning(), ids)) if tok.eot is not None else ids, name, None
     else:
@@ -133,11 +129,11 @@ if data:
     learnt = np.ones(len(ids), bool) if learnt is None else learnt[:len(ids)]
     if not learnt[1:].any():
         raise UserError(f'{where} has no token to score: expected two, or one of text if the model knows ends of texts')
-    loss, error, n = scoring.rolling_loss(model, rt, ids, stride, batch_size, learnt)
+    loss, error, n = evaluation.rolling_loss(model, rt, ids, stride, batch_size, learnt)
     n_bytes, n_chars = tokenizer.text_size(tok, ids[1:][learnt[1:]])
     bits = loss / math.log(2)
     report['data'] = {'of': where, 'tokens': n, 'bytes': n_bytes, 'characters': n_chars, 'stride': stride,
-                      'loss': loss, 'loss_stderr': error, 'perplexity': scoring.perplexity(loss),
+                      'loss': loss, 'loss_stderr': error, 'perplexity': evaluation.perplexity(loss),
                       'bits_per_token': bits, 'bits_per_token_stderr': error / math.log(2),
                       'bits_per_byte': n_bytes and bits * n / n_bytes,
                       'bits_per_character': n_chars and bits * n / n_chars}
@@ -148,39 +144,40 @@ if data:
 def contexts(name, shots=0):
     """[(item, its context)] of what was asked, the context after so many examples with their answers."""
     items = asked[name]
-    return [(item, scoring.with_examples(items, i, shots, delimiter, seed)) for i, item in enumerate(items[:limit])]
+    return [(item, evaluation.with_examples(items, i, shots, delimiter, seed)) for i, item in enumerate(items[:limit])]
 
 
 def encoded(texts, delimiter):
     """Token ids of each context with each of its answers."""
     pairs = []
     for item, context in texts:
-        with scoring.naming(item.where):
-            pairs += [scoring.encode_pair(tok, context, delimiter + answer) for answer in item.answers]
+        with evaluation.naming(item.where):
+            pairs += [evaluation.encode_pair(tok, context, delimiter + answer) for answer in item.answers]
     return pairs
 
 
 if choices:
     texts = contexts('choices', shots)
-    logprobs, _ = scoring.loglikelihood(model, rt, encoded(texts, delimiter), batch_size, 'choices')
-    right = scoring.right_choices([item for item, _ in texts], logprobs)
+    logprobs, _ = evaluation.loglikelihood(model, rt, encoded(texts, delimiter), batch_size, 'choices')
+    right = evaluation.right_choices([item for item, _ in texts], logprobs)
     chance = [1 / len(item.answers) for item, _ in texts]
-    report['choices'] = {'of': choices, 'n': len(texts), 'shots': shots, **scoring.summary(right),
+    report['choices'] = {'of': choices, 'n': len(texts), 'shots': shots, **evaluation.summary(right),
                          'chance': sum(chance) / len(chance)}
 
 if last_word:
     texts = contexts('last_word')
-    logprobs, greedy = scoring.loglikelihood(model, rt, encoded(texts, ' '), batch_size, 'last word')
-    found = scoring.summary({'acc': greedy, 'loss': -logprobs})
-    report['last_word'] = {'of': last_word, 'n': len(texts), **found, 'perplexity': scoring.perplexity(found['loss'])}
+    logprobs, greedy = evaluation.loglikelihood(model, rt, encoded(texts, ' '), batch_size, 'last word')
+    found = evaluation.summary({'acc': greedy, 'loss': -logprobs})
+    perplexity = evaluation.perplexity(found['loss'])
+    report['last_word'] = {'of': last_word, 'n': len(texts), **found, 'perplexity': perplexity}
 
 if generate:
     texts, prompts = contexts('generate', shots), []
     for item, context in texts:
-        with scoring.naming(item.where):
+        with evaluation.naming(item.where):
             prompts.append(tok.encode(context, special=True) if context else tok.beginning())
-    stops += [scoring.SEPARATOR] * (shots > 0)   # where the next example would begin
-    answers = scoring.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size)
+    stops += [evaluation.SEPARATOR] * (shots > 0)   # where the next example would begin
+    answers = evaluation.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size)
     answers = [answer.strip() for answer in answers]
     references = [item.answers[0].strip() for item, _ in texts]
     bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
@@ -189,7 +186,7 @@ if generate:
     f1 = {name: [score[name].fmeasure for score in scores] for name in scores[0]}
     report['generate'] = {'of': generate, 'n': len(texts), 'shots': shots,
                           'bleu': bleu.corpus_score(answers, [references]).score,
-                          'chrf': chrf.corpus_score(answers, [references]).score, **scoring.summary(f1),
+                          'chrf': chrf.corpus_score(answers, [references]).score, **evaluation.summary(f1),
                           'bleu_signature': str(bleu.get_signature()), 'chrf_signature': str(chrf.get_signature())}
 
 # a table for people, an object for programs

@@ -18,12 +18,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import checkpoint
-import pretrained
-import runtime
-import tokenizer
-import validate
-from configurator import UserError, configure
+from configurator import configure
+from flatgpt import checkpoint, pretrained, runtime, tokenizer, validate
+from flatgpt.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'                       # folder of the model: its best.pt, or else its ckpt.pt
@@ -44,7 +41,7 @@ validate.export_options(config)
 path = checkpoint.resolve(out_dir, names=False) if init_from == 'resume' else checkpoint.resolve(init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of, merged=not adapter)
 if adapter and 'base' not in ckpt:
-    raise UserError(f'{path} is no adapter, it has all its weights: leave --adapter away')
+    raise UserError(f'{path} is not an adapter, it has all its weights: remove --adapter')
 kind = pretrained.kind_of(model.config)
 model.to(runtime.DTYPES[dtype]).float()   # what the folder will hold
 
@@ -55,7 +52,7 @@ ids = torch.randint(tok.vocab_size, shape, generator=torch.Generator().manual_se
 
 
 def check(what, text_ids, logits):
-    """Raise UserError unless what was read back encodes the probe and scores the ids as the model here does."""
+    """Raise UserError unless the exported files give the ids of the probe and the logits of the model here."""
     with torch.inference_mode():
         ours = model(ids, ids)[0]
     close = torch.allclose(logits, ours, rtol=1e-4, atol=1e-4)
@@ -94,7 +91,7 @@ try:
         pretrained.save(new, model, kind, runtime.DTYPES[dtype], tok)
         again, text, _ = checkpoint.load_model(new)
         with torch.inference_mode():
-            check('what was read back', text.encode(probe), again(ids, ids)[0])
+            check('the exported model', text.encode(probe), again(ids, ids)[0])
         reader = check_with_transformers(new)
     if to.is_dir():
         to.rmdir()

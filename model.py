@@ -1,201 +1,314 @@
 """
-The GPT: configuration, modules, forward pass, initialisation, arithmetic (parameters, FLOPs) and generation.
+The whole model: configuration, positions, attention, blocks, loss, initialisation, FLOPs, and a plain generate().
 
 The architecture is GPT-2's (Radford et al., 2019): pre-norm blocks of causal self-attention and a GELU MLP, learned
-positions, and one matrix that both embeds tokens and scores the next one. Modules and parameters carry GPT-2's names.
-What has come since is a switch of GPTConfig; ARCHS names sets of switches that belong together.
+positions, and one matrix that both embeds tokens and gives the logits. Modules and parameters have GPT-2's names.
+Everything newer is a field of GPTConfig; ARCHS names sets of fields that belong together.
+
+flatgpt/engine.py generates fast: many prompts at once, with a KV cache and all sampling controls.
 
 Letters of the shape comments:
-B batch · T time · C width, n_embd · H heads, n_head · K heads of keys and values, n_kv_head · D width of a head
-V vocabulary · L layers
+B batch · T time (tokens) · S time of the keys · C width, n_embd · H heads, n_head · K heads of keys and values
+D width of a head · V vocabulary · L layers
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
-from attention import ATTEND, POS, Cache, drop, rope, rotate, score_bias, static_columns
-from sampling import check, draw, penalise, uniform
+from torch.utils.checkpoint import checkpoint as recompute
 
 NANOGPT_FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+ALLOWED = {   # fields of GPTConfig that have one of a few values
+    'attention': ('auto', 'sdpa', 'math'),
+    'gelu': ('tanh', 'erf'),
+    'pos': ('learned', 'rope', 'alibi'),
+    'norm': ('layernorm', 'rmsnorm'),
+    'mlp': ('gelu', 'relu2', 'swiglu'),
+}
 
 
 @dataclass
 class GPTConfig:
-    """All that defines a model. A value that cannot be raises ValueError: what was given, what is expected."""
-    vocab_size: int = 50304     # GPT-2's 50,257 ids, padded to a multiple of 64, which matrix kernels like
+    """Everything that defines a model. Raises ValueError for an impossible value: what is wrong, what is expected."""
+    vocab_size: int = 50304     # GPT-2's 50,257 ids, padded to a multiple of 64: matrix products are faster then
     block_size: int = 1024      # longest context, in tokens
     n_layer: int = 12
     n_embd: int = 768
     n_head: int = 12
-    bias: bool = True           # in Linear and LayerNorm, as in GPT-2; a model without is a little faster and no worse
-    dropout: float = 0.0        # of embeddings, attention weights, and what a block adds
-    gelu: str = 'tanh'          # the approximation that GPT-2 was trained with, or 'erf', the exact one (nanoGPT)
-    attention: str = 'auto'     # 'sdpa' (torch's fused kernels), 'math' (written out) or 'auto' (the faster one here)
-    pos: str = 'learned'        # 'learned' (a table), 'rope' (turns queries and keys), 'alibi' (favours what is near)
-    norm: str = 'layernorm'     # 'layernorm', 'rmsnorm' (does not centre)
+    bias: bool = True           # biases in Linear and LayerNorm, as in GPT-2; without them a model is a little faster
+    dropout: float = 0.0        # of embeddings, attention weights and block outputs
+    gelu: str = 'tanh'          # 'tanh' (the approximation that GPT-2 was trained with), 'erf' (exact, as in nanoGPT)
+    attention: str = 'auto'     # 'sdpa' (torch's fused kernels), 'math' (written out), 'auto' (the faster of the two)
+    pos: str = 'learned'        # 'learned' (a table), 'rope' (rotates queries and keys), 'alibi' (penalises distance)
+    norm: str = 'layernorm'     # 'layernorm', 'rmsnorm' (does not subtract the mean)
     mlp: str = 'gelu'           # 'gelu', 'relu2' (ReLU squared), 'swiglu' (gated, 2/3 as wide)
-    qk_norm: bool = False       # norm queries and keys, which lets the learning rate be higher
-    n_kv_head: int | None = None        # heads of keys and values, each shared by several of queries; None: n_head
-    head_dim: int | None = None         # width of a head, None: n_embd / n_head
-    n_inner: int | None = None          # width inside the MLP, None: 4 n_embd; of 'swiglu' 2/3 of it, times 64
-    norm_eps: float | None = None       # keeps norms from dividing by zero; None: 1e-5, of 'rmsnorm' 1e-6
-    rope_base: float = 10_000.0         # how slowly the slowest channels turn
-    rope_scaling: tuple | None = None   # stretch them for a longer context: (factor, low, high, context before)
-    window: int | None = None   # how many tokens back attention reaches, itself included; None: all
-    tie_weights: bool = True    # one matrix for embedding and head
-    softcap: float | None = None        # logits stay within ± this, by tanh
-    layer_scale: float | None = None    # initial gain, per channel, of what a block adds; None: no gains
-    zero_init: bool = False     # what a block adds, and an untied head, begin at zero
-    loss_chunks: int = 1        # logits and loss in so many pieces, none of which is kept
+    qk_norm: bool = False       # normalise queries and keys, which allows a higher learning rate
+    n_kv_head: int | None = None        # heads of keys and values, each shared by several query heads; None: n_head
+    head_dim: int | None = None         # width of a head; None: n_embd / n_head
+    n_inner: int | None = None          # width inside the MLP; None: 4 n_embd, for 'swiglu' 8/3 n_embd, times 64
+    norm_eps: float | None = None       # keeps norms from dividing by zero; None: 1e-5, for 'rmsnorm' 1e-6
+    rope_base: float = 10_000.0         # a larger base rotates slower, for longer contexts
+    rope_scaling: tuple | None = None   # stretch RoPE for a longer context: (factor, low, high, original context)
+    window: int | None = None   # how many tokens back attention reaches, the token itself included; None: all
+    tie_weights: bool = True    # one matrix for the embedding and the head
+    softcap: float | None = None        # limit logits to ± this value, with tanh
+    layer_scale: float | None = None    # initial gain, per channel, of each block's output; None: no gains
+    zero_init: bool = False     # block outputs, and an untied head, are initialised to zero
+    loss_chunks: int = 1        # compute logits and loss in this many pieces and keep none of them, to save memory
 
     def __post_init__(self):
+        for name, allowed in ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f'{name}={value!r}: expected one of {", ".join(map(repr, allowed))}')
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_inner',
                      'window', 'loss_chunks'):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f'{name}={value}: expected 1 or more')
         for name in ('softcap', 'layer_scale', 'norm_eps', 'rope_base'):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f'{name}={getattr(self, name)}: expected a finite number above 0')
-        if not self.head_dim and self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} does not divide among n_head={self.n_head} heads: '
-                             f'make it a multiple of n_head, such as {-(-self.n_embd // self.n_head) * self.n_head}')
-        if self.n_kv_head and self.n_head % self.n_kv_head:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f'{name}={value}: expected a finite number above 0')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout}: expected a probability below 1, such as 0.1')
+        if self.head_dim is None and self.n_embd % self.n_head:
+            multiple = math.ceil(self.n_embd / self.n_head) * self.n_head
+            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
+                             f'use a multiple of n_head, such as {multiple}')
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             raise ValueError(f'n_head={self.n_head} heads cannot share n_kv_head={self.n_kv_head} evenly: '
-                             f'make n_kv_head a divisor of n_head')
+                             f'use a divisor of n_head')
         if self.pos == 'rope' and self.head_width % 2:
-            raise ValueError(f"pos='rope' turns pairs of channels: n_embd / n_head = {self.head_width} must be even")
+            raise ValueError(f"pos='rope' rotates pairs of channels: n_embd / n_head = {self.head_width} must be even")
         if self.rope_scaling is not None:
             self.rope_scaling = tuple(self.rope_scaling)
             if len(self.rope_scaling) != 4 or not all(0 < x < math.inf for x in self.rope_scaling):
-                raise ValueError(f'rope_scaling={self.rope_scaling}: expected (factor, low, high, context before)')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout}: expected a probability below 1, such as 0.1')
-        for name, known in (('attention', ATTEND), ('gelu', GELU), ('pos', POS), ('norm', NORM), ('mlp', MLPS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f'{name}={getattr(self, name)!r}: expected one of {", ".join(map(repr, known))}')
+                raise ValueError(f'rope_scaling={self.rope_scaling}: expected (factor, low, high, original context)')
 
     @property
     def head_width(self):
+        """Width of a head, D."""
         return self.head_dim or self.n_embd // self.n_head
 
     @property
     def inner_width(self):
-        gated = -(-8 * self.n_embd // (3 * 64)) * 64   # a gate is a third matrix: 2/3 as wide, times 64
-        return self.n_inner or (gated if self.mlp == 'swiglu' else 4 * self.n_embd)
+        """Width inside the MLP. A gated MLP has a third matrix, so by default it is 2/3 as wide, rounded up to 64."""
+        if self.n_inner:
+            return self.n_inner
+        if self.mlp == 'swiglu':
+            return math.ceil(8 * self.n_embd / (3 * 64)) * 64
+        return 4 * self.n_embd
 
     def to_dict(self):
-        """What a checkpoint keeps: nanoGPT's fields, so that nanoGPT reads it too, and any newer one that is not at its
-        default. How attention and loss are computed belongs to the machine, not to the model."""
-        default = {f.name: f.default for f in fields(self)}
-        return {k: v for k, v in asdict(self).items() if k in NANOGPT_FIELDS
-                or k not in ('attention', 'loss_chunks') and v != default[k]}
+        """The fields that a checkpoint stores: nanoGPT's, so that nanoGPT can read it, and newer ones that differ from
+        their default; without attention and loss_chunks, which belong to the machine and not to the model."""
+        stored = [field for field in fields(self) if field.name in NANOGPT_FIELDS or (
+            field.name not in ('attention', 'loss_chunks') and getattr(self, field.name) != field.default)]
+        return {field.name: getattr(self, field.name) for field in stored}
 
 
-# Switches that belong together: GPT-2's (Radford et al., 2019), Llama 2's (Touvron et al., 2023), Qwen3's (Yang et al.,
-# 2025), and those with which public speed runs reach a loss soonest (github.com/KellerJordan/modded-nanogpt)
+# Fields that belong together: GPT-2 (Radford et al., 2019), Llama 2 (Touvron et al., 2023), Qwen3 (Yang et al., 2025),
+# and those with which public speed runs reach a loss soonest (github.com/KellerJordan/modded-nanogpt)
 GPT2 = {'pos': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'qk_norm': False, 'tie_weights': True, 'softcap': None,
         'zero_init': False}
 LLAMA = {**GPT2, 'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'tie_weights': False}
-ARCHS = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': {**LLAMA, 'qk_norm': True, 'tie_weights': True},
-         'speedrun': {**GPT2, 'pos': 'rope', 'mlp': 'relu2', 'qk_norm': True, 'tie_weights': False, 'softcap': 15.0,
-                      'zero_init': True}}
+QWEN3 = {**LLAMA, 'qk_norm': True, 'tie_weights': True}
+SPEEDRUN = {**GPT2, 'pos': 'rope', 'mlp': 'relu2', 'qk_norm': True, 'tie_weights': False, 'softcap': 15.0,
+            'zero_init': True}
+ARCHS = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': QWEN3, 'speedrun': SPEEDRUN}
 
 
-def switches(arch, **changes):
-    """The fields of GPTConfig that an architecture sets, and those of changes that are not None. Raises ValueError."""
+def arch_fields(arch, **overrides):
+    """The fields of GPTConfig that an architecture sets, with those overrides that are not None. Raises ValueError."""
     if arch not in ARCHS:
         raise ValueError(f'arch={arch!r}: expected one of {", ".join(map(repr, ARCHS))}')
-    return {**ARCHS[arch], **{name: value for name, value in changes.items() if value is not None}}
+    return {**ARCHS[arch], **{name: value for name, value in overrides.items() if value is not None}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the parts of a block
+# positions and attention masks
 
-class Dropout(nn.Module):
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
+def rope_angles(positions, D, base, scaling=None):
+    """Cosines and sines, (T, D / 2) each in float32, of the rotary angles of positions, (T,) (Su et al., 2021).
 
-    def forward(self, x):
-        return drop(x, self.p) if self.training else x
+    From one position to the next, channel pair i rotates by base^(-2i / D).
+    scaling: (factor, low, high, context), as in Llama 3.1 (Grattafiori et al., 2024). Pairs that make fewer than low
+    turns within context tokens are slowed down by factor, those that make more than high are not, those between partly.
+    """
+    speed = base ** (-torch.arange(0, D, 2, device=positions.device).float() / D)     # (D / 2,)
+    if scaling is not None:
+        factor, low, high, context = scaling
+        turns = context * speed / (2 * math.pi)
+        unscaled = ((turns - low) / (high - low)).clamp(0, 1)   # share of the speed that stays as it is
+        speed = speed * (unscaled + (1 - unscaled) / factor)
+    angle = positions.float()[:, None] * speed                                        # (T, D / 2)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, angles):
+    """Rotate queries or keys, (..., T, D), by the angles of their positions; channel i is paired with i + D / 2."""
+    cos, sin = (part.to(x.dtype) for part in angles)                                  # (T, D / 2) each
+    first, second = x.chunk(2, dim=-1)                                                # (..., T, D / 2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def make_attn_mask(query, key, n_head, pos, window, padding=None):
+    """Additive attention mask, (H or 1, T, S), for queries at positions query, (T,), and keys at positions key, (S,).
+    None if it would be plain causal, which attend() does without a mask.
+
+    -inf forbids: keys after the query, keys window or more positions back (Child et al., 2019), and the first padding
+    keys of a row; with padding, (B,), the mask is (B, H or 1, T, S). ALiBi subtracts slope times distance, with slopes
+    2^(-8h / H) for h = 1 ... H (Press et al., 2022).
+    """
+    T, S = len(query), len(key)
+    limited = window is not None and window < S
+    if pos != 'alibi' and not limited and padding is None and T in (1, S):
+        return None
+    distance = query[:, None] - key                                                   # (T, S)
+    forbidden = (distance < 0) | (distance >= (window or math.inf))
+    if padding is not None:   # a padding token may attend to itself: a row of weights needs a sum
+        forbidden = forbidden | ((key < padding[:, None, None, None]) & (distance != 0))   # (B, 1, T, S)
+    if pos == 'alibi':
+        slopes = 2 ** (-8 / n_head * torch.arange(1, n_head + 1, device=key.device))  # (H,)
+    else:
+        slopes = key.new_zeros(1)
+    return (-slopes[:, None, None].float() * distance).masked_fill(forbidden, -math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention: written out, and the choice between that and torch's fused kernels
+
+def attend_math(q, k, v, dropout_p=0.0, attn_mask=None):
+    """softmax(q kᵀ / √D + attn_mask) v, written out (Vaswani et al., 2017, eq. 1): the reference for fused kernels.
+
+    q and the result: (B, H, T, D). k, v: (B, H, S, D). dropout_p: probability that a weight is dropped.
+    attn_mask: from make_attn_mask(). None: causal, with S = T, or with T = 1 and the query in the last position.
+    """
+    T, D = q.shape[-2:]
+    q = q / math.sqrt(D)
+    if T > 1:
+        scores = q @ k.mT                                                             # (B, H, T, S), query by key
+    else:   # q kᵀ = (k qᵀ)ᵀ, and in this order k, a slice of the KV cache, is not copied
+        scores = (k @ q.mT).mT                                                        # (B, H, 1, S)
+    if attn_mask is None and T > 1:
+        attn_mask = torch.full((T, T), -math.inf, device=q.device).triu(diagonal=1)   # no query sees a later key
+    if attn_mask is not None:
+        scores = scores + attn_mask.to(q.dtype)
+    weights = scores.softmax(dim=-1, dtype=scores.dtype)                              # each row sums to one
+    return dropout(weights, dropout_p) @ v                                            # (B, H, T, D)
+
+
+def attend(q, k, v, dropout_p=0.0, attn_mask=None, attention='auto'):
+    """What attend_math() returns, by 'math', by 'sdpa', or by 'auto', the faster of the two.
+
+    'sdpa': torch's fused kernels, which never store the (T, S) weights (Dao et al., 2022). On a CPU they have no
+    dropout, and in bfloat16 their backward pass takes twice as long as plain products, whose memory is small while T
+    is. For one query plain products are faster on a CPU, and on a GPU cuDNN would plan anew for each number of keys.
+    """
+    T = q.size(-2)
+    if attention == 'auto':
+        short = T <= 512 and q.dtype != torch.float32
+        math_on_cpu = q.device.type == 'cpu' and (dropout_p > 0 or short)
+        attention = 'math' if T == 1 or math_on_cpu else 'sdpa'
+    if attention == 'math':
+        return attend_math(q, k, v, dropout_p, attn_mask)
+    causal = attn_mask is None and T > 1
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout_p, is_causal=causal)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the modules of a block
+
+def dropout(x, p, training=True):
+    """x with a random share p of its elements set to zero and the others divided by 1 - p (Srivastava et al., 2014); x
+    itself if not training.
+
+    On a CPU, torch draws these random numbers one by one, which takes longer than all matrix products of a small model.
+    Here each element gets 16 bits of numpy's SFC64, which is seeded by torch's generator.
+    """
+    if p == 0 or not training:
+        return x
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    generator = np.random.SFC64(torch.randint(2**62, ()).item())
+    words = generator.random_raw(math.ceil(x.numel() / 4))                            # 64 bits each
+    bits = torch.from_numpy(words.view(np.int16)[:x.numel()]).view(x.shape)
+    mask = bits >= round(p * 2**16) - 2**15   # not of those that become zero
+    return x * mask.to(x.dtype).mul_(1 / (1 - p))
 
 
 class RMSNorm(nn.RMSNorm):
-    """x over its root mean square, times a weight (Zhang & Sennrich, 2019). torch's, which is slow and warns when x is
-    in bfloat16 and the weight is not."""
+    """x divided by its root mean square, times a weight (Zhang & Sennrich, 2019). The weight is cast to x's dtype:
+    without that, torch's RMSNorm is slow and warns under autocast."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        C, D, H, K = config.n_embd, config.head_width, config.n_head, config.n_kv_head or config.n_head
-        self.heads, self.dropout, self.attend = (H, K, K), config.dropout, ATTEND[config.attention]
-        self.c_attn = nn.Linear(C, (H + K + K) * D, bias=config.bias)                 # queries, keys, values in one
-        self.c_proj = nn.Linear(H * D, C, bias=config.bias)
-        norm = NORM[config.norm] if config.qk_norm else nn.Identity                   # Dehghani et al., 2023
-        self.q_norm, self.k_norm = norm(D, False, config.norm_eps), norm(D, False, config.norm_eps)
+def make_norm(config, width, bias):
+    """The norm that config.norm names, for vectors of a width."""
+    if config.norm == 'rmsnorm':
+        return RMSNorm(width, config.norm_eps or 1e-6)
+    return nn.LayerNorm(width, config.norm_eps or 1e-5, bias=bias)
 
-    def forward(self, x, angles=None, bias=None, keep=None):
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, D = config.n_embd, config.head_width
+        self.layer = layer
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.attention = config.attention
+        self.dropout_p = config.dropout
+        self.c_attn = nn.Linear(C, (self.n_head + 2 * self.n_kv_head) * D, bias=config.bias)   # q, k and v in one
+        self.c_proj = nn.Linear(self.n_head * D, C, bias=config.bias)
+        self.q_norm = make_norm(config, D, False) if config.qk_norm else nn.Identity()         # Dehghani et al., 2023
+        self.k_norm = make_norm(config, D, False) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, angles=None, attn_mask=None, kv_cache=None):
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, sum(self.heads), -1).transpose(1, 2)        # (B, H + K + K, T, D)
-        q, k, v = heads.split(self.heads, dim=1)
+        H, K = self.n_head, self.n_kv_head
+        heads = self.c_attn(x).view(B, T, H + K + K, -1).transpose(1, 2)              # (B, H + K + K, T, D)
+        q, k, v = heads.split((H, K, K), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
-            q, k = rotate(torch.cat((q, k), dim=1), angles).split(self.heads[:2], dim=1)
-        if keep is not None:
-            k, v = keep(k, v)                                                         # (B, K, S, D)
-        if k.size(1) < q.size(1):   # groups of queries share keys and values (Ainslie et al., 2023)
-            k, v = (part.repeat_interleave(q.size(1) // k.size(1), dim=1) for part in (k, v))
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0, bias)        # (B, H, T, D)
+            q, k = apply_rope(torch.cat((q, k), dim=1), angles).split((H, K), dim=1)
+        if kv_cache is not None:
+            k, v = kv_cache.update(self.layer, k, v)                                  # (B, K, S, D)
+        if K < H:   # grouped-query attention: groups of queries share keys and values (Ainslie et al., 2023)
+            k = k.repeat_interleave(H // K, dim=1)                                    # (B, H, S, D)
+            v = v.repeat_interleave(H // K, dim=1)
+        y = attend(q, k, v, self.dropout_p if self.training else 0.0, attn_mask, self.attention)   # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))                       # heads side by side again
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the rest of the model
-
-GELU = {'tanh': 'tanh', 'erf': 'none'}   # our name -> torch's
-NORM = {'layernorm': lambda width, bias, eps: nn.LayerNorm(width, eps or 1e-5, bias=bias),
-        'rmsnorm': lambda width, bias, eps: RMSNorm(width, eps or 1e-6)}
-
-
-class ReLU2(nn.Module):
-    """The square of what is above zero (So et al., 2021)."""
-
-    def forward(self, x):
-        return F.relu(x).square()
-
-
-class SwiGLU(nn.Module):
-    """One half of the channels, times the SiLU of the other (Shazeer, 2020)."""
-
-    def forward(self, x):
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
-
-
-MLPS = {'gelu': lambda config: nn.GELU(approximate=GELU[config.gelu]),
-        'relu2': lambda config: ReLU2(),
-        'swiglu': lambda config: SwiGLU()}
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        C, width, gated = config.n_embd, config.inner_width, config.mlp == 'swiglu'
-        self.c_fc = nn.Linear(C, width * (1 + gated), bias=config.bias)
-        self.act = MLPS[config.mlp](config)
-        self.c_proj = nn.Linear(width, C, bias=config.bias)
+        self.activation = config.mlp
+        self.gelu = 'none' if config.gelu == 'erf' else 'tanh'   # torch's names
+        width = config.inner_width
+        self.c_fc = nn.Linear(config.n_embd, 2 * width if config.mlp == 'swiglu' else width, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        return self.c_proj(self.act(self.c_fc(x)))
+        x = self.c_fc(x)
+        if self.activation == 'swiglu':   # one half of the channels gates the other (Shazeer, 2020)
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        elif self.activation == 'relu2':   # So et al., 2021
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate=self.gelu)
+        return self.c_proj(x)
 
 
 class LayerScale(nn.Module):
@@ -210,47 +323,64 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention moves information between positions, the MLP works on each; both add to the residual stream x."""
+    """Attention moves information between positions, the MLP works on each. Both add to the residual stream x."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        norm = lambda: NORM[config.norm](config.n_embd, config.bias, config.norm_eps)
-        scale = LayerScale if config.layer_scale else nn.Identity
-        self.ln_1, self.attn, self.scale_1 = norm(), CausalSelfAttention(config), scale(config)
-        self.ln_2, self.mlp, self.scale_2 = norm(), MLP(config), scale(config)
-        self.drop = Dropout(config.dropout)
+        self.ln_1 = make_norm(config, config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.scale_1 = LayerScale(config) if config.layer_scale else nn.Identity()
+        self.ln_2 = make_norm(config, config.n_embd, config.bias)
+        self.mlp = MLP(config)
+        self.scale_2 = LayerScale(config) if config.layer_scale else nn.Identity()
+        self.dropout_p = config.dropout
 
-    def forward(self, x, angles=None, bias=None, keep=None):
-        x = x + self.drop(self.scale_1(self.attn(self.ln_1(x), angles, bias, keep)))
-        x = x + self.drop(self.scale_2(self.mlp(self.ln_2(x))))
-        return x
+    def forward(self, x, angles=None, attn_mask=None, kv_cache=None):
+        y = self.scale_1(self.attn(self.ln_1(x), angles, attn_mask, kv_cache))
+        x = x + dropout(y, self.dropout_p, self.training)
+        y = self.scale_2(self.mlp(self.ln_2(x)))
+        return x + dropout(y, self.dropout_p, self.training)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
 
 class GPT(nn.Module):
+    """Token ids in, logits of the next token out. Parameters carry the names of GPT-2."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict({
-            'wte': nn.Embedding(config.vocab_size, config.n_embd),
-            **({'wpe': nn.Embedding(config.block_size, config.n_embd)} if config.pos == 'learned' else {}),
-            'drop': Dropout(config.dropout),
-            'h': nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            'ln_f': NORM[config.norm](config.n_embd, config.bias, config.norm_eps),
-        })
+        self.dropout_p = config.dropout
+        self.transformer = nn.ModuleDict()
+        self.transformer['wte'] = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.pos == 'learned':
+            self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer['ln_f'] = make_norm(config, config.n_embd, config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight   # one matrix both ways (Press & Wolf, 2017)
-        self.spare_cache = None   # a static cache between two calls of generate()
+            self.lm_head.weight = self.transformer.wte.weight   # one matrix for both (Press & Wolf, 2017)
         self.init_weights()
+
+    @classmethod
+    def from_pretrained(cls, name, override_args=None):
+        """A GPT with the weights of 'gpt2', another name on the Hugging Face hub, a local folder, or a ckpt.pt.
+
+        override_args: fields of GPTConfig to change, such as {'dropout': 0.1}. Raises UserError.
+        """
+        from flatgpt import checkpoint
+        path = checkpoint.resolve(name)
+        return checkpoint.build(checkpoint.load(path), path, **(override_args or {}))
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialisation, by name, so that a parameter nobody thought of is an error and not a surprise."""
+        """Initialise all parameters as GPT-2 does, by name. A name without a rule raises NotImplementedError."""
         for name, p in self.named_parameters():
             if self.config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
                 p.zero_()
             elif name.endswith('c_proj.weight'):
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))   # 2L of these add up in the residual stream
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))   # the residual stream adds up 2 L of these
             elif name.endswith(('wte.weight', 'wpe.weight', 'c_attn.weight', 'c_fc.weight', 'lm_head.weight')):
                 p.normal_(std=0.02)
             elif name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight', 'q_norm.weight', 'k_norm.weight')):
@@ -262,74 +392,86 @@ class GPT(nn.Module):
             else:
                 raise NotImplementedError(f'no initialisation for {name}')
 
-    def hidden(self, idx, cache=None):
-        """The residual stream after the last norm, (B, T, C), of token ids idx, (B, T); with a cache, of ids that come
-        after those in it."""
-        c, T = self.config, idx.size(1)
+    def forward(self, idx, targets=None):
+        """(logits, loss) of token ids idx, (B, T).
+
+        With targets, (B, T), the ids one step ahead: logits of all positions, (B, T, V), and the mean cross-entropy in
+        nats over the targets that are not -1; with loss_chunks above 1 the logits are None.
+        Without targets: the logits of the last position, (B, 1, V), and None.
+        """
+        x = self.hidden_states(idx)
+        if targets is None:
+            return self.compute_logits(x[:, -1:]), None
+        return self.logits_and_loss(x, targets)
+
+    def hidden_states(self, idx, kv_cache=None):
+        """The residual stream after the last norm, (B, T, C), of token ids idx, (B, T). With a kv_cache, a KVCache of
+        flatgpt/engine.py, idx continues the tokens that are in it."""
+        c = self.config
+        T = idx.size(1)
         assert T <= c.block_size, f'{T} tokens in a context of {c.block_size}'
-        if cache:
-            query, key, pad = cache.place(T)                                          # (T,), (S,), (B,) or None
-        else:
+        if kv_cache is None:
             query = key = torch.arange(T, device=idx.device)
-            pad = None
+            padding = None
+        else:
+            query, key, padding = kv_cache.positions(T)                               # (T,), (S,), (B,) or None
         x = self.transformer.wte(idx)                                                 # (B, T, C)
-        if c.pos == 'learned':
-            place = slice(T) if not cache else query if pad is None else (query - pad[:, None]).clamp(min=0)
-            x = x + self.transformer.wpe.weight[place]                                # + (T, C) or (B, T, C)
-        x = self.transformer.drop(x)
         angles = None
-        if c.pos == 'rope':
-            angles = rope(query + cache.gone if cache else query, c.head_width, c.rope_base, c.rope_scaling)
-        bias = score_bias(query, key, c.n_head, c.pos, c.window, pad)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, angles, bias, cache and cache.keep(layer))
+        if c.pos == 'learned' and kv_cache is None:
+            x = x + self.transformer.wpe.weight[:T]                                   # + (T, C)
+        elif c.pos == 'learned':
+            row_positions = query if padding is None else (query - padding[:, None]).clamp(min=0)
+            x = x + self.transformer.wpe.weight[row_positions]                        # + (T, C) or (B, T, C)
+        elif c.pos == 'rope':
+            positions = query if kv_cache is None else query + kv_cache.evicted
+            angles = rope_angles(positions, c.head_width, c.rope_base, c.rope_scaling)
+        x = dropout(x, self.dropout_p, self.training)
+        attn_mask = make_attn_mask(query, key, c.n_head, c.pos, c.window, padding)
+        for block in self.transformer.h:
+            x = block(x, angles, attn_mask, kv_cache)
         return self.transformer.ln_f(x)
 
-    def score(self, x):
-        """Logits of the next token, (..., V), of hidden states x, (..., C)."""
-        logits, cap = self.lm_head(x), self.config.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)              # Gemma 2, 2024
+    def compute_logits(self, x):
+        """Logits, (..., V), of the token that follows each hidden state x, (..., C)."""
+        logits = self.lm_head(x)
+        if self.config.softcap is not None:   # Gemma 2, 2024
+            logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
+        return logits
 
-    def forward(self, idx, targets=None):
-        """Logits and loss of token ids idx, (B, T).
+    def next_logits(self, idx, kv_cache):
+        """Logits, (B, V), of the token that follows token ids idx, (B, T), which continue those in the kv_cache."""
+        return self.compute_logits(self.hidden_states(idx, kv_cache)[:, -1])
 
-        With targets, (B, T), the ids one step ahead: all logits, (B, T, V), and the mean cross-entropy in nats over the
-        targets that are not -1. With loss_chunks, only the loss. Without targets: the last position's logits,
-        (B, 1, V), and None.
-        """
-        x = self.hidden(idx)
-        if targets is None:
-            return self.score(x[:, -1:]), None
-        return self.loss(x, targets)
-
-    def loss(self, x, targets):
-        """What forward() returns with targets, from hidden states x, (B, T, C)."""
-        n, shape = self.config.loss_chunks, targets.shape
-        x, targets = x.flatten(0, 1), targets.flatten()                               # (B · T, C), (B · T,)
+    def logits_and_loss(self, x, targets):
+        """What forward() returns with targets, (B, T), from hidden states x, (B, T, C)."""
+        shape = targets.shape
+        x = x.flatten(0, 1)                                                           # (B · T, C)
+        targets = targets.flatten()                                                   # (B · T,)
         count = (targets != -1).sum().clamp(min=1)
+        n = self.config.loss_chunks
         if n == 1:
-            logits = self.score(x)
+            logits = self.compute_logits(x)
             total = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction='sum')
             return logits.view(*shape, -1), total / count
-        total = sum(checkpoint(self.surprise, *part, use_reentrant=False)   # computed again in the backward pass
-                    for part in zip(x.chunk(n), targets.chunk(n)))
+        total = 0.0
+        for chunk in zip(x.chunk(n), targets.chunk(n)):   # computed again in the backward pass, so that none is stored
+            total = total + recompute(self.sum_loss, *chunk, use_reentrant=False)
         return None, total / count
 
-    def surprise(self, x, targets):
+    def sum_loss(self, x, targets):
         """The sum of the cross-entropies of hidden states x, (N, C), with targets, (N,)."""
-        return F.cross_entropy(self.score(x).float(), targets, ignore_index=-1, reduction='sum')
+        return F.cross_entropy(self.compute_logits(x).float(), targets, ignore_index=-1, reduction='sum')
 
     def crop_block_size(self, block_size):
-        """Shorten the context to block_size tokens by dropping the positions beyond, to finetune in less memory."""
+        """Shorten the context to block_size tokens, to finetune in less memory. Raises ValueError."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions, '
-                             f'which can be cut but not grown')
-        if block_size == self.config.block_size:
-            return
-        self.config.block_size = block_size
-        if self.config.pos == 'learned':
+                             f'expected 1 or more of them')
+        if self.config.pos == 'learned' and block_size < self.config.block_size:
             wpe = self.transformer.wpe
-            wpe.weight, wpe.num_embeddings = nn.Parameter(wpe.weight.detach()[:block_size].clone()), block_size
+            wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
+            wpe.num_embeddings = block_size
+        self.config.block_size = block_size
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; by default without those that are only looked up: the position table, and the token
@@ -344,117 +486,44 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs per token of a training step, forward and backward: 6 N + 12 L H D T (Chowdhery et al., 2022, app. B).
 
-        N is get_num_params(), T the context or, if it is shorter, the window. A multiply-add counts two, the backward
-        pass twice the forward, recomputation nothing, and attention as if it were not causal: the convention of most
-        published MFU figures, nanoGPT's among them.
+        N is get_num_params(), T the context, or the window if that is shorter. A multiply-add counts as two, the
+        backward pass as twice the forward pass, recomputation as nothing, and attention as if it were not causal: the
+        convention of most published MFU figures, including nanoGPT's.
         """
         c = self.config
         context = min(c.window or c.block_size, c.block_size)
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_head * c.head_width * context
 
-    def activation_bytes(self, rows, itemsize=2, checkpointing=False):
-        """Bytes that the forward pass of a training step keeps for the backward pass, of rows of block_size tokens.
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+        """Model FLOPs utilization: achieved FLOP/s divided by peak_flops, by default an A100's in bfloat16.
 
-        The residual stream is in float32, what goes through matrix products in itemsize: 2 is autocast to bfloat16,
-        whose copies of the weights are kept too. With checkpointing (runtime.recompute), blocks keep what enters them,
-        and one at a time has all of its own again. For GPT-2's blocks without dropout, and fused attention, which keeps
-        no scores; cf. Korthikanti et al., 2022, sec. 4. Raises ValueError for others.
+        fwdbwd_per_iter: how many rows of block_size tokens an iteration trains on. dt: its seconds.
         """
-        c = self.config
-        extras = (c.n_kv_head, c.head_dim, c.n_inner, c.window, c.softcap, c.layer_scale, c.qk_norm, c.loss_chunks > 1,
-                  c.dropout)
-        if any(extras) or (c.pos, c.norm, c.mlp) != ('learned', 'layernorm', 'gelu'):
-            raise ValueError('activations are counted for the blocks of GPT-2 only, without dropout and loss_chunks')
-        C, H, V = c.n_embd, c.n_head, c.vocab_size
-        statistics = 4 * 2                                                  # of a norm: mean, deviation
-        inside = 2 * (4 * C + statistics) + 14 * C * itemsize + 4 * H       # 2 normed, 3 qkv, 1 heads, 8 MLP; softmax
-        ends = 4 * C + statistics + itemsize * C + 4 * V + 2 * 8            # last norm; head; log-probabilities; ids
-        matrices = [p.numel() for p in self.transformer.h.parameters() if p.ndim == 2] * (not checkpointing)
-        copies = itemsize * (sum(matrices) + C * V) if itemsize < 4 else 0
-        return rows * c.block_size * (c.n_layer * (4 * C if checkpointing else inside) + ends) + copies
+        tokens = fwdbwd_per_iter * self.config.block_size
+        return self.flops_per_token() * tokens / dt / peak_flops
 
-    def cache_bytes(self, tokens, itemsize=2):
-        """Bytes of the keys and values of so many tokens, which decoding keeps."""
-        c = self.config
-        return 2 * c.n_layer * (c.n_kv_head or c.n_head) * c.head_width * tokens * itemsize
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type=None):
+        """AdamW in which matrices decay, and biases and norms do not. device_type is not needed: parameters know it."""
+        from flatgpt import optim
+        return optim.adamw(self, learning_rate, betas, weight_decay)
 
-    def step(self, idx, cache):
-        """Logits, (B, V), of what follows token ids idx, (B, T), which come after those in the cache."""
-        return self.score(self.hidden(idx, cache)[:, -1])
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Token ids, (B, T + max_new_tokens): idx, (B, T), and a sampled continuation of each row. Call eval() first.
 
-    @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None,
-                 repetition_penalty=1.0, seed=0, row=0, vocab_size=None, exact_window=False, static=False,
-                 logprobs=False):
-        """Continue B prompts, one token per row at a time: yields max_new_tokens tensors of shape (B,), with logprobs
-        pairs of that and of the model's log-probabilities of these tokens, (B,).
-
-        idx: token ids, (B, T), or B tensors of any length from 1. The controls are those of draw() and penalise(); ids
-        from vocab_size on (the padding of the table) are never drawn. Row k draws from a stream of its own, a function
-        of (seed, row + k).
-
-        A model looks back block_size tokens at most. Once so many are in the cache, the older half is dropped and the
-        rest is read anew, at new positions; with a window and relative positions nothing needs to be read anew.
-        exact_window reads the last block_size tokens anew for each token. static keeps shapes fixed, see Cache.
-        Put the model in eval mode first. Raises ValueError for an empty prompt, a control out of its range, and logits
-        that are not finite.
+        temperature divides the logits; 0 takes the likeliest token. top_k: sample among the k likeliest tokens only.
+        Each token recomputes the whole context: the reference for flatgpt/engine.py, which has a KV cache.
         """
-        check(temperature, top_k, top_p, min_p, repetition_penalty)
-        if not all(len(ids) for ids in idx):
-            raise ValueError('an empty prompt: expected at least one token id')
-        c, B, device = self.config, len(idx), self.transformer.wte.weight.device
-        start = max(len(ids) for ids in idx)
-        text = torch.zeros(B, start + max_new_tokens, dtype=torch.long, device=device)   # padded on the left
-        seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)
-        for k, ids in enumerate(idx):
-            text[k, start - len(ids):start] = ids
-            seen[k, ids.long()] = True
-        chance = torch.stack([uniform(seed, row + k, max_new_tokens) for k in range(B)]).to(device)
-        alike = all(torch.equal(ids, idx[0]) for ids in idx)
-        lengths = [min(len(ids), c.block_size) for ids in idx]   # what each row looks back at
-        kept = c.block_size if exact_window else max(c.block_size // 2, 1)   # of a context that has become too long
-        endless = c.pos != 'learned' and (c.window or math.inf) <= c.block_size
-        cache = self.take_cache(B, min(max(lengths) + max_new_tokens, c.block_size), static)
-        try:
-            for end in range(start, start + max_new_tokens):
-                if end == start or exact_window or (cache.full and not endless):
-                    lengths = [n if n <= c.block_size else kept for n in lengths]
-                    cache.begin(lengths)
-                    together = alike and end == start and not (static and max(lengths) == 1)
-                    rows = 1 if together else B   # one reading serves rows that are alike
-                    new = text[:rows, end - max(lengths):end]                         # (1 or B, T)
-                else:
-                    if cache.full:
-                        cache.forget(c.window - 1)
-                    new = text[:, end - 1:end].contiguous()                           # (B, 1)
-                logits = self.step(new, cache).expand(B, -1)[:, :vocab_size].float()  # (B, V)
-                cache.advance(new.size(1))
-                # a GPU would have to wait for each answer
-                ask = device.type == 'cpu' or end % 32 == 0 or end in (start, text.size(1) - 1)
-                if ask and not logits.isfinite().all():
-                    raise ValueError('the model gives NaN or infinite logits: its training went wrong')
-                liked = logits
-                if repetition_penalty != 1:
-                    liked = penalise(logits, seen[:, :vocab_size], repetition_penalty)
-                token = draw(liked, chance[:, end - start], temperature, top_k, top_p, min_p)   # (B,)
-                text[:, end] = token
-                seen.scatter_(1, token[:, None], True)
-                lengths = [n + 1 for n in lengths]
-                logprob = logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0] if logprobs else None
-                yield (token, logprob) if logprobs else token
-        finally:
-            if static:
-                self.spare_cache = cache
-
-    def take_cache(self, rows, tokens, static):
-        """An empty Cache for so many rows and tokens. A static one is that of an earlier generate() if it fits, because
-        a CUDA graph holds the addresses of its keys and values; while it is in use nobody else gets it."""
-        device, block_size = self.transformer.wte.weight.device, self.config.block_size
-        if not static:
-            return Cache(self.config, rows, tokens, device)
-        columns = static_columns(tokens, block_size)
-        cache, self.spare_cache = self.spare_cache, None
-        if cache is None or (cache.rows, len(cache.columns), cache.columns.device) != (rows, columns, device):
-            return Cache(self.config, rows, columns, device, static=True)
-        cache.clear()
-        return cache
+        for _ in range(max_new_tokens):
+            context = idx[:, -self.config.block_size:]
+            logits = self(context)[0][:, -1].float()                                  # (B, V)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)                           # (B, 1)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    likeliest = logits.topk(min(top_k, logits.size(-1))).values       # (B, k), in falling order
+                    logits = logits.masked_fill(logits < likeliest[:, -1:], -math.inf)
+                token = torch.multinomial(logits.softmax(dim=-1), num_samples=1)      # (B, 1)
+            idx = torch.cat((idx, token), dim=1)
+        return idx

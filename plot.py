@@ -14,8 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import curves
-from configurator import UsageError, UserError, configure
+from configurator import configure
+from flatgpt import plots
+from flatgpt.errors import UsageError, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 runs = 'out'                 # folders with a log.jsonl, separated by commas
@@ -29,21 +30,21 @@ text = False                 # a chart in the terminal and no picture
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
 
-if by not in curves.SCALES:
-    raise UsageError(f'by={by!r}: expected one of {", ".join(map(repr, curves.SCALES))}')
+if by not in plots.SCALES:
+    raise UsageError(f'by={by!r}: expected one of {", ".join(map(repr, plots.SCALES))}')
 names = panels.split(',')
-if not set(names) <= curves.PANELS.keys():
-    raise UsageError(f'panels={panels!r}: expected some of {", ".join(map(repr, curves.PANELS))}, with commas')
+if not set(names) <= plots.PANELS.keys():
+    raise UsageError(f'panels={panels!r}: expected some of {", ".join(map(repr, plots.PANELS))}, with commas')
 if smooth is not None and smooth < 1:
     raise UsageError(f'smooth={smooth}: expected 1 or more')
 if text and to:
     raise UsageError(f'text=True prints, to={to!r} writes a picture: give one of them')
 
-found = [curves.read(folder) for folder in runs.split(',')]
+found = [plots.read(folder) for folder in runs.split(',')]
 if not text:
     path = Path(to) if to else found[0].log.with_name('loss.png')
     try:
-        curves.picture(path, found, by, names, smooth, log_x, log_y)
+        plots.picture(path, found, by, names, smooth, log_x, log_y)
         print(f'wrote {path}', file=sys.stderr)
     except ImportError:
         if to:
@@ -55,4 +56,4 @@ if text:
     height = min(max((lines - 8) // len(names), 8), 24) if len(names) == 1 else 8
     color = sys.stdout.isatty() and 'NO_COLOR' not in os.environ   # no-color.org
     for panel in names:
-        print(curves.encodable(curves.chart(found, by, panel, smooth, log_x, log_y, width - 1, height, color)))
+        print(plots.encodable(plots.chart(found, by, panel, smooth, log_x, log_y, width - 1, height, color)))

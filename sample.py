@@ -20,13 +20,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import runtime
-import sampling
-import tokenizer
-import validate
-import weights
-from configurator import UserError, configure
+from configurator import configure
+from flatgpt import checkpoint, engine, runtime, tokenizer, validate
+from flatgpt.errors import UserError
+from flatgpt.quantize import int8, pack
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what to continue
@@ -64,7 +61,7 @@ chat = start is None and prompts is None and sys.stdin.isatty() and sys.stdout.i
 validate.sample_options(config)
 controls = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'min_p': min_p,
             'repetition_penalty': repetition_penalty}
-stops = sampling.read_stops(stop)
+stops = engine.parse_stops(stop)
 if stream == 'auto':
     stream = sys.stdout.isatty() and num_samples == 1 and prompts is None and not json
 
@@ -104,11 +101,11 @@ print(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}', file=sys.stderr)
 model.to(rt.device, rt.dtype)
 ckpt = None
 if quantize == 'int8':
-    weights.int8(model)
+    int8(model)
 if rt.compile:
     rt.compile_step(model)
 elif not quantize:
-    weights.pack(model)
+    pack(model)
 
 
 # one sample: its text, which ends before a stop
@@ -153,8 +150,9 @@ DASHES = '-' * 15 + '\n'
 
 def complete(samples, row):
     """Complete samples together, the first of which has stream number row, yielding after each token."""
-    tokens = model.generate([sample.start for sample in samples], max_new_tokens, **controls, seed=seed, row=row,
-                            vocab_size=tok.vocab_size, exact_window=exact_window, static=rt.compile, logprobs=True)
+    tokens = engine.generate(model, [sample.start for sample in samples], max_new_tokens, **controls, seed=seed,
+                             first_row=row, vocab_size=tok.vocab_size, exact_window=exact_window,
+                             static_cache=rt.compile, log_probs=True)
     try:
         for drawn, logprobs in tokens:
             for sample, token, logprob in zip(samples, drawn.tolist(), logprobs.tolist()):

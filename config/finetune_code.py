@@ -1,4 +1,4 @@
-# A model of Python that goes on with your own code.
+# Finetune a model of Python on your own code.
 #
 #   make
 #   python data/my_code/prepare.py --input=~/project --tokenizer=out-python-char
@@ -7,8 +7,8 @@
 #
 # hardware: 1 core, AVX512-BF16 | time: 2 minutes | result: val loss 1.511 on numpy's code, from 1.994 | 2026-11-21
 #
-# The base is what make has trained. For GPT-2's, prepare with --tokenizer=gpt2 and give --init_from=gpt2; for none, put
-# config/train_python_char.py before this file and give --init_from=scratch.
+# The base is the model that make trains. For GPT-2, prepare with --tokenizer=gpt2 and give --init_from=gpt2. For no
+# base, put config/train_python_char.py before this file and give --init_from=scratch.
 
 out_dir = 'out-my-code'
 init_from = 'out-python-char'

@@ -1,4 +1,4 @@
-# GPT-2 (1558M) made to speak like Shakespeare, in twenty steps.
+# Finetune GPT-2 (1558M) on tiny Shakespeare, in twenty steps.
 #
 #   python data/shakespeare/prepare.py
 #   python train.py config/finetune_shakespeare.py

@@ -1,4 +1,4 @@
-# Questions in English, answered in SQL: a small model that learns the answers only.
+# Text-to-SQL: a small model that learns only the answers to questions in English.
 #
 #   python data/sql/prepare.py
 #   python train.py config/finetune_sql.py
@@ -6,8 +6,8 @@
 #
 # hardware: 1 core, AVX512-BF16 | time: 192 s | result: val loss 0.100, 195 of 200 new questions right | 2026-11-21
 #
-# GPT-2 has another shape than this model. To finetune it, prepare with --tokenizer=gpt2, and train without this file,
-# with --dataset=sql --init_from=gpt2 --block_size=256 and a learning rate as in config/finetune_shakespeare.py.
+# To finetune GPT-2, which has another shape, prepare with --tokenizer=gpt2, and train without this file, with
+# --dataset=sql --init_from=gpt2 --block_size=256 and the learning rate of config/finetune_shakespeare.py.
 
 out_dir = 'out-sql'
 dataset = 'sql'

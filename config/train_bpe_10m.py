@@ -1,11 +1,11 @@
-# About 10M parameters on your own text in an encoding of 5,000 tokens trained on it, in any language.
+# About 10M parameters on your own text, in any language, with a BPE tokenizer of 5,000 tokens trained on it.
 #
 #   python data/text/prepare.py --input=PATHS --name=my_text --tokenizer=bpe:5000
 #   python train.py config/train_bpe_10m.py
 #   python sample.py --out_dir=out-bpe-10m
 #
-# The last line of training tells the perplexity per token, per byte and per character; only the last two can be
-# compared with those of other tokenizers.
+# The last line of training has the perplexity per token, per byte and per character. Only the last two can be compared
+# between tokenizers.
 #
 # hardware: 2 cores, AVX512-BF16 | time: about 90 minutes | result: val loss 4.106 per token on 13 MB
 # of documentation in Chinese and English, a perplexity of 2.63 per byte | 2026-11-21; on a GPU not yet measured

@@ -3,7 +3,7 @@
 #   python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
-# A dataset that nanoGPT's data/openwebtext/prepare.py made does as well: give its folder as --dataset=PATH.
+# A dataset made by nanoGPT's data/openwebtext/prepare.py works too: give its folder as --dataset=PATH.
 #
 # Large micro-batches keep a GPU busy; if they do not fit, halve batch_size and double gradient_accumulation_steps.
 #

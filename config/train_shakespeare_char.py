@@ -1,4 +1,4 @@
-# A baby GPT of 10.6M parameters on tiny Shakespeare, character by character.
+# A GPT of 10.6M parameters on tiny Shakespeare, with a character tokenizer.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
@@ -9,7 +9,7 @@
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
 
-eval_interval = 250   # often, because it overfits; best.pt keeps the best
+eval_interval = 250   # often, because the model overfits; best.pt holds the best weights
 eval_iters = 200
 log_interval = 10
 
@@ -25,4 +25,4 @@ max_iters = 5000
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 100
-beta2 = 0.99   # higher than usual, since a step sees few tokens
+beta2 = 0.99   # higher than usual, because a step has few tokens

@@ -1,4 +1,4 @@
-# A GPT for a laptop on tiny Shakespeare, character by character: the small model of nanoGPT's README.
+# A GPT for a laptop on tiny Shakespeare, with a character tokenizer: the small model of nanoGPT's README.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_cpu.py
@@ -25,4 +25,4 @@ max_iters = 2000
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 100
-beta2 = 0.99   # higher than usual, since a step sees few tokens
+beta2 = 0.99   # higher than usual, because a step has few tokens

@@ -1,5 +1,5 @@
-# Tiny Shakespeare in a few seconds on a CPU: the loss of train_shakespeare_char_cpu.py, whose data, context and tokens
-# these are, with a seventh of its parameters, newer switches, and Muon.
+# Tiny Shakespeare in a few seconds on a CPU: the loss of train_shakespeare_char_cpu.py, with the same data, context and
+# number of tokens, a seventh of the parameters, a newer architecture, and Muon.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_cpu_fast.py

@@ -1,5 +1,5 @@
-# A baby GPT of 10.7M parameters on tiny Shakespeare: size, context, data and tokens of train_shakespeare_char.py, with
-# newer switches, Muon and half the batch, which reaches a lower loss in a fifth of the steps.
+# A GPT of 10.7M parameters on tiny Shakespeare: the size, context and data of train_shakespeare_char.py, with a newer
+# architecture, Muon and half the batch; it reaches a lower loss in a fifth of the steps.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_fast.py

@@ -26,7 +26,6 @@ SHARED = ROOT.parent / 'shared' / 'data'   # real text and GPT-2's encoding, on 
 sys.path.insert(0, str(ROOT))
 
 
-
 def can_link():
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -69,6 +68,7 @@ CAPABILITIES = {
     'fork': (lambda: sys.platform == 'linux', 'needs fork() of a process that has threads: Linux'),
     'two_processes': (can_use_gloo, 'needs torch.distributed with gloo'),
     'c_compiler': (can_compile, 'needs a C++ compiler and Python.h, for torch.compile'),
+    'git_checkout': (lambda: (ROOT / '.git').exists() and bool(shutil.which('git')), 'needs git and a checkout'),
     'symlinks': (can_link, 'needs a file system with symbolic links'),
     'fifo': (lambda: hasattr(os, 'mkfifo'), 'needs named pipes'),
     'full_disk': (lambda: Path('/dev/full').exists(), 'needs a file that is always full: /dev/full'),
@@ -129,29 +129,49 @@ dtype = 'float32'
 
 
 # Runs scripts, each in a fork of this process, which has imported torch already: importing it takes half the time of a
-# short run.
+# short run. A fork ends without the clean-up of the interpreter, which would take half a second with torch in it.
 FORKS = """
-import json, os, sys
+import atexit, gc, json, os, sys, threading
 import numpy, torch, torch._dynamo
+
+def execute(script, args, cwd, env, out, err):
+    for number, path in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(path, os.O_RDWR), number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w')
+    sys.__stderr__ = sys.stderr
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    if script.endswith('train.py') and 'DRAW' not in env:   # a picture takes as long as a short run
+        sys.modules['matplotlib'] = None
+    sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
+    sys.path[1:1] = filter(None, env.get('PYTHONPATH', '').split(os.pathsep))
+    with open(script, encoding='utf-8') as f:
+        code = compile(f.read(), script, 'exec')
+    try:
+        exec(code, {'__name__': '__main__', '__file__': script, '__builtins__': __builtins__})
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())   # which may raise SystemExit, with the status
+        sys.exit(1)
+
+gc.freeze()
 for line in sys.stdin:
-    script, args, cwd, env, out, err = json.loads(line)
     pid = os.fork()
     if not pid:
-        for number, path in enumerate((os.devnull, out, err)):
-            os.dup2(os.open(path, os.O_RDWR), number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w')
-        sys.__stderr__ = sys.stderr
-        os.chdir(cwd)
-        os.environ.clear()
-        os.environ.update(env)
-        if script.endswith('train.py') and 'DRAW' not in env:   # a picture takes as long as a short run
-            sys.modules['matplotlib'] = None
-        sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
-        sys.path[1:1] = filter(None, env.get('PYTHONPATH', '').split(os.pathsep))
-        with open(script, encoding='utf-8') as f:
-            code = compile(f.read(), script, 'exec')
-        exec(code, {'__name__': '__main__', '__file__': script, '__builtins__': __builtins__})
-        sys.exit()
+        try:
+            execute(*json.loads(line))
+            status = 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        threading._shutdown()   # waits for the threads that are no daemons
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
@@ -235,8 +255,8 @@ def assert_one_line(done, status, *words):
 @pytest.fixture(scope='session')
 def char_dataset(tmp_path_factory):
     """A folder with a dataset of characters, small and learnable."""
-    from dataset import write
-    from tokenizer import CharTokenizer
+    from flatgpt.dataset import write
+    from flatgpt.tokenizer import CharTokenizer
 
     text = ''.join(f'{i} times {i % 7} makes {i * (i % 7)}.\n' for i in range(1000))
     folder = tmp_path_factory.mktemp('char_dataset')

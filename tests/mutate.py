@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
-FILES = ['model.py', 'dataset.py', 'checkpoint.py', 'optim.py', 'sampling.py', 'configurator.py', 'tokenizer.py']
+FILES = ['model.py', 'configurator.py', 'flatgpt/dataset.py', 'flatgpt/checkpoint.py', 'flatgpt/optim.py',
+         'flatgpt/engine.py', 'flatgpt/tokenizer.py']
 KEPT = (ast.JoinedStr, ast.arguments, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.Pass)
 SWAPPED = {ast.Lt: '<=', ast.LtE: '<', ast.Gt: '>=', ast.GtE: '>', ast.Eq: '!=', ast.NotEq: '==',
            ast.In: 'not in', ast.NotIn: 'in', ast.Is: 'is not', ast.IsNot: 'is'}

@@ -1,19 +1,19 @@
-"""A rehearsal of a GPU without one: tensors on a device, all of which must stay there."""
+"""A check without a GPU that tensors stay on their device, as a GPU needs it."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-# what the host reads of a tensor, and what it gets here
+# operators by which the host reads a number, and the answer that it gets here
 ANSWERS = {aten._local_scalar_dense.default: 1, aten.item.default: 1, aten.is_nonzero.default: True,
            aten.equal.default: True}
 MIXED = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default}   # indices may be on the CPU
 
 
 class OneDevice(TorchDispatchMode):
-    """A block in which an operator must not get tensors of a device together with tensors of others, which is an error
-    on a GPU. Copies may, indices, and numbers without dimensions.
+    """A block in which it is an error, as on a GPU, that an operator gets tensors of the device and of another one;
+    except copies, indices and tensors without dimensions.
 
     .operators: how many operators had tensors of the device.
     .reads: how often the host read a number, for which it would have to wait.

@@ -1,5 +1,5 @@
-"""How many examples a property test draws: few, the same ones each time. With HYPOTHESIS_PROFILE=many in the
-environment, as `make test-full` sets it, many, and others each time."""
+"""How many examples a property test tries: 20, the same ones each time. With HYPOTHESIS_PROFILE=many in the
+environment, as `make test-full` sets it, 100, and new ones each time."""
 
 import os
 

@@ -8,7 +8,7 @@ from conftest import assert_one_line, run
 from in_process import call
 from one_device import OneDevice
 
-import runtime
+from flatgpt import runtime
 from model import GPT, GPTConfig
 
 TINY_MODEL = ('--device=cpu', '--dtype=float32', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=32',
@@ -109,7 +109,7 @@ def test_a_recipe_gives_the_model_the_batch_and_the_dataset(bench, tiny):
     assert result['parameters'] == model.get_num_params(non_embedding=False)   # the vocabulary is the dataset's
     assert (result['batch_size'], result['peak_flops']) == (4, 1e12)
     assert result['mfu'] == pytest.approx(model.flops_per_token() * result['tok_per_s'] / 1e12)
-    assert 'not for bench.py, passed over: ' in done.stderr and 'learning_rate' in done.stderr
+    assert 'not options of bench.py, ignored: ' in done.stderr and 'learning_rate' in done.stderr
 
 
 def test_versus_measures_two_settings_in_turn_and_gives_their_ratio(bench):

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import quick
 
-import tokenizer
-from configurator import UserError
-from tokenizer import BpeTokenizer, CharTokenizer, from_dict, same
+from flatgpt import tokenizer
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, from_dict, same
 
 texts = st.text(st.characters(exclude_categories=['Cs']))   # any Unicode text
 LINES = [f'the {i}th line says: 你好 world, naïve café! def f(x): return {i}\n' for i in range(300)]

@@ -9,7 +9,7 @@ from conftest import log_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from budget import Budget
+from flatgpt.budget import Budget
 
 
 class Clock:
@@ -139,7 +139,7 @@ def test_processes_set_the_same_number_from_the_mean_of_their_times():
 def clock(tmp_path):
     """A config file that gives train.py's budget a clock, on which the start takes ten seconds and each step one."""
     path = tmp_path / 'clock.py'
-    path.write_text('import budget\nimport optim\n'
+    path.write_text('from flatgpt import budget\nfrom flatgpt import optim\n'
                     '_now = [0.0]\n_rate_at = optim.learning_rate_at\n\n'
                     'def _with_clock(*args):\n'
                     '    _now[0] += 1.0\n'

@@ -18,10 +18,10 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, needs, run
 
-import checkpoint
-from configurator import UserError
+from flatgpt import checkpoint
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
-from tokenizer import CharTokenizer
 
 
 def small_model(vocab_size=5, **changes):
@@ -138,7 +138,7 @@ def test_a_first_save_that_finds_no_room_says_that_there_is_none_yet(tmp_path):
 def claim_elsewhere(out_dir):
     """What another process that claims out_dir prints."""
     script = out_dir.parent / 'claim.py'
-    script.write_text(f'import checkpoint\nlock = checkpoint.claim({str(out_dir)!r})\nprint("claimed")\n')
+    script.write_text(f'from flatgpt import checkpoint\nlock = checkpoint.claim({str(out_dir)!r})\nprint("claimed")\n')
     done = run(script, PYTHONPATH=str(ROOT))
     return done.stdout + done.stderr
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_that_somebody_removed_stops_no_other(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# reading what is no checkpoint
+# reading other files than checkpoints
 
 def assert_refused(path, *words):
     """load() gives one line with the path and all the words."""

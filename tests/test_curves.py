@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from properties import quick
 
-import curves
-from configurator import UserError
+from flatgpt import plots
+from flatgpt.errors import UserError
 
 SKY = [3.0, 2.0, 1.0, 1.5, 2.0]   # validation losses: the third is the best
 
@@ -29,7 +29,7 @@ def write(folder, val=SKY, every=10, per_step=100, extra='', **changes):
                   for n in range(step, step + every)]
     (folder / 'log.jsonl').write_text(''.join(json.dumps({k: v for k, v in line.items() if v != 'drop'}) + '\n'
                                               for line in lines) + extra)
-    return curves.read(folder)
+    return plots.read(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,14 +51,14 @@ def test_losses_that_are_no_numbers_are_no_points(tmp_path):
     run = write(tmp_path / 'run', extra='{"iter": 50, "loss": null}\n{"step": 60, "train_loss": 1, "val_loss": null}\n'
                                         '{"iter": 51, "loss": "low"}\n{"iter": 52, "loss": NaN}\n')
     assert len(run.evals) == 5
-    raw = curves.curves_of(run, 'loss')[0]
+    raw = plots.curves_of(run, 'loss')[0]
     assert raw.kind == 'raw' and len(raw.x) == 50
 
 
 def test_a_log_that_is_no_file_is_refused(tmp_path):
     (tmp_path / 'log.jsonl').symlink_to('/dev/zero')
     with pytest.raises(UserError, match='no ordinary file'):
-        curves.read(tmp_path)
+        plots.read(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@ def test_a_log_that_is_no_file_is_refused(tmp_path):
     ('flops', [0, 6000, 12000, 18000, 24000], [0, 3000, 9000, 24000, 27000]),
     ('seconds', [1, 2, 5, 10, 17], [1, 1.5, 3.5, 17, 17 + 5 * 17 / 40]),   # by the mean pace after the end
 ])
-def test_single_steps_lie_where_the_evaluations_around_them_say(tmp_path, by, at, steps):
+def test_single_steps_are_placed_between_the_evaluations_around_them(tmp_path, by, at, steps):
     run = write(tmp_path / 'run')
-    marks, places = curves.places(run, by)
+    marks, places = plots.places(run, by)
     assert marks.tolist() == at
     np.testing.assert_allclose(places[[0, 5, 15, 40, 45]], steps)
 
@@ -80,7 +80,7 @@ def test_single_steps_lie_where_the_evaluations_around_them_say(tmp_path, by, at
 def test_a_scale_that_an_old_log_lacks_is_refused_and_others_are_named(tmp_path):
     run = write(tmp_path / 'run', flops='drop')
     with pytest.raises(UserError, match='does not say the flops .* --by=step or --by=tokens or --by=seconds$'):
-        curves.places(run, 'flops')
+        plots.places(run, 'flops')
 
 
 @quick
@@ -88,34 +88,34 @@ def test_a_scale_that_an_old_log_lacks_is_refused_and_others_are_named(tmp_path)
 def test_smoothing_is_the_mean_of_the_neighbours(values, width):
     y, half = np.array(values), width // 2
     expected = [np.mean(y[i - min(i, half):i + min(i, half) + 1]) for i in range(len(y))]
-    np.testing.assert_allclose(curves.smoothed(y, width), expected, atol=1e-9)
+    np.testing.assert_allclose(plots.smoothed(y, width), expected, atol=1e-9)
 
 
 def test_a_straight_line_stays_where_it_is_when_smoothed():
     line = np.arange(20.0)
-    np.testing.assert_allclose(curves.smoothed(line, 5)[:-2], line[:-2])
+    np.testing.assert_allclose(plots.smoothed(line, 5)[:-2], line[:-2])
 
 
 def test_a_panel_has_its_curves_and_only_loss_has_those_of_evaluations(tmp_path):
     run = write(tmp_path / 'run')
-    kinds = {panel: [curve.kind for curve in curves.curves_of(run, panel)] for panel in ('loss', 'lr', 'grad_norm')}
+    kinds = {panel: [curve.kind for curve in plots.curves_of(run, panel)] for panel in ('loss', 'lr', 'grad_norm')}
     assert kinds == {'loss': ['raw', 'smooth', 'train', 'val'], 'lr': ['raw'], 'grad_norm': ['raw', 'smooth']}
-    raw, smooth, train, val = curves.curves_of(run, 'loss')
+    raw, smooth, train, val = plots.curves_of(run, 'loss')
     assert val.y.tolist() == SKY and train.y.tolist() == [y + 0.5 for y in SKY]
     assert (raw.y == 2 * raw.x + 1).all()
-    assert smooth.width == 50 // 12 and (smooth.y == curves.smoothed(raw.y, smooth.width)).all()
-    assert [curve.kind for curve in curves.curves_of(run, 'loss', smooth=1)] == ['raw', 'train', 'val']
+    assert smooth.width == 50 // 12 and (smooth.y == plots.smoothed(raw.y, smooth.width)).all()
+    assert [curve.kind for curve in plots.curves_of(run, 'loss', smooth=1)] == ['raw', 'train', 'val']
     with pytest.raises(UserError, match='says nothing of mfu'):
-        curves.curves_of(run, 'mfu')
+        plots.curves_of(run, 'mfu')
 
 
 def test_a_logarithmic_axis_has_no_place_for_zero(tmp_path):
     run = write(tmp_path / 'run')
-    for curve in curves.curves_of(run, 'loss', log_x=True):
+    for curve in plots.curves_of(run, 'loss', log_x=True):
         assert curve.x.min() > 0
-    assert len(curves.curves_of(run, 'loss', log_x=True)[3].x) == 4
+    assert len(plots.curves_of(run, 'loss', log_x=True)[3].x) == 4
     with pytest.raises(UserError, match='leave log_x and log_y away'):
-        curves.curves_of(write(tmp_path / 'still', val=[1.0], every=0), 'loss', log_x=True)
+        plots.curves_of(write(tmp_path / 'still', val=[1.0], every=0), 'loss', log_x=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_a_logarithmic_axis_has_no_place_for_zero(tmp_path):
     (-2e-5, '-2e-5'),
 ])
 def test_numbers_are_short(value, text):
-    assert curves.short(value) == text
+    assert plots.short(value) == text
 
 
 @quick
@@ -135,7 +135,7 @@ def test_numbers_are_short(value, text):
 def test_ticks_are_few_even_and_inside(low, size, n):
     high = low + size
     assume(size > 1e-9 * abs(low))
-    marks = curves.ticks(low, high, n)
+    marks = plots.ticks(low, high, n)
     assert len(marks) <= 2.5 * n + 1
     assert all(low - 1e-6 * size <= mark <= high + 1e-6 * size for mark in marks)
     assert np.allclose(np.diff(marks), marks[1] - marks[0]) if len(marks) > 2 else True
@@ -145,7 +145,7 @@ def test_ticks_are_few_even_and_inside(low, size, n):
 @given(st.floats(-6, 15), st.floats(0.05, 12), st.integers(3, 8))
 def test_logarithmic_ticks_are_few_rising_and_inside(power, decades, n):
     low, high = 10**power, 10**(power + decades)
-    marks = curves.ticks(low, high, n, log=True)
+    marks = plots.ticks(low, high, n, log=True)
     assert 0 < len(marks) <= 2.5 * n + 1
     assert sorted(set(marks)) == sorted(marks)
     assert all(low * (1 - 1e-9) <= mark <= high * (1 + 1e-9) for mark in marks)
@@ -166,16 +166,16 @@ def dots(rows):
         for c, sign in enumerate(row):
             if 0x2800 <= ord(sign) < 0x2900:
                 found |= {(2 * c + dx, 4 * r + dy) for dx in (0, 1) for dy in range(4)
-                          if (ord(sign) - 0x2800) & int(curves.DOTS[dy, dx])}
+                          if (ord(sign) - 0x2800) & int(plots.DOTS[dy, dx])}
     return found
 
 
 def test_a_chart_of_a_straight_line_is_one(tmp_path):
     run = write(tmp_path / 'run')
-    text = curves.chart([run], panel='lr', width=43, height=16)
+    text = plots.chart([run], panel='lr', width=43, height=16)
     assert len({y for _, y in dots(cells(text))}) == 1
     run.lines = [{'iter': i, 'lr': float(i)} for i in range(2)]
-    lit = dots(cells(curves.chart([run], panel='lr', width=43, height=16)))
+    lit = dots(cells(plots.chart([run], panel='lr', width=43, height=16)))
     n = max(x for x, _ in lit) + 1
     assert {x for x, _ in lit} == set(range(n)) and {y for _, y in lit} == set(range(64))
     assert all(abs((63 - y) / 63 - x / (n - 1)) < 0.02 for x, y in lit)
@@ -185,7 +185,7 @@ def test_a_chart_of_a_straight_line_is_one(tmp_path):
 @pytest.mark.parametrize('width, height', [(40, 8), (79, 16), (200, 40)])
 def test_a_chart_has_its_size_and_the_best_loss_under_a_star(tmp_path, width, height, how):
     run = write(tmp_path / 'run', [30.0, 20.0, 10.0, 15.0, 20.0])   # the loss lines reach from 1 to 99
-    text = curves.chart([run], smooth=1, width=width, height=height, **how)
+    text = plots.chart([run], smooth=1, width=width, height=height, **how)
     lines = text.splitlines()
     assert max(len(line) for line in lines[:height + 3]) <= width
     assert text.count('★') == 1 and 'validation, best 10.0000 at' in text
@@ -195,7 +195,7 @@ def test_a_chart_has_its_size_and_the_best_loss_under_a_star(tmp_path, width, he
 
 
 def test_two_runs_are_told_apart_without_colors(tmp_path):
-    text = curves.chart([write(tmp_path / 'one'), write(tmp_path / 'two', [3.0, 2.9, 2.8])])
+    text = plots.chart([write(tmp_path / 'one'), write(tmp_path / 'two', [3.0, 2.9, 2.8])])
     assert text.count('★') == 2 and 'training' not in text
     assert 'a one: validation, best 1.0000 at step 20' in text and 'b two: validation, best 2.8000 at step 20' in text
     assert {'a', 'b'} <= set(''.join(cells(text)))
@@ -205,26 +205,26 @@ def test_runs_of_one_name_are_called_by_their_paths(tmp_path):
     (tmp_path / 'x').mkdir()
     (tmp_path / 'y').mkdir()
     runs = [write(tmp_path / 'x' / 'out'), write(tmp_path / 'y' / 'out')]
-    assert curves.names_of(runs) == [f'{tmp_path / "x" / "out"}: ', f'{tmp_path / "y" / "out"}: ']
+    assert plots.names_of(runs) == [f'{tmp_path / "x" / "out"}: ', f'{tmp_path / "y" / "out"}: ']
 
 
 def test_colors_change_nothing_but_the_color(tmp_path):
     runs = [write(tmp_path / 'one'), write(tmp_path / 'two', [3.0, 2.9, 2.8])]
-    plain, colored = (curves.chart(runs, color=color) for color in (False, True))
+    plain, colored = (plots.chart(runs, color=color) for color in (False, True))
     assert '\x1b' not in plain and {'\x1b[33m', '\x1b[36m'} <= set(re.findall('\x1b\\[\\d\\dm', colored))
     assert re.sub('\x1b\\[\\d+m', '', colored) == plain
 
 
 def test_one_evaluation_makes_a_chart(tmp_path):
-    text = curves.chart([write(tmp_path / 'run', [2.0], every=0)])
+    text = plots.chart([write(tmp_path / 'run', [2.0], every=0)])
     assert text.count('★') == 1
 
 
 def test_a_chart_is_ascii_where_stdout_is(tmp_path, monkeypatch):
-    text = curves.chart([write(tmp_path / 'run')])
+    text = plots.chart([write(tmp_path / 'run')])
     for encoding, kept in (('utf-8', True), ('ascii', False), ('cp1252', False)):
         monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-        shown = curves.encodable(text)
+        shown = plots.encodable(text)
         assert (shown == text) == kept and (kept or shown.isascii() and '*' in shown and '.....' in shown)
         assert [len(line) for line in shown.splitlines()] == [len(line) for line in text.splitlines()]
 
@@ -240,7 +240,7 @@ def points(svg, name):
 
 def svg_of(tmp_path, *args, **how):
     pytest.importorskip('matplotlib')
-    curves.picture(tmp_path / 'drawn.svg', *args, **how)
+    plots.picture(tmp_path / 'drawn.svg', *args, **how)
     return (tmp_path / 'drawn.svg').read_text()
 
 
@@ -270,11 +270,11 @@ def test_a_picture_compares_runs_on_any_scale_with_logarithmic_axes(tmp_path, by
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, to):
     with pytest.raises(UserError, match=f'cannot write {tmp_path / to}: '):
         svg_of(tmp_path, [write(tmp_path / 'run')])
-        curves.picture(tmp_path / to, [write(tmp_path / 'run')])
+        plots.picture(tmp_path / to, [write(tmp_path / 'run')])
 
 
 def test_a_run_without_an_evaluation_leaves_no_picture_and_no_traceback(tmp_path, capsys):
     (tmp_path / 'log.jsonl').write_text('{"iter": 0, "loss": 1}\n')
-    curves.leave_picture(tmp_path)
+    plots.leave_picture(tmp_path)
     assert 'no evaluation yet' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['log.jsonl']

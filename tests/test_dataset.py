@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import quick
 
-import dataset
-from configurator import UserError
-from dataset import Dataset, find, random_starts, read_meta, write
-from tokenizer import CharTokenizer, from_dict
+from flatgpt import dataset
+from flatgpt.dataset import Dataset, find, random_starts, read_meta, write
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import CharTokenizer, from_dict
 
 CPU = torch.device('cpu')
 OLD = {'train': np.array([0, 1, 2, 3] * 10, np.uint16), 'val': np.array([3, 2, 1, 0] * 5, np.uint16)}
@@ -52,7 +52,7 @@ def old(tmp_path):
 
 @pytest.fixture(scope='module')
 def ramp(tmp_path_factory):
-    """A dataset in which every id is its own place: 1,000 for training and 300 for validation."""
+    """A dataset in which every id is its own position: 1,000 for training and 300 for validation."""
     folder = tmp_path_factory.mktemp('ramp')
     write(folder, {'train': np.arange(1000), 'val': np.arange(300)}, sized(1000), {})
     return Dataset(str(folder))
@@ -89,7 +89,7 @@ def refusal(folder, block_size=4):
     """The one line with which a dataset is refused when it is opened, or checked for a model of its vocabulary."""
     with pytest.raises(UserError) as error:
         data = Dataset(str(folder))
-        data.check(block_size, data.vocab_size)
+        data.validate_ids(block_size, data.vocab_size)
     assert '\n' not in str(error.value)
     return str(error.value)
 
@@ -136,7 +136,7 @@ def test_ids_are_mapped_from_disk_and_cannot_be_changed(old):
     assert isinstance(ids.base, np.memmap) and not ids.flags.writeable
 
 
-def test_an_id_beyond_the_vocabulary_is_not_written(old):
+def test_an_id_outside_the_vocabulary_is_not_written(old):
     with pytest.raises(AssertionError):
         write(old, {**NEW, 'val': np.array([0, 2])}, NEW_TOK, {})
     assert seen(old) == 'old'
@@ -145,14 +145,14 @@ def test_an_id_beyond_the_vocabulary_is_not_written(old):
 # what a reader finds while a dataset is written, or after its writer has failed: `begin` is there before
 
 def began(tmp_path, begin):
-    if begin == 'ours':
+    if begin == 'flatgpt':
         write(tmp_path, OLD, OLD_TOK, {})
     elif begin == "nanoGPT's":
         nanogpt(tmp_path, dict(enumerate('abcd')), OLD['train'], OLD['val'])
     return 'nothing' if begin == 'nothing' else 'old'
 
 
-@pytest.mark.parametrize('begin', ['ours', "nanoGPT's", 'nothing'])
+@pytest.mark.parametrize('begin', ['flatgpt', "nanoGPT's", 'nothing'])
 def test_a_reader_finds_the_old_dataset_or_the_new_one_at_every_moment(tmp_path, monkeypatch, begin):
     before, found, real = began(tmp_path, begin), [], os.replace
 
@@ -165,9 +165,9 @@ def test_a_reader_finds_the_old_dataset_or_the_new_one_at_every_moment(tmp_path,
     assert found == [before] + ['unfinished'] * 3 and seen(tmp_path) == 'new'
 
 
-@pytest.mark.parametrize('begin, error', [('ours', OSError(28, 'No space left on device')),
+@pytest.mark.parametrize('begin, error', [('flatgpt', OSError(28, 'No space left on device')),
                                           ("nanoGPT's", OSError(28, 'No space left on device')),
-                                          ('nothing', KeyboardInterrupt())], ids=['ours', "nanoGPT's", 'nothing'])
+                                          ('nothing', KeyboardInterrupt())], ids=['flatgpt', "nanoGPT's", 'nothing'])
 @pytest.mark.parametrize('call, n', [('replace', n) for n in range(4)] + [('fsync', n) for n in range(4)])
 def test_a_failure_at_any_point_leaves_no_mixture(tmp_path, monkeypatch, begin, call, n, error):
     before, calls, real = began(tmp_path, begin), [], getattr(os, call)
@@ -234,8 +234,11 @@ def test_what_a_killed_writer_left_breaks_neither_reading_nor_writing(old):
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(UserError, match=f'^cannot write the dataset {tmp_path}/gone: No such file or directory$'):
-        write(tmp_path / 'gone', NEW, NEW_TOK, {})
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match=f'^cannot write the dataset {tmp_path}/file/x: Not a directory$'):
+        write(tmp_path / 'file' / 'x', NEW, NEW_TOK, {})
+    write(tmp_path / 'new' / 'folder', NEW, NEW_TOK, {})
+    assert seen(tmp_path / 'new' / 'folder') == 'new'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +309,7 @@ def test_a_broken_meta_pkl_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize('split', ['train', 'val'])
 @pytest.mark.parametrize('damage, words', [
-    (lambda path: path.write_bytes(path.read_bytes() + b'\0'), ['bytes, no multiple of 2', 'run the prepare.py']),
+    (lambda path: path.write_bytes(path.read_bytes() + b'\0'), ['bytes, not a multiple of 2', 'run the prepare.py']),
     (lambda path: path.write_bytes(path.read_bytes()[:-2]), ['tokens, but meta.json says', 'run the prepare.py']),
     (lambda path: path.write_bytes(path.read_bytes() * 2), ['tokens, but meta.json says', 'run the prepare.py']),
     (lambda path: path.write_bytes(b''), ['has 0 tokens, but meta.json says', 'run the prepare.py']),
@@ -314,7 +317,7 @@ def test_a_broken_meta_pkl_is_refused(tmp_path, content):
      ['has the token id 4, the vocabulary ends at 3', 'run its prepare.py again']),
     (lambda path: path.unlink(), ['is missing', 'run the prepare.py']),
     (lambda path: (path.unlink(), path.mkdir()), ['prepare.py']),
-], ids=['odd', 'shorter', 'longer', 'empty', 'other id', 'missing', 'folder'])
+], ids=['one byte more', 'shorter', 'longer', 'empty', 'other id', 'missing', 'folder'])
 def test_a_damaged_split_is_refused_with_its_name_and_the_remedy(old, split, damage, words):
     path = old / f'{split}.bin'
     damage(path)
@@ -363,21 +366,21 @@ def test_a_meta_json_that_cannot_be_read_is_refused(old):
 @pytest.mark.parametrize('block_size, short', [(19, None), (20, 'val'), (39, 'val')])
 def test_a_split_must_hold_one_window(old, block_size, short):
     if short is None:
-        Dataset(str(old)).check(block_size, 4)
+        Dataset(str(old)).validate_ids(block_size, 4)
         return
     line = refusal(old, block_size)
-    assert line.startswith(f'{old / short}.bin has 20 tokens, too few for block_size={block_size}: it takes '
+    assert line.startswith(f'{old / short}.bin has 20 tokens, too few for block_size={block_size}: it needs '
                            f'{block_size + 1:,}; lower block_size')
 
 
 def test_ids_are_checked_against_the_vocabulary_of_the_model(old):
-    Dataset(str(old)).check(4, 4)
+    Dataset(str(old)).validate_ids(4, 4)
     with pytest.raises(UserError, match='train.bin has the token id 3, the vocabulary ends at 2'):
-        Dataset(str(old)).check(4, 3)
+        Dataset(str(old)).validate_ids(4, 3)
 
 
 class Endless:
-    """Ids of a file far too large to look at whole, all 0 but in one place; it notes where it was looked at."""
+    """Ids of a file far too large to look at whole, all 0 but one; it notes which were read."""
 
     def __init__(self, n, bad):
         self.n, self.bad, self.looked = n, bad, []
@@ -394,11 +397,11 @@ class Endless:
 def test_a_large_file_is_checked_whole_up_to_a_limit_and_in_a_thousand_places_past_it(ramp):
     data = copy.copy(ramp)
     data.data = {'train': Endless(2**29, -1)}
-    data.check(4, 1)
+    data.validate_ids(4, 1)
     assert [piece.start for piece in data.data['train'].looked] == list(range(0, 2**29, 2**19))
     data.data = {'train': Endless(2**33, 2**33 // 1000 * 999 + 5)}
     with pytest.raises(UserError, match='has the token id 9'):
-        data.check(4, 1)
+        data.validate_ids(4, 1)
     assert len(data.data['train'].looked) == 1000
 
 
@@ -412,7 +415,7 @@ def project(tmp_path, monkeypatch):
         (tmp_path / 'data' / name).mkdir(parents=True)
         (tmp_path / 'data' / name / 'prepare.py').touch()
     (tmp_path / 'data' / 'none').mkdir()
-    monkeypatch.setattr(dataset, '__file__', str(tmp_path / 'dataset.py'))
+    monkeypatch.setattr(dataset, '__file__', str(tmp_path / 'flatgpt' / 'dataset.py'))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -474,7 +477,7 @@ def test_a_golden_batch_of_contents(ramp):
     assert torch.equal(y, x + 1)   # in the ramp, the token ahead is one more
 
 
-def test_a_training_batch_is_what_lies_at_its_starts_and_one_ahead(ramp):
+def test_a_training_batch_has_the_windows_at_its_starts_and_the_targets_one_ahead(ramp):
     data = copy.copy(ramp)
     data.data = {'train': np.random.default_rng(0).integers(0, 60000, 5000).astype(np.uint16)}
     x, y = train_batch(data, micro_batches=3, batch_size=5, block_size=7)
@@ -520,7 +523,7 @@ def test_the_ranks_share_out_the_same_global_batch(ramp, world_size):
 
 
 @pytest.mark.parametrize('n_tokens, block_size', [(5, 4), (6, 4), (20, 4), (2, 1)])
-def test_the_first_and_the_last_window_are_drawn_and_none_beyond(n_tokens, block_size):
+def test_the_first_and_the_last_window_are_drawn_and_no_other(n_tokens, block_size):
     starts = np.concatenate([random_starts(n_tokens, block_size, 50, 7, step) for step in range(20)])
     assert sorted(set(starts.tolist())) == list(range(n_tokens - block_size))
 

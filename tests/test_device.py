@@ -6,9 +6,10 @@ import pytest
 import torch
 from one_device import OneDevice
 
-import optim
+from flatgpt import optim
+from flatgpt.engine import generate
+from flatgpt.runtime import Runtime
 from model import ARCHS, GPT, GPTConfig
-from runtime import Runtime
 
 META = torch.device('meta')
 SHAPE = {'vocab_size': 23, 'block_size': 48, 'n_layer': 2, 'n_embd': 16, 'n_head': 4}
@@ -52,7 +53,8 @@ def test_decoding_stays_on_the_device_and_waits_for_it_every_32_tokens(name, sta
     model = a_model(n_layer=1, block_size=20, **SWITCHES[name]).to(torch.bfloat16).eval()
     prompts = [torch.zeros(n, dtype=torch.long) for n in (3, 7, 1)]
     with OneDevice(META) as mode:
-        steps = list(model.generate(prompts, 30, 0.8, 5, 0.9, 0.1, 1.2, vocab_size=20, static=static, logprobs=True))
+        steps = list(generate(model, prompts, 30, 0.8, 5, 0.9, 0.1, 1.2, vocab_size=20, static_cache=static,
+                              log_probs=True))
     assert mode.operators > 30 * 50
     assert mode.reads == 3   # after the first token, at column 32, after the last token
     assert all(part.shape == (3,) and part.device == META for step in steps for part in step)
@@ -89,9 +91,10 @@ def test_a_training_step_is_one_graph(graphs, name):
 @with_each_way
 def test_all_steps_of_decoding_are_one_graph(graphs, name):
     model = GPT(GPTConfig(**{**SHAPE, **SWITCHES[name]})).eval()
-    read, fast = model.step, torch.compile(model.step, backend='eager', fullgraph=True)
-    model.step = lambda idx, cache: (fast if cache.at and idx.size(1) == 1 else read)(idx, cache)
+    eager = model.next_logits
+    fast = torch.compile(eager, backend='eager', fullgraph=True)
+    model.next_logits = lambda idx, cache: (fast if cache.length and idx.size(1) == 1 else eager)(idx, cache)
     for seed in range(2):
         prompts = [torch.full((n,), seed) for n in (3, 7, 1)]
-        assert len(list(model.generate(prompts, 20, seed=seed, static=True))) == 20
+        assert len(list(generate(model, prompts, 20, seed=seed, static_cache=True))) == 20
     assert graphs() == 1

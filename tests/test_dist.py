@@ -14,8 +14,8 @@ from conftest import ROOT, assert_one_line, log_of, needs, run, started, torchru
 from in_process import call
 from test_checkpoint import assert_same_weights
 
-import runtime
-from configurator import UsageError
+from flatgpt import runtime
+from flatgpt.errors import UsageError
 from model import GPT, GPTConfig
 
 pytestmark = needs('two_processes')
@@ -208,8 +208,8 @@ def in_rank(rank, tmp_path, what):
     path.write_text(f"""
 import os, signal, time
 from pathlib import Path
-import optim
-from configurator import UserError
+from flatgpt import optim
+from flatgpt.errors import UserError
 _rate_at, _once = optim.learning_rate_at, Path({str(tmp_path)!r}, 'happened')
 def _fault(step, *rest):
     if step == 5 and os.environ['RANK'] == '{rank}':
@@ -312,4 +312,4 @@ def test_a_process_whose_peers_do_not_come_says_so(tmp_path, tiny):
 def test_a_timeout_that_is_none_is_refused(monkeypatch, seconds):
     monkeypatch.setenv('DIST_TIMEOUT', seconds)
     with pytest.raises(UsageError, match=f'DIST_TIMEOUT={seconds}: expected a whole number of seconds'):
-        runtime.join(torch.device('cpu'))
+        runtime.join_process_group(torch.device('cpu'))

@@ -15,9 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import needs
 
-import download as module
-from configurator import UserError
-from download import download, sha256_of, text_of
+from flatgpt import download as module
+from flatgpt.download import download, sha256_of, text_of
+from flatgpt.errors import UserError
 
 TEXT = ''.join(f'line {i}: {i * i}\n' for i in range(20_000)).encode()   # several chunks
 SHA256 = hashlib.sha256(TEXT).hexdigest()
@@ -115,7 +115,7 @@ def path(tmp_path):
 
 
 def whole(path, content=TEXT):
-    """Whether path holds the content and nothing lies beside it."""
+    """Whether path holds the content and there is no other file beside it."""
     return path.read_bytes() == content and os.listdir(path.parent) == [path.name]
 
 
@@ -313,7 +313,7 @@ def test_a_folder_that_is_not_there_is_one_line(server, tmp_path):
     with pytest.raises(UserError) as refusal:
         download(server.url, tmp_path / 'nowhere' / 'text.txt')
     assert str(refusal.value) == f'cannot write {tmp_path / "nowhere" / "text.txt.part"}: No such file or directory'
-    assert len(server.asked) == 1   # trying again would not mend it
+    assert len(server.asked) == 1   # trying again would not help
 
 
 @needs('full_disk')

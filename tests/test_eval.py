@@ -12,11 +12,10 @@ from conftest import ROOT, assert_one_line, needs, run, torchrun
 from in_process import call
 from test_checkpoint import state_of
 
-import checkpoint
-import scoring
-from dataset import write
+from flatgpt import checkpoint, evaluation
+from flatgpt.dataset import write
+from flatgpt.tokenizer import BpeTokenizer, CharTokenizer
 from model import GPT, GPTConfig
-from tokenizer import BpeTokenizer, CharTokenizer
 
 RT = SimpleNamespace(device=torch.device('cpu'), compile=False, rank=0, world_size=1, master=True, sum=lambda x: x)
 
@@ -41,7 +40,7 @@ def test_the_loss_of_a_dataset_is_that_of_its_file_and_of_its_text(trained, char
     found, table = evaluate(f'--out_dir={trained}', f'--data={char_dataset}', '--stride=5')
     model, tok, _ = checkpoint.load_model(trained)
     ids = np.fromfile(char_dataset / 'val.bin', '<u2')
-    loss, error, n = scoring.rolling_loss(model, RT, ids, 5, 16)
+    loss, error, n = evaluation.rolling_loss(model, RT, ids, 5, 16)
     assert found['model'] == str(trained / 'best.pt') and found['step'] == 20 and found['dtype'] == 'float32'
     assert found['data'] == {
         'of': str(char_dataset / 'val.bin'), 'tokens': n, 'bytes': n, 'characters': n, 'stride': 5,
@@ -62,12 +61,12 @@ def test_of_a_dataset_with_a_mask_what_was_to_be_learnt_is_scored(trained, tmp_p
     ids = np.arange(200, dtype=np.uint16) * 7 % tok.vocab_size
     masks = {'train': np.zeros(200, bool), 'val': np.arange(200) % 5 < 2}
     write(tmp_path, {'train': ids, 'val': ids}, tok, {}, masks)
-    loss, error, n = scoring.rolling_loss(model, RT, ids, 5, 16, masks['val'])
+    loss, error, n = evaluation.rolling_loss(model, RT, ids, 5, 16, masks['val'])
     for name in (tmp_path, tmp_path / 'val.bin'):
         found, _ = evaluate(f'--out_dir={trained}', f'--data={name}', '--stride=5')
         assert found['data']['loss'] == pytest.approx(loss, rel=1e-6) and found['data']['tokens'] == n == 79
         assert found['data']['bytes'] == 79 and found['data']['bits_per_byte'] == found['data']['bits_per_token']
-    whole, _, n = scoring.rolling_loss(model, RT, ids, 5, 16)
+    whole, _, n = evaluation.rolling_loss(model, RT, ids, 5, 16)
     assert n == 199 and abs(whole - loss) > 1e-3
     done = call('eval.py', '--device=cpu', f'--out_dir={trained}', f'--data={tmp_path}', '--split=train')
     assert_one_line(done, 1, f'{tmp_path}/train.bin has no token to score')
@@ -76,7 +75,7 @@ def test_of_a_dataset_with_a_mask_what_was_to_be_learnt_is_scored(trained, tmp_p
 def test_a_file_of_a_dataset_a_limit_and_the_default_stride(trained, char_dataset):
     found = evaluate(f'--out_dir={trained}', f'--data={char_dataset}/train.bin', '--limit=40')[0]['data']
     ids = np.fromfile(char_dataset / 'train.bin', '<u2')[:41]
-    loss, *_ = scoring.rolling_loss(checkpoint.load_model(trained)[0], RT, ids, 8, 16)
+    loss, *_ = evaluation.rolling_loss(checkpoint.load_model(trained)[0], RT, ids, 8, 16)
     assert (found['tokens'], found['stride'], found['loss']) == (40, 8, pytest.approx(loss, rel=1e-6))
 
 
@@ -87,7 +86,7 @@ def test_a_text_begins_after_the_end_of_another_if_the_model_knows_ends(tmp_path
     (tmp_path / 'a.txt').write_text('Déjà vu <|endoftext|>', encoding='utf-8')
     found = evaluate(f'--init_from={tmp_path}', f'--data={tmp_path}/a.txt')[0]['data']
     ids = np.concatenate(([tok.eot], tok.encode('Déjà vu <|endoftext|>')))   # the latter is no end but a text
-    loss, _, n = scoring.rolling_loss(model.eval(), RT, ids, 4, 16)
+    loss, _, n = evaluation.rolling_loss(model.eval(), RT, ids, 4, 16)
     assert n == len(ids) - 1 > 10
     assert (found['tokens'], found['bytes'], found['characters']) == (n, 23, 21)
     assert found['loss'] == pytest.approx(loss, rel=1e-6)
@@ -205,7 +204,7 @@ def test_examples_come_before_the_question_and_an_answer_ends_where_another_woul
 
 
 def test_the_example_of_sentiment_is_balanced_and_can_be_asked():
-    items = scoring.read_items(ROOT / 'assets' / 'sentiment.jsonl', scoring.multiple_choice)
+    items = evaluation.read_items(ROOT / 'assets' / 'sentiment.jsonl', evaluation.multiple_choice)
     assert len(items) >= 20 and sum(item.gold for item in items) * 2 == len(items)
     assert len({item.context for item in items}) == len(items)
     assert all(item.answers == ['positive', 'negative'] for item in items)

@@ -10,12 +10,10 @@ from conftest import SHARED, assert_one_line, needs, run
 from in_process import call
 from test_checkpoint import state_of
 
-import checkpoint
-import lora
-import pretrained
-import tokenizer
+from flatgpt import checkpoint, lora, pretrained, tokenizer
+from flatgpt.engine import generate
+from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, TiktokenTokenizer
 from model import ARCHS, GPT, GPTConfig
-from tokenizer import BpeTokenizer, CharTokenizer, TiktokenTokenizer
 
 TEXT = ''.join(f'{i} times {i % 7} makes {i * (i % 7)}. 你好，世界！\n' for i in range(600))
 LORA = {'rank': 3, 'alpha': 6.0, 'dropout': 0.0, 'targets': 'attn|mlp'}
@@ -84,8 +82,8 @@ def test_their_pipeline_gives_the_same_greedy_text(models, exported, hugging_fac
     assert f'by transformers {hugging_face.__version__} too' in done.stderr and 'Traceback' not in done.stderr
     model, tok, _ = checkpoint.load_model(models[name])
     ids = torch.from_numpy(tok.encode('12 times 3').astype('int64'))[None]
-    drawn = model.generate(ids[:, -6:], 8, temperature=0, vocab_size=tok.vocab_size)
-    ours = tok.decode([int(token) for token in drawn])
+    drawn = generate(model, ids[:, -6:], 8, temperature=0, vocab_size=tok.vocab_size)
+    ours = tok.decode([int(token) for token, _ in drawn])
     pipe = hugging_face.pipeline('text-generation', model=str(folder), dtype=torch.float32, device='cpu')
     pipe.model.generation_config.max_length = None
     theirs = pipe(tok.decode(ids[0, -6:]), max_new_tokens=8, do_sample=False, return_full_text=False)
@@ -198,7 +196,7 @@ def test_usage(models, tmp_path):
     where = f'--out_dir={models["gpt2"]}'
     assert_one_line(call('export.py', where, f'--to={tmp_path / "x"}', '--dtype=int8'), 2, "dtype='int8'", "'bfloat16'")
     assert_one_line(call('export.py', where, f'--to={tmp_path / "there"}'), 1, 'is there already')
-    assert_one_line(call('export.py', where, f'--to={tmp_path / "x"}', '--adapter'), 1, 'is no adapter')
+    assert_one_line(call('export.py', where, f'--to={tmp_path / "x"}', '--adapter'), 1, 'is not an adapter')
     assert_one_line(call('export.py', where, f'--to={tmp_path / "there" / "file" / "x"}'), 1, 'cannot write')
     assert [path.name for path in tmp_path.iterdir()] == ['there']
 
@@ -220,5 +218,5 @@ def test_what_cannot_be_read_back_is_not_exported(models, tmp_path, monkeypatch)
     theirs = pretrained.theirs
     monkeypatch.setattr(pretrained, 'theirs', wrong)
     done = call('export.py', f'--out_dir={models["gpt2"]}', f'--to={tmp_path / "to"}')
-    assert_one_line(done, 1, 'what was read back does not give what', 'nothing was exported')
+    assert_one_line(done, 1, 'the exported model does not give what', 'nothing was exported')
     assert not list(tmp_path.iterdir())

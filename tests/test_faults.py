@@ -8,7 +8,7 @@ from conftest import ROOT, assert_one_line, log_of, needs, run, started
 from in_process import call
 from test_train import HERE, again, assert_same_run, contents, load, records, train  # noqa: F401
 
-import checkpoint
+from flatgpt import checkpoint
 
 
 def config_with(tmp_path, code):
@@ -21,7 +21,7 @@ def config_with(tmp_path, code):
 # kill -9
 
 IN_MID_SAVE = """
-import checkpoint
+from flatgpt import checkpoint
 _seal = checkpoint.seal
 def _die(f):
     path = str(f.name)
@@ -42,7 +42,7 @@ def test_a_run_killed_in_mid_save_goes_on_bit_for_bit_from_the_state_before(tmp_
     assert not (out_dir / 'ckpt.pt.tmp').exists()
 
 
-# Starts train.py again and again in a fork of a process that has imported torch already, until it is left to finish;
+# Starts train.py repeatedly in a fork of a process that has imported torch already, until it is left to finish;
 # each life is killed while it trains, every other one while a checkpoint is being written
 LIVES = """
 import os, random, runpy, signal, sys, time
@@ -86,7 +86,7 @@ for life in range(kills + 1):
 # No faster than 100 steps a second, so that no life reaches the end, until the last one
 SLOW = """
 import os, time
-import optim
+from flatgpt import optim
 _rate_at = optim.learning_rate_at
 def _slow(*args):
     time.sleep(0 if os.environ.get('HASTE') == '1' else 0.01)
@@ -122,7 +122,7 @@ def test_a_run_killed_many_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path
 # signals
 
 IN_EVALUATION = """
-from dataset import Dataset
+from flatgpt.dataset import Dataset
 _eval_batch, _calls = Dataset.eval_batch, []
 def _signal(*args):
     _calls.append(args)
@@ -134,7 +134,7 @@ Dataset.eval_batch = _signal
 """
 
 IN_SAVE = """
-import checkpoint
+from flatgpt import checkpoint
 _save = checkpoint.save
 def _signal(path, state):
     if state['iter_num'] == 10 and path.name == 'ckpt.pt':
@@ -253,7 +253,8 @@ def test_a_run_that_is_killed_frees_its_folder(tmp_path, tiny):
 @needs('full_disk', 'symlinks')
 def test_a_full_disk_under_the_log_costs_lines_and_not_the_run(tmp_path, tiny):
     (tmp_path / 'log.jsonl').symlink_to('/dev/full')
-    done = train(tiny, config_with(tmp_path, 'import checkpoint\ncheckpoint.set_aside = lambda out_dir: None\n'),
+    patch = 'from flatgpt import checkpoint\ncheckpoint.set_aside = lambda out_dir: None\n'
+    done = train(tiny, config_with(tmp_path, patch),
                  f'--out_dir={tmp_path}', '--max_iters=3')
     assert done.stderr.count('cannot write to') >= 3 and 'No space left' in done.stderr
     assert load(tmp_path / 'ckpt.pt')['iter_num'] == 3
@@ -263,7 +264,7 @@ def test_a_full_disk_under_the_log_costs_lines_and_not_the_run(tmp_path, tiny):
 @needs('limits')
 def test_a_full_disk_leaves_the_old_state_and_the_run_goes_on_when_there_is_room_again(tmp_path, tiny, trained):
     code = """
-import checkpoint, resource
+from flatgpt import checkpoint, resource
 _save = checkpoint.save
 def _full(path, state):
     limit = 50_000 if state['iter_num'] == 10 else resource.RLIM_INFINITY
@@ -288,7 +289,7 @@ checkpoint.save = _full
 @pytest.mark.full
 def test_a_nan_at_a_step_ends_the_run_with_advice_and_the_checkpoint_before_it_goes_on(tmp_path, tiny, trained):
     code = """
-import optim
+from flatgpt import optim
 from model import GPT
 _rate_at, _loss, _steps = optim.learning_rate_at, GPT.loss, []
 def _at(step, *rest):

@@ -13,13 +13,10 @@ from in_process import call
 from test_checkpoint import assert_same_weights
 from test_train import HERE, contents, load, train
 
-import checkpoint
-import dataset
-import lora
-import optim
-from configurator import UserError
-from dataset import Dataset
-from tokenizer import CharTokenizer
+from flatgpt import checkpoint, dataset, lora, optim
+from flatgpt.dataset import Dataset
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import CharTokenizer
 
 LORA = ('--lora_rank=2', '--learning_rate=3e-2', '--lora_dropout=0.1')
 

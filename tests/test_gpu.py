@@ -11,12 +11,9 @@ import torch.distributed as dist
 from conftest import log_of, needs, run
 from in_process import call
 
-import checkpoint
-import lora
-import optim
-import runtime
-import weights
-from dataset import Dataset
+from flatgpt import checkpoint, lora, optim, quantize, runtime
+from flatgpt.dataset import Dataset
+from flatgpt.engine import generate
 from model import ARCHS, GPT, GPTConfig
 
 # each version of torch has warnings of its own about GPUs
@@ -25,7 +22,7 @@ pytestmark = [pytest.mark.gpu, needs('gpu'), pytest.mark.filterwarnings('default
 GPU, CPU = torch.device('cuda', 0), torch.device('cpu')
 SHAPE = {'vocab_size': 96, 'block_size': 32, 'n_layer': 2, 'n_head': 4, 'n_embd': 64}
 ON_GPU = ('--device=cuda', '--compile=False')
-RATE = 1e-2   # of the optimizer
+LR = 1e-2   # of the optimizer
 
 
 @pytest.fixture
@@ -68,7 +65,7 @@ def one_step(rt, model):
     model.to(rt.device).train()
     if rt.compile:
         rt.compile_model(model)
-    opt, scaler = optim.build('adamw', model, RATE, (0.9, 0.95), 0.1, rt.dtype), rt.grad_scaler()
+    opt, scaler = optim.build('adamw', model, LR, (0.9, 0.95), 0.1, rt.dtype), rt.grad_scaler()
     tokens = runtime.to_device(ids_of(8, 33), rt.device)
     with rt.autocast():
         loss = model(tokens[:, :-1], tokens[:, 1:])[1]
@@ -99,11 +96,11 @@ def test_a_training_step_is_that_of_the_cpu_in_float32(of_the_cpu, compiler, dty
     for name, g in expected.items():
         error = (gradients[name] - g).norm() / g.norm()
         moved = (after[name] - expected_after[name]).abs()
-        print(f'{name}: gradient off by {error:.1e}, weights by {moved.max() / RATE:.1e} learning rates')
+        print(f'{name}: gradient off by {error:.1e}, weights by {moved.max() / LR:.1e} learning rates')
         assert error < tolerance
-        assert moved.max() <= 2.01 * RATE   # AdamW's first step is as long as the learning rate
+        assert moved.max() <= 2.01 * LR   # AdamW's first step is as long as the learning rate
         large = g.abs() > 20 * tolerance * g.square().mean().sqrt()   # its sign is not in doubt
-        assert (moved[large] < 0.01 * RATE).all()
+        assert (moved[large] < 0.01 * LR).all()
         steady += large.sum().item()
     assert steady > 0.1 * sum(g.numel() for g in expected.values())
 
@@ -124,7 +121,7 @@ torch.use_deterministic_algorithms(True)
 """
 INTERRUPT = """
 import os, signal
-from dataset import Dataset
+from flatgpt.dataset import Dataset
 _train_batch = Dataset.train_batch
 def _signal(data, step, *rest):
     if step == 13:    # which is asked for during step 12
@@ -190,8 +187,8 @@ def several(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     make_mesh = dist.init_device_mesh
-    monkeypatch.setattr(dist, 'init_device_mesh', lambda kind, shape: make_mesh(kind, (1,)))
-    runtime.join(GPU)
+    monkeypatch.setattr(dist, 'init_device_mesh', lambda device_type, shape: make_mesh(device_type, (1,)))
+    runtime.join_process_group(GPU)
     yield runtime.Runtime(GPU, torch.float32, False, rank=0, world_size=2)   # of one process it would wrap nothing
     dist.destroy_process_group()
 
@@ -210,17 +207,17 @@ def losses_and_weights(rt, parallel):
         rt.clip_gradients(model, 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
-    return losses, rt.whole(model.state_dict())
+    return losses, rt.gather_state(model.state_dict())
 
 
 @pytest.mark.parametrize('parallel', runtime.PARALLEL)
 def test_a_wrapped_model_makes_the_steps_of_a_plain_one(several, exact, parallel):
-    expected, theirs = losses_and_weights(runtime.Runtime(GPU, torch.float32, False, 0, 1), parallel)
-    losses, ours = losses_and_weights(several, parallel)
+    expected, plain = losses_and_weights(runtime.Runtime(GPU, torch.float32, False, 0, 1), parallel)
+    losses, wrapped = losses_and_weights(several, parallel)
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert (ours[name] - weight).abs().mean() < 1e-5, name   # a hundredth of a learning rate
+    assert wrapped.keys() == plain.keys()
+    for name, weight in plain.items():
+        assert (wrapped[name] - weight).abs().mean() < 1e-5, name   # a hundredth of a learning rate
     assert several.mean(torch.full((2,), 6.0, device=GPU)).tolist() == [3.0, 3.0]   # a sum over one, for two
     assert several.any(True) and several.same(4.0)   # between CPUs
 
@@ -229,26 +226,26 @@ def test_a_wrapped_model_makes_the_steps_of_a_plain_one(several, exact, parallel
 # decoding
 
 PROMPTS = [ids_of(n, seed=n) for n in (3, 7, 1, 6, 2)]
-TALKERS = {'gpt2': {}, 'llama': {**ARCHS['llama'], 'n_kv_head': 2}, 'alibi': {'pos': 'alibi', 'window': 9}}
+MODELS = {'gpt2': {}, 'llama': {**ARCHS['llama'], 'n_kv_head': 2}, 'alibi': {'pos': 'alibi', 'window': 9}}
 
 
 def greedy(model, prompts=PROMPTS, n=60, **options):
-    """The likeliest tokens, (B, n) as lists; past the context, whose newer half is then read again."""
-    return torch.stack(list(model.generate(prompts, n, temperature=0, **options)), dim=1).tolist()
+    """The likeliest tokens, (B, n) as lists; more than the context, whose newer half is encoded again."""
+    return torch.stack([token for token, _ in generate(model, prompts, n, temperature=0, **options)], dim=1).tolist()
 
 
-def talker(name, device):
+def random_model(name, device):
     """A model whose likeliest token is, with this seed, always likelier than the next by a thousandth or more."""
-    return a_model(spread=0.3, seed=6, **TALKERS[name]).to(device).eval()
+    return a_model(spread=0.3, seed=6, **MODELS[name]).to(device).eval()
 
 
-@pytest.mark.parametrize('name', TALKERS)
+@pytest.mark.parametrize('name', MODELS)
 def test_greedy_text_is_that_of_the_cpu(exact, name):
-    expected = greedy(talker(name, CPU))
+    expected = greedy(random_model(name, CPU))
     assert len({token for row in expected for token in row}) > 10
-    model = talker(name, GPU)
+    model = random_model(name, GPU)
     assert greedy(model) == expected
-    assert greedy(model, static=True) == expected
+    assert greedy(model, static_cache=True) == expected
     assert greedy(model, [PROMPTS[1]]) == [expected[1]]
 
 
@@ -256,14 +253,14 @@ def test_greedy_text_by_cuda_graphs_is_that_of_the_cpu(exact, compiler, capsys):
     from torch._dynamo.utils import counters
     from torch._inductor import cudagraph_trees
 
-    model, rt = talker('llama', GPU), runtime.Runtime(GPU, torch.float32, True, 0, 1)
+    model, rt = random_model('llama', GPU), runtime.Runtime(GPU, torch.float32, True, 0, 1)
     counters.clear()
     rt.compile_step(model)
     texts = [PROMPTS, PROMPTS[::-1]]
-    expected = [greedy(talker('llama', CPU), prompts) for prompts in texts]
-    assert greedy(model, static=True) == expected[0]
-    streams = [model.generate(prompts, 60, temperature=0, static=True) for prompts in texts]
-    tokens = [torch.stack(pair) for pair in zip(*streams)]   # of two texts in turn, whose caches lie side by side
+    expected = [greedy(random_model('llama', CPU), prompts) for prompts in texts]
+    assert greedy(model, static_cache=True) == expected[0]
+    streams = [generate(model, prompts, 60, temperature=0, static_cache=True) for prompts in texts]
+    tokens = [torch.stack((one, other)) for (one, _), (other, _) in zip(*streams)]   # in turn, with two caches
     assert torch.stack(tokens, dim=2).tolist() == expected
     assert 'torch.compile does not work here' not in capsys.readouterr().err
     assert counters['inductor']['cudagraph_skips'] == 0 and counters['stats']['unique_graphs'] == 1
@@ -278,7 +275,7 @@ def test_8_bit_weights_give_the_logits_of_the_cpu_and_cost_little_of_the_loss(ex
         model = checkpoint.load_model(gpu_run[0])[0].to(device)
         with torch.inference_mode():
             losses[device, 'whole'] = model(x, y)[1].item()
-            weights.int8(model)
+            quantize.int8(model)
             logits[device], loss = model(x, y)
         losses[device, 'int8'] = loss.item()
     print(losses)

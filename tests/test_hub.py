@@ -11,9 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
-import download
-import hub
-from configurator import UserError
+from flatgpt import download, hub
+from flatgpt.errors import UserError
 
 COMMIT = 'c' * 40
 WEIGHTS = b'weights ' * 50_000
@@ -105,7 +104,7 @@ def server(monkeypatch, tmp_path):
     thread.join()
 
 
-def test_a_file_is_fetched_once_and_lies_where_the_hubs_own_tools_look_for_it(server, tmp_path):
+def test_a_file_is_fetched_once_and_is_where_the_hubs_own_tools_look_for_it(server, tmp_path):
     from huggingface_hub import try_to_load_from_cache
     for file, content in server.repos['owner/name'].items():
         path = hub.fetch('owner/name', file)
@@ -168,7 +167,7 @@ def test_a_commit_needs_no_ref(server, tmp_path):
     assert hub.fetch(f'owner/name@{COMMIT}', 'config.json') == path and server.asked == []
 
 
-def test_a_dataset_lies_beside_models(server, tmp_path):
+def test_a_dataset_is_beside_models(server, tmp_path):
     path = hub.fetch('owner/name', 'config.json', kind='datasets')
     assert path.read_bytes() == b'{}' and 'datasets--owner--name' in str(path)
     assert server.asked[0][1].startswith('/datasets/owner/name/resolve/main/')

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-import lora
-from configurator import UserError
+from flatgpt import lora
+from flatgpt.engine import generate
+from flatgpt.errors import UserError
 from model import ARCHS, GPT, GPTConfig
 
 SMALL = {'vocab_size': 50, 'block_size': 16, 'n_layer': 3, 'n_embd': 24, 'n_head': 4}
@@ -114,7 +115,7 @@ def test_a_regex_that_finds_nothing_is_refused(targets, words):
 def test_decoding_with_a_cache_is_the_same_with_adapters():
     _, model = adapted(**KINDS['llama'])
     ids = torch.tensor([[1, 2, 3]])
-    fast = [int(token) for token in model.generate(ids, 8, temperature=0)]
+    fast = [int(token) for token, _ in generate(model, ids, 8, temperature=0)]
     slow = ids
     for _ in range(8):
         slow = torch.cat((slow, model(slow)[0][:, -1:].argmax(-1)), dim=1)

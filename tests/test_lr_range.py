@@ -1,12 +1,12 @@
-"""The range test: rates rise by a factor, and the suggestion lies below what the loss bears."""
+"""The range test: rates rise by a factor, and the suggestion is below the rate at which the loss rises."""
 
 import json
 import math
 
 import pytest
 
-import lr_range
-from configurator import UserError
+from flatgpt import lr_range
+from flatgpt.errors import UserError
 
 
 def curve(edge, noise=0.0, fall=True):

@@ -1,4 +1,4 @@
-"""The model: against one written a second time in numpy, against closed forms, and by what must never change."""
+"""The model: compared with a second implementation in numpy, with closed forms, by invariants; nanoGPT's methods."""
 
 import json
 import math
@@ -9,13 +9,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import optim
-import runtime
-from attention import Cache, attend_math, drop, rope, rotate
-from model import ARCHS, ATTEND, GPT, NANOGPT_FIELDS, GPTConfig
+from flatgpt import optim, pretrained, runtime, tokenizer
+from flatgpt.scaling import activation_bytes
+from model import (
+    ALLOWED,
+    ARCHS,
+    GPT,
+    NANOGPT_FIELDS,
+    GPTConfig,
+    apply_rope,
+    attend,
+    attend_math,
+    dropout,
+    rope_angles,
+)
 
 SHAPE = {'vocab_size': 23, 'block_size': 12, 'n_layer': 2, 'n_embd': 16, 'n_head': 4}
-WAYS = sorted(ATTEND)
+METHODS = ALLOWED['attention']
 
 
 def full(value):
@@ -38,7 +48,7 @@ SWITCHES = {
     'zero_init': {'zero_init': True}, 'zero_init, untied': {'zero_init': True, 'tie_weights': False},
 }
 CASES = {**ARCHS, **SWITCHES}
-CHOICES = {
+VALUES = {
     'bias': [True, False], 'gelu': ['tanh', 'erf'], 'mlp': ['gelu', 'relu2', 'swiglu'],
     'pos': ['learned', 'rope', 'alibi'], 'norm': ['layernorm', 'rmsnorm'], 'qk_norm': [True, False],
     'n_head': [2, 4, 8], 'n_kv_head': [None, 1, 2], 'window': [None, 1, 5, 12],
@@ -50,7 +60,7 @@ CHOICES = {
 
 def mixture(seed):
     source = random.Random(seed)
-    return {name: source.choice(values) for name, values in CHOICES.items()}
+    return {name: source.choice(values) for name, values in VALUES.items()}
 
 
 MIXED = {f'mixture {seed}': mixture(seed) for seed in range(12)}
@@ -114,7 +124,7 @@ def gpt_in_numpy(weights, ids, c):
             return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
         return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
-    def turned(x):   # pairs of channels as complex numbers
+    def rotated(x):   # pairs of channels as complex numbers
         if c.pos != 'rope':
             return x
         speed = [c.rope_base ** (-i / D) for i in range(0, D, 2)]
@@ -122,7 +132,7 @@ def gpt_in_numpy(weights, ids, c):
             factor, low, high, context = c.rope_scaling
             turns = [context * s / (2 * math.pi) for s in speed]
             share = [min(max((n - low) / (high - low), 0), 1) for n in turns]   # of the speed as it was
-            speed = [s * kept + s / factor * (1 - kept) for s, kept in zip(speed, share)]
+            speed = [s * unscaled + s / factor * (1 - unscaled) for s, unscaled in zip(speed, share)]
         z = (x[:, :D // 2] + 1j * x[:, D // 2:]) * np.exp(1j * np.outer(np.arange(T), speed))
         return np.concatenate((z.real, z.imag), axis=1)
 
@@ -137,7 +147,7 @@ def gpt_in_numpy(weights, ids, c):
             q, k, v = (qkv[:, n * D:(n + 1) * D] for n in (head, H + shared, H + K + shared))
             if c.qk_norm:
                 q, k = (norm(part, f'h.{layer}.attn.{name}_norm') for part, name in ((q, 'q'), (k, 'k')))
-            q, k, slope = turned(q), turned(k), 2 ** (-8 * (head + 1) / H) if c.pos == 'alibi' else 0
+            q, k, slope = rotated(q), rotated(k), 2 ** (-8 * (head + 1) / H) if c.pos == 'alibi' else 0
             for t in range(T):
                 seen = [s for s in range(t + 1) if t - s < (c.window or T)]
                 weight = np.exp([q[t] @ k[s] / math.sqrt(D) - slope * (t - s) for s in seen])
@@ -182,11 +192,11 @@ def test_loss_is_the_mean_of_minus_log_softmax_over_targets_that_are_not_minus_o
     targets[0, 3:] = -1
     logits, loss = model(idx, targets)
     z = logits.detach().double().numpy()
-    surprise = [np.log(np.exp(z[b, t]).sum()) - z[b, t, targets[b, t]]
-                for b in range(2) for t in range(12) if targets[b, t] >= 0]
-    assert len(surprise) == 15
+    losses = [np.log(np.exp(z[b, t]).sum()) - z[b, t, targets[b, t]]
+              for b in range(2) for t in range(12) if targets[b, t] >= 0]
+    assert len(losses) == 15
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(np.mean(surprise), rel=1e-6)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_targets_of_minus_one_send_no_gradient():
@@ -229,7 +239,7 @@ def qkv(T=12, dtype=torch.float32, D=8):
 
 def test_written_out_attention_equals_a_loop_over_positions():
     q, k, v = qkv(dtype=torch.float64)
-    out = attend_math(q, k, v, 0.0)
+    out = attend_math(q, k, v)
     for b, h, t in np.ndindex(2, 3, 12):
         likeness = [math.exp(sum(q[b, h, t, d].item() * k[b, h, s, d].item() for d in range(8)) / 8 ** 0.5)
                     for s in range(t + 1)]
@@ -237,21 +247,21 @@ def test_written_out_attention_equals_a_loop_over_positions():
         torch.testing.assert_close(out[b, h, t], seen, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize('way', ['sdpa', 'auto'])
+@pytest.mark.parametrize('method', ['sdpa', 'auto'])
 @pytest.mark.parametrize('T', [1, 12, full(513)])   # 'auto' chooses by length, too
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_ways_of_attention_agree_in_results_and_gradients(way, T, dtype, bound):
+def test_methods_of_attention_agree_in_results_and_gradients(method, T, dtype, bound):
     """The bound is on the largest error as a share of the largest value. bfloat16 has 8 bits: 2**-8 is 0.4 %."""
-    def results(attend, dtype):
+    def results(method, dtype):
         inputs = [x.requires_grad_() for x in qkv(T, dtype)]
-        out = attend(*inputs, 0.0)
+        out = attend(*inputs, attention=method)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         return [out.detach(), *(x.grad for x in inputs)]
 
-    reference = results(attend_math, torch.float32)
-    for ours, exact in zip(results(ATTEND[way], dtype), reference, strict=True):
-        assert ours.dtype == dtype
-        assert (ours - exact).abs().max() <= bound * exact.abs().max() + 1e-7
+    reference = results('math', torch.float32)
+    for result, exact in zip(results(method, dtype), reference, strict=True):
+        assert result.dtype == dtype
+        assert (result - exact).abs().max() <= bound * exact.abs().max() + 1e-7
 
 
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
@@ -263,8 +273,8 @@ def test_models_with_either_attention_agree_in_loss_and_gradients(dtype, bound):
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters())]
 
-    for ours, exact in zip(results('sdpa', dtype), results('math', torch.float32), strict=True):
-        assert (ours - exact).norm() <= bound * exact.norm() + 1e-7
+    for result, exact in zip(results('sdpa', dtype), results('math', torch.float32), strict=True):
+        assert (result - exact).norm() <= bound * exact.norm() + 1e-7
 
 
 @with_each(ALL, fast=FEW)
@@ -275,9 +285,9 @@ def test_models_with_sdpa_and_written_out_attention_agree_in_logits_and_gradient
         loss.backward()
         return [logits.detach(), *(p.grad for p in model.parameters())]
 
-    for ours, exact in zip(results('sdpa'), results('math'), strict=True):
-        # their losses are float32, in which gradients of mean zero keep an absolute error
-        assert (ours - exact).norm() <= 1e-6 * exact.norm() + 1e-9
+    for result, exact in zip(results('sdpa'), results('math'), strict=True):
+        # the losses are float32, in which gradients of mean zero keep an absolute error
+        assert (result - exact).norm() <= 1e-6 * exact.norm() + 1e-9
 
 
 @pytest.fixture
@@ -289,48 +299,48 @@ def every_warning():
 
 
 @pytest.mark.usefixtures('every_warning')
-@pytest.mark.parametrize('kind', ['whole', 'autocast'])
+@pytest.mark.parametrize('casting', ['weights', 'autocast'])
 @with_each(CASES, fast=['gpt2', 'llama', 'speedrun', 'alibi', 'window 5'])
-def test_logits_in_bfloat16_are_near_those_in_float32(changes, kind):
+def test_logits_in_bfloat16_are_near_those_in_float32(changes, casting):
     """The bound is on the size of the error as a share of that of the logits: a few roundings of 2**-9 per layer."""
     exact = logits_of(make(torch.float32, 0.1, attention='math', **changes), tokens())
     for attention in ('math', 'sdpa'):
         model = make(torch.float32, 0.1, attention=attention, **changes)
-        if kind == 'whole':
+        if casting == 'weights':
             model.to(torch.bfloat16)
-        with torch.autocast('cpu', torch.bfloat16, enabled=kind == 'autocast'):
+        with torch.autocast('cpu', torch.bfloat16, enabled=casting == 'autocast'):
             logits = logits_of(model, tokens())
         assert logits.dtype == torch.bfloat16
         assert (logits - exact).norm() <= 0.02 * exact.norm(), attention
 
 
 @pytest.mark.parametrize('D', [2, 8, 64])
-def test_scores_of_turned_queries_and_keys_depend_on_their_distance_only(D):
+def test_scores_of_rotated_queries_and_keys_depend_on_their_distance_only(D):
     """One query and one key at each of 300 positions. The bound is that of angles in float32, 300 * 2**-24 of a score
     of size D."""
     q, k = torch.randn(2, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(D))
-    angles = rope(torch.arange(300), D, 10_000)
-    scores = rotate(q.expand(300, D), angles) @ rotate(k.expand(300, D), angles).T   # query by key
+    angles = rope_angles(torch.arange(300), D, 10_000)
+    scores = apply_rope(q.expand(300, D), angles) @ apply_rope(k.expand(300, D), angles).T   # query by key
     assert (scores[1:, 1:] - scores[:-1, :-1]).abs().max() < 4e-5 * D
     assert (scores[200:, 200:] - scores[:100, :100]).abs().max() < 4e-5 * D
     torch.testing.assert_close(scores.diagonal(), (q @ k.T).expand(1, 300)[0], rtol=0, atol=1e-6 * D)
     assert (scores[0, 1:] - scores[0, 0]).abs().min() > 1e-3   # and on the distance they do depend
 
 
-def test_turning_is_by_one_radian_a_position_for_the_first_pair_and_keeps_lengths():
+def test_rope_rotates_the_first_pair_by_one_radian_per_position_and_keeps_lengths():
     x = torch.randn(2, 50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, rope(torch.arange(50), 6, 10_000))
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=0, atol=1e-6)
-    assert torch.equal(turned[:, 0], x[:, 0])   # position 0 stays as it is
+    rotated = apply_rope(x, rope_angles(torch.arange(50), 6, 10_000))
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1), rtol=0, atol=1e-6)
+    assert torch.equal(rotated[:, 0], x[:, 0])   # position 0 stays as it is
     t = torch.arange(50, dtype=torch.float64)
     first = x[..., 0] * t.cos() - x[..., 3] * t.sin(), x[..., 3] * t.cos() + x[..., 0] * t.sin()
-    torch.testing.assert_close(turned[..., [0, 3]], torch.stack(first, dim=-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotated[..., [0, 3]], torch.stack(first, dim=-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('window', [1, 5, full(11), full(12), full(20)])
 @pytest.mark.parametrize('pos', ['learned', full('rope'), full('alibi')])
 @pytest.mark.parametrize('attention', ['math', full('sdpa')])
-def test_one_layer_sees_no_token_that_lies_a_window_or_more_back(attention, pos, window):
+def test_one_layer_sees_no_token_that_is_a_window_or_more_back(attention, pos, window):
     model, idx = make(attention=attention, pos=pos, window=window, n_layer=1), tokens(rows=1).repeat(12, 1)
     other = (idx + torch.eye(12, dtype=torch.long)) % 23   # row t has another token at t
     moved = (logits_of(model, other)[:, -1] != logits_of(model, idx)[:, -1]).any(dim=-1)
@@ -344,10 +354,10 @@ def test_a_token_moves_its_own_logits_and_those_within_reach_after_it(changes):
     other = (idx + torch.eye(12, dtype=torch.long)) % 23
     moved = (logits_of(model, other) != logits_of(model, idx)).any(dim=-1)   # (12, 12), token by position
     reach = 2 * ((model.config.window or 12) - 1)
-    assert moved.tolist() == [[0 <= place - t <= reach for place in range(12)] for t in range(12)]
+    assert moved.tolist() == [[0 <= position - t <= reach for position in range(12)] for t in range(12)]
 
 
-@pytest.mark.parametrize('attention', WAYS)
+@pytest.mark.parametrize('attention', METHODS)
 def test_a_token_moves_no_logit_before_it(attention):
     model, idx = make(torch.float32, attention=attention), tokens(rows=1).repeat(12, 1)
     other = (idx + torch.eye(12, dtype=torch.long)) % 23   # row t has another token at t
@@ -401,7 +411,7 @@ def fresh_hidden(dtype=torch.float64, **changes):
     x = model.transformer.wte(tokens())
     if model.config.pos == 'learned':
         x = x + model.transformer.wpe.weight
-    return model.hidden(tokens()), model.transformer.ln_f(x)
+    return model.hidden_states(tokens()), model.transformer.ln_f(x)
 
 
 @pytest.mark.parametrize('others', [*ARCHS.values(), {'pos': 'alibi', 'layer_scale': 0.1}],
@@ -447,7 +457,7 @@ def test_every_parameter_gets_a_gradient(changes):
 
 
 @pytest.mark.parametrize('changes', [{}, {'layer_scale': 0.1, 'qk_norm': True}])
-def test_at_the_first_step_zeros_hide_what_lies_before_them_inside_their_blocks(changes):
+def test_at_the_first_step_zeros_hide_what_is_before_them_inside_their_blocks(changes):
     """A gradient goes back through c_proj, at zero, to nothing; a gain learns nothing from an output of zero. The
     residual stream passes by, so the tables and c_proj itself do learn."""
     model = GPT(GPTConfig(**SHAPE, **changes, zero_init=True))
@@ -469,10 +479,10 @@ def test_at_the_first_step_a_head_of_zeros_hides_all_but_itself():
 def only_dropout_at(site, **changes):
     """A model in training mode of which only one of its sites drops anything."""
     model = make(dropout=0.5, **changes).train()
-    model.transformer.drop.p = 0.5 if site == 'embeddings' else 0.0
+    model.dropout_p = 0.5 if site == 'embeddings' else 0.0
     for block in model.transformer.h:
-        block.attn.dropout = 0.5 if site == 'attention weights' else 0.0
-        block.drop.p = 0.5 if site.startswith('output') else 0.0
+        block.attn.dropout_p = 0.5 if site == 'attention weights' else 0.0
+        block.dropout_p = 0.5 if site.startswith('output') else 0.0
         for part in (block.attn, block.mlp):
             if site.startswith('output') and not site.endswith(type(part).__name__):
                 part.c_proj.weight.data.zero_()
@@ -482,7 +492,7 @@ def only_dropout_at(site, **changes):
 
 @pytest.mark.parametrize(('site', 'attention'), [
     ('embeddings', 'auto'), ('output of CausalSelfAttention', 'auto'), ('output of MLP', 'auto'),
-    *(('attention weights', way) for way in WAYS)])
+    *(('attention weights', method) for method in METHODS)])
 def test_dropout_acts_in_training_and_not_in_evaluation(site, attention):
     model, idx = only_dropout_at(site, attention=attention), tokens()
     assert not torch.equal(logits_of(model, idx), logits_of(model, idx))
@@ -490,11 +500,11 @@ def test_dropout_acts_in_training_and_not_in_evaluation(site, attention):
     assert torch.equal(logits_of(model, idx), logits_of(model, idx))
 
 
-@pytest.mark.parametrize('attend', [ATTEND[way] for way in WAYS], ids=WAYS)
-def test_dropped_attention_weights_keep_the_mean(attend):
+@pytest.mark.parametrize('attention', METHODS)
+def test_dropped_attention_weights_keep_the_mean(attention):
     torch.manual_seed(0)
     q = k = torch.zeros(4000, 1, 8, 1)   # all weights of the last position are 1/8
-    share = attend(q, k, torch.ones(4000, 1, 8, 1), 0.25)[:, 0, -1, 0] * 8 * 0.75   # how many were kept
+    share = attend(q, k, torch.ones(4000, 1, 8, 1), 0.25, attention=attention)[:, 0, -1, 0] * 8 * 0.75   # how many stay
     assert torch.equal(share.round(), share.round().clamp(0, 8))
     torch.testing.assert_close(share, share.round(), rtol=0, atol=1e-4)
     assert share.mean().item() == pytest.approx(6, abs=0.1)   # 4 standard errors
@@ -532,14 +542,14 @@ def test_no_dropout_is_drawn_when_it_is_zero():
     *(({'softcap': value}, [f'softcap={value}', 'expected', '0']) for value in (0, -1.0, math.nan, math.inf)),
     *(({name: 0.0}, [f'{name}=0.0', 'expected', '0']) for name in ('layer_scale', 'norm_eps', 'rope_base')),
 ])
-def test_a_configuration_that_cannot_be_is_refused_with_value_and_remedy(changes, words):
+def test_an_impossible_configuration_is_an_error_with_value_and_remedy(changes, words):
     with pytest.raises(ValueError) as refusal:
         GPTConfig(**{**SHAPE, **changes})
     for word in words:
         assert word in str(refusal.value)
 
 
-def test_dictionary_of_a_configuration_has_nanogpts_fields_and_what_is_not_default():
+def test_to_dict_has_nanogpts_fields_and_those_that_are_not_default():
     old = {**SHAPE, 'dropout': 0.1, 'bias': False}
     assert GPTConfig(**old, attention='math').to_dict() == old
     assert GPTConfig(**old, gelu='erf').to_dict() == {**old, 'gelu': 'erf'}
@@ -547,13 +557,13 @@ def test_dictionary_of_a_configuration_has_nanogpts_fields_and_what_is_not_defau
 
 
 @with_each(ALL, fast=EACH)
-def test_a_configuration_survives_the_dictionary_of_a_checkpoint(changes):
+def test_to_dict_of_a_configuration_makes_the_same_configuration_again(changes):
     config = GPTConfig(**{**SHAPE, **changes})
-    kept = json.loads(json.dumps(config.to_dict()))
-    assert GPTConfig(**kept) == config
-    assert set(kept) == set(NANOGPT_FIELDS) | {name for name, value in changes.items()
-                                               if value != getattr(GPTConfig(), name)}
-    GPT(GPTConfig(**kept)).load_state_dict(make(**changes).state_dict())
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert GPTConfig(**stored) == config
+    assert set(stored) == set(NANOGPT_FIELDS) | {name for name, value in changes.items()
+                                                 if value != getattr(GPTConfig(), name)}
+    GPT(GPTConfig(**stored)).load_state_dict(make(**changes).state_dict())
 
 
 def test_the_defaults_are_gpt2():
@@ -580,7 +590,7 @@ def test_every_parameter_is_initialised(fresh):
     ('wte.weight', 1, 0.02), ('wpe.weight', 1, 0.02), ('attn.c_attn.weight', 3, 0.02), ('mlp.c_fc.weight', 3, 0.02),
     ('attn.c_proj.weight', 3, 0.02 / 6 ** 0.5), ('mlp.c_proj.weight', 3, 0.02 / 6 ** 0.5),   # 3 layers add 2 each
 ])
-def test_matrices_begin_normal_with_the_standard_deviation_of_their_kind(fresh, ending, count, std):
+def test_matrices_are_normal_with_the_documented_standard_deviation(fresh, ending, count, std):
     found = [p.detach().double() for name, p in fresh.named_parameters() if name.endswith(ending)]
     assert len(found) == count
     for p in found:
@@ -598,22 +608,22 @@ def test_vectors_begin_at_zero_and_norms_at_one(fresh):
 
 
 @with_each(ALL, fast=EACH)
-def test_what_switches_add_begins_as_it_should(changes):
+def test_every_field_initialises_its_parameters_as_documented(changes):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SHAPE, **changes}))
     for p in model.parameters():
         p.data.fill_(math.nan)
     model.init_weights()
     for name, p in model.named_parameters():
-        kind, zero = name.split('.')[-2], model.config.zero_init
-        if kind.startswith('scale'):
+        module, zero = name.split('.')[-2], model.config.zero_init
+        if module.startswith('scale'):
             assert torch.equal(p, torch.full((model.config.n_embd,), 0.1)), name
         elif p.dim() == 1:
             assert torch.equal(p, torch.zeros_like(p) if name.endswith('bias') else torch.ones_like(p)), name
-        elif kind in ('c_proj', 'lm_head') and zero:
+        elif module in ('c_proj', 'lm_head') and zero:
             assert not p.any(), name
         else:
-            std = 0.01 if kind == 'c_proj' else 0.02   # of 2 layers
+            std = 0.01 if module == 'c_proj' else 0.02   # of 2 layers
             assert p.std().item() == pytest.approx(std, rel=5 / (2 * p.numel()) ** 0.5), name
 
 
@@ -709,11 +719,11 @@ def test_flops_count_the_window_or_the_context_whichever_is_shorter(window):
 @with_each(CASES, fast=FEW)
 def test_flops_per_token_are_those_that_torch_counts(changes):
     """All but 6 for each bias and norm, which the formula counts as if it were a matrix: under 3 %
-    here, less in wider models. And plus the scores beyond a window, which are computed to be thrown away."""
+    here, less in wider models. Plus the scores outside a window, which are computed and not used."""
     model, idx = make(n_layer=3, attention='math', **{'n_embd': 64, **changes}), tokens()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
-    beyond = 12 * 3 * model.config.n_embd * (12 - min(model.config.window or 12, 12))
-    expected = (model.flops_per_token() - 6 * vectors + beyond) * idx.numel()
+    outside = 12 * 3 * model.config.n_embd * (12 - min(model.config.window or 12, 12))
+    expected = (model.flops_per_token() - 6 * vectors + outside) * idx.numel()
     with FlopCounterMode(display=False) as counter:
         loss = model(idx, idx)[1]
         assert counter.get_total_flops() == pytest.approx(expected / 3, rel=1e-12)   # a third is the forward pass
@@ -764,10 +774,10 @@ def test_a_context_cannot_be_grown_or_emptied(block_size):
 # dropout
 
 @pytest.mark.parametrize('p', [0.0, 0.1, 0.2, 0.5, 0.9])
-def test_drop_zeroes_a_share_of_the_elements_and_keeps_the_mean(p):
+def test_dropout_zeroes_a_share_of_the_elements_and_keeps_the_mean(p):
     torch.manual_seed(0)
     x = torch.ones(401, 1003, requires_grad=True)   # no multiple of four elements
-    y = drop(x, p)
+    y = dropout(x, p)
     assert all(value in (0.0, pytest.approx(1 / (1 - p))) for value in y.unique().tolist())
     assert (y == 0).float().mean().item() == pytest.approx(p, abs=4e-3)
     assert y.mean().item() == pytest.approx(1, abs=0.01)
@@ -775,21 +785,21 @@ def test_drop_zeroes_a_share_of_the_elements_and_keeps_the_mean(p):
     assert torch.equal(x.grad, y.detach())   # the gradient passes where the value does
 
 
-def test_drop_is_a_function_of_torchs_seed_and_draws_anew_at_each_call():
+def test_dropout_is_a_function_of_torchs_seed_and_differs_at_each_call():
     x = torch.ones(1000)
     torch.manual_seed(5)
-    one, two = drop(x, 0.5), drop(x, 0.5)
+    one, two = dropout(x, 0.5), dropout(x, 0.5)
     torch.manual_seed(5)
-    assert torch.equal(drop(x, 0.5), one) and torch.equal(drop(x, 0.5), two)
+    assert torch.equal(dropout(x, 0.5), one) and torch.equal(dropout(x, 0.5), two)
     both = ((one == 0) & (two == 0)).float().mean().item()
     assert both == pytest.approx(0.25, abs=0.05)   # independent
 
 
 def test_neighbouring_elements_are_dropped_independently():
     torch.manual_seed(0)
-    gone = (drop(torch.ones(400_000), 0.2) == 0).float() - 0.2
+    dropped = (dropout(torch.ones(400_000), 0.2) == 0).float() - 0.2
     for distance in (1, 2, 3, 4, 64):
-        assert abs((gone[distance:] * gone[:-distance]).mean().item()) < 2e-3, distance
+        assert abs((dropped[distance:] * dropped[:-distance]).mean().item()) < 2e-3, distance
 
 
 def test_a_model_drops_in_training_only():
@@ -827,21 +837,107 @@ def test_activations_take_as_many_bytes_as_autograd_saves(dtype, checkpointing, 
         runtime.recompute(block)
     x, y = torch.randint(300, (2, rows, shape['block_size'])).unbind()
     measured = kept_for_backward(model, dtype, x.clone(), y.clone())
-    assert model.activation_bytes(rows, dtype.itemsize, checkpointing) == measured
+    assert activation_bytes(model.config, rows, dtype.itemsize, checkpointing) == measured
 
 
 @with_each({name: CASES[name] for name in ('llama', 'qwen3', 'speedrun', 'alibi', 'rmsnorm', 'relu2', 'n_kv_head 2',
                                            'window 5', 'softcap', 'layer_scale', 'qk_norm')})
 def test_activations_of_other_blocks_than_gpt2s_are_not_counted(changes):
     with pytest.raises(ValueError, match='GPT-2 only'):
-        on_paper(**{**SHAPE, **changes}).activation_bytes(1)
+        activation_bytes(GPTConfig(**{**SHAPE, **changes}), 1)
 
 
-@pytest.mark.parametrize('itemsize, dtype', [(2, torch.bfloat16), (4, torch.float32)])
-@with_each({name: CASES[name] for name in ('gpt2', 'n_kv_head 1', 'n_kv_head 2')})
-def test_the_cache_takes_as_many_bytes_as_its_keys_and_values(changes, itemsize, dtype):
-    model = make(dtype, **changes)
-    cache = Cache(model.config, 2, 12, torch.device('cpu'))
-    cache.begin([12, 12])
-    model.step(tokens(), cache)
-    assert model.cache_bytes(2 * 12, itemsize) == sum(part.nbytes for part in (*cache.keys, *cache.values))
+# ---------------------------------------------------------------------------------------------------------------------
+# nanoGPT's Python interface, used as its tutorials use it
+
+@pytest.fixture(scope='module')
+def gpt2_folder(tmp_path_factory):
+    """A folder in the format of Hugging Face with a small GPT-2 that has random weights, and the model in it."""
+    folder, model = tmp_path_factory.mktemp('hf') / 'gpt2', make(torch.float32, vocab_size=27)
+    pretrained.save(folder, model, 'gpt2', torch.float32, tokenizer.CharTokenizer('abcdefghijklmnopqrstuvwxyz '))
+    return folder, model
+
+
+def test_from_pretrained_reads_a_local_folder(gpt2_folder):
+    folder, expected = gpt2_folder
+    model = GPT.from_pretrained(str(folder), dict(dropout=0.1))
+    assert model.config.dropout == 0.1 and expected.config.dropout == 0.0
+    assert torch.equal(logits_of(model.eval(), tokens()), logits_of(expected, tokens()))
+
+
+def test_a_training_loop_of_a_tutorial_works_and_estimates_mfu():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=16, dropout=0.0, bias=False))
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    losses = []
+    for _ in range(20):
+        logits, loss = model(tokens(rows=4), tokens(rows=4, seed=1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    assert logits.shape == (4, 12, 23)
+    assert losses[-1] < losses[0] - 0.5
+    assert model.estimate_mfu(4, 0.5) == model.flops_per_token() * 12 * 4 / 0.5 / 312e12
+    assert model.estimate_mfu(fwdbwd_per_iter=4, dt=0.5, peak_flops=1e9) == model.flops_per_token() * 12 * 4 / 0.5 / 1e9
+
+
+def test_configure_optimizers_decays_matrices_only():
+    model = make(torch.float32)
+    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=3e-4, betas=(0.9, 0.99), device_type='cpu')
+    decayed, plain = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (decayed['weight_decay'], plain['weight_decay']) == (0.1, 0.0)
+    assert (decayed['lr'], decayed['betas']) == (3e-4, (0.9, 0.99))
+    assert {p for p in model.parameters() if p.dim() >= 2} == set(decayed['params'])
+    assert {p for p in model.parameters() if p.dim() < 2} == set(plain['params'])
+
+
+def test_generate_returns_the_prompt_and_new_ids_past_the_context_too():
+    model = make(torch.float32)
+    for T in (1, 4, 12, 15):
+        idx = tokens(2, T)
+        text = model.generate(idx, 10, temperature=0.8, top_k=5)
+        assert text.shape == (2, T + 10) and text.dtype == torch.long
+        assert torch.equal(text[:, :T], idx)
+        assert 0 <= text.min() and text.max() < 23
+    assert torch.equal(model.generate(idx, 0), idx)
+
+
+@with_each(ALL, fast=FEW)
+def test_generate_without_temperature_takes_the_likeliest_token_of_the_last_block_size(changes):
+    model = make(torch.float32, **changes)
+    text = model.generate(tokens(2, 5), 12, temperature=0)
+    assert torch.equal(text, model.generate(tokens(2, 5), max_new_tokens=12, temperature=1.0, top_k=1))
+    for t in range(5, 17):
+        assert torch.equal(text[:, t], logits_of(model, text[:, max(t - 12, 0):t])[:, -1].argmax(dim=-1))
+
+
+def test_generate_follows_the_softmax_of_the_top_k_and_the_temperature():
+    model = make(torch.float32)
+    logits = model(tokens(1, 4))[0][0, -1].detach() / 0.7
+    logits[logits.argsort()[:-3]] = -math.inf
+    torch.manual_seed(0)
+    drawn = model.generate(tokens(1, 4).expand(4000, -1), 1, temperature=0.7, top_k=3)[:, -1]
+    share = drawn.bincount(minlength=23) / 4000
+    assert (share - logits.softmax(dim=-1)).abs().max() < 0.04   # 5 standard errors
+    assert not share[logits == -math.inf].any()
+
+
+def test_generate_keeps_no_graph_and_is_repeated_by_torchs_seed():
+    model, texts = make(torch.float32), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(model.generate(tokens(), 20, top_k=None))
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    assert not model(texts[0][:, :12])[0].is_inference()   # what follows can still be trained
+
+
+def test_crop_block_size_and_get_num_params_are_those_of_the_tutorials():
+    model = make(torch.float32)
+    n, non_embedding = model.get_num_params(non_embedding=False), model.get_num_params()
+    assert n - non_embedding == 12 * 16
+    model.crop_block_size(8)
+    assert model.config.block_size == 8
+    assert (model.get_num_params(False), model.get_num_params()) == (n - 4 * 16, non_embedding)
+    assert model.generate(tokens(1, 8), 4).shape == (1, 12)

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import quick
 
-import optim
+from flatgpt import optim
+from flatgpt.optim import OPTIMIZERS, SCHEDULES, adamw, build, learning_rate_at, load_state, orthogonalise, param_groups
 from model import GPT, GPTConfig
-from optim import OPTIMIZERS, SCHEDULES, adamw, build, learning_rate_at, load_state, orthogonalise, param_groups
 
 SHAPE = {'vocab_size': 11, 'block_size': 6, 'n_layer': 2, 'n_embd': 8, 'n_head': 2}
 

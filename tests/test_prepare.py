@@ -15,8 +15,7 @@ import pytest
 from conftest import ROOT, SHARED, assert_one_line, needs
 from in_process import call
 
-import download
-import tokenizer
+from flatgpt import download, tokenizer
 
 NAMES = ('python_char', 'shakespeare_char', 'shakespeare')
 TEXT = SHARED / 'tinyshakespeare.txt'
@@ -26,7 +25,8 @@ FILES = ('train.bin', 'val.bin', 'meta.json')
 
 def copy_project(folder):
     """The parts and the prepare scripts without any data, so that nothing is written into the working tree."""
-    for path in [*ROOT.glob('*.py'), *(ROOT / 'data' / name / 'prepare.py' for name in NAMES)]:
+    prepares = [ROOT / 'data' / name / 'prepare.py' for name in NAMES]
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('flatgpt/*.py'), *prepares]:
         new = folder / path.relative_to(ROOT)
         new.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, new)
@@ -52,7 +52,7 @@ def by_table(chars):
 
 
 class Made:
-    """A dataset as it lies on disk, read without the help of dataset.py."""
+    """A dataset as it is stored on disk, read without the help of dataset.py."""
 
     def __init__(self, folder):
         self.meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
@@ -165,10 +165,10 @@ def project(tmp_path):
 
 
 @needs('shakespeare')
-@pytest.mark.parametrize('way', ['--input', 'in place'])
+@pytest.mark.parametrize('way', ['--input', 'in its folder'])
 def test_shakespeare_in_characters_has_the_known_numbers(project, tmp_path, way):
     folder = project / 'data' / 'shakespeare_char'
-    if way == 'in place':
+    if way == 'in its folder':
         shutil.copy(TEXT, folder / 'input.txt')
         done = prepare(project, 'shakespeare_char', cwd=folder)
     else:   # relative to where the person stands
@@ -182,7 +182,7 @@ def test_shakespeare_in_characters_has_the_known_numbers(project, tmp_path, way)
     for words in ('1,115,394 characters, 65 distinct', 'vocabulary of 65', '1,003,854 train tokens',
                   '111,540 val tokens'):
         assert words in done.stdout
-    assert left_in(folder) == {*FILES, *(['input.txt'] if way == 'in place' else [])}
+    assert left_in(folder) == {*FILES, *(['input.txt'] if way == 'in its folder' else [])}
 
 
 @needs('shakespeare', 'gpt2_encoding')

@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_hub import COMMIT, server  # noqa: F401
 
-import checkpoint
-import pretrained
-from configurator import UserError
+from flatgpt import checkpoint, pretrained
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import BpeTokenizer
 from model import ARCHS, GPT, GPTConfig
-from tokenizer import BpeTokenizer
 
 SMALL = {'vocab_size': 300, 'hidden_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 4,
          'intermediate_size': 40, 'max_position_embeddings': 32, 'bos_token_id': 0, 'eos_token_id': 0}
@@ -70,7 +69,7 @@ def loaded(folder):
 
 @pytest.fixture
 def copy(folders, tmp_path):
-    """A copy of a folder, to be damaged."""
+    """A copy of one folder, to be damaged."""
     def copied(name='gpt2'):
         shutil.copytree(folders[name][0], tmp_path / 'copy', dirs_exist_ok=True)
         return tmp_path / 'copy'
@@ -154,7 +153,7 @@ def test_an_architecture_that_no_class_has_is_refused_with_the_switch(changes, w
 # ---------------------------------------------------------------------------------------------------------------------
 # forms that are met
 
-def test_gpt2_as_it_lies_on_the_hub_without_prefix_and_with_masks(folders, tmp_path):
+def test_gpt2_as_it_is_on_the_hub_without_prefix_and_with_masks(folders, tmp_path):
     folder, _ = folders['gpt2']
     tensors = load_file(folder / 'model.safetensors')
     tensors = {name.removeprefix('transformer.'): tensor for name, tensor in tensors.items()}

@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT, assert_one_line, run
 from in_process import call
 
-import checkpoint
-from dataset import Dataset
-from tokenizer import CharTokenizer
+from flatgpt import checkpoint
+from flatgpt.dataset import Dataset
+from flatgpt.tokenizer import CharTokenizer
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def text_of(folder):
 def test_every_file_of_a_tree_is_there_once_and_whole_in_one_split(copy, tree):
     folder, prepare = copy('my_code')
     done = prepare(f'--input={tree}', '--tokenizer=char', '--val_fraction=0.2', run=run)
-    assert '20 files, ' in done.stdout and "left out: 1 files, such as 'latin.py, no UTF-8'" in done.stdout
+    assert '20 files, ' in done.stdout and "left out: 1 files, such as 'latin.py, not UTF-8'" in done.stdout
     found = text_of(folder)
     files = {path.read_text().replace('    ', '\t') for path in tree.glob('part*/*.py')}
     parts = {split: text.split('\n\n\n')[:-1] for split, text in found.items()}
@@ -90,7 +90,7 @@ def test_endings_say_which_files(copy, tree):
     assert sorted(text_of(folder).values()) == ['LEFT OUT\n\n', 'more of it\n\n']
 
 
-def test_what_is_no_tree_is_refused(copy, tmp_path):
+def test_an_input_that_is_not_a_source_tree_is_refused(copy, tmp_path):
     _, prepare = copy('my_code')
     (tmp_path / 'empty').mkdir()
     assert_one_line(prepare(status=2), 2, "input=''", '--input=~/project')
@@ -149,7 +149,7 @@ def test_ones_own_pairs_in_either_form_and_spiders_names(copy, tmp_path, kind):
 def test_a_tokenizer_with_an_end_of_text_ends_answers_with_it(copy, tmp_path):
     from safetensors.torch import save_file
 
-    from tokenizer import BpeTokenizer
+    from flatgpt.tokenizer import BpeTokenizer
     tok = BpeTokenizer.train(['question: sql: SELECT'] * 5, 300)
     (tmp_path / 'model').mkdir()
     (tmp_path / 'model' / 'tokenizer.json').write_text(tok.json)
@@ -161,10 +161,10 @@ def test_a_tokenizer_with_an_end_of_text_ends_answers_with_it(copy, tmp_path):
 
 
 @pytest.mark.parametrize(('content', 'words'), [
-    ('[{"question": "a", "sql": "b"}, {"question": "c"}]', ['pair 2', '"question"']), ('[', ['no JSON']),
+    ('[{"question": "a", "sql": "b"}, {"question": "c"}]', ['pair 2', '"question"']), ('[', ['not JSON']),
     ('[1]', ['pair 1']), ('[]', ['0 distinct questions']),
     ('[{"question": "a", "sql": "b"}]', ['1 distinct questions'])])
-def test_what_are_no_pairs_is_refused(copy, tmp_path, content, words):
+def test_a_file_without_pairs_is_refused(copy, tmp_path, content, words):
     (tmp_path / 'pairs.json').write_text(content)
     _, prepare = copy('sql')
     assert_one_line(prepare(f'--input={tmp_path / "pairs.json"}', status=1), 1, *words)

@@ -1,4 +1,4 @@
-"""The machine: what is chosen and what is refused, one process against two, and who may name an accelerator."""
+"""flatgpt/runtime.py: choice of the machine, refusals, two processes, and which files may name an accelerator."""
 
 import ast
 import ctypes
@@ -13,11 +13,11 @@ import torch
 from conftest import ROOT, needs, run, torchrun
 from torch.nn.attention import SDPBackend
 
-import optim
-import runtime
-from configurator import UsageError
+from flatgpt import optim, runtime
+from flatgpt.engine import generate
+from flatgpt.errors import UsageError
+from flatgpt.runtime import Runtime, pick_compile, pick_device, pick_dtype
 from model import GPT, GPTConfig
-from runtime import Runtime, pick_compile, pick_device, pick_dtype
 
 CPU = torch.device('cpu')
 
@@ -57,7 +57,7 @@ def test_auto_takes_an_apple_gpu_that_works_if_there_is_no_other(gpus, monkeypat
     assert pick_device('auto', None) == pick_device('mps', None) == torch.device('mps')
 
 
-def test_an_apple_gpu_that_fails_is_passed_over_and_refused_by_name(gpus, monkeypatch, capsys):
+def test_an_apple_gpu_that_fails_is_not_used_by_auto_and_refused_by_name(gpus, monkeypatch, capsys):
     gpus(0)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)   # where there is none, the trial raises
     monkeypatch.setattr(torch, 'ones', lambda *shape, device: torch.zeros(*shape))
@@ -150,7 +150,8 @@ def test_the_faster_type_of_this_cpu_is_found_by_products(monkeypatch):
 
 @pytest.mark.full
 def test_a_process_that_is_limited_to_avx2_is_one_of_a_cpu_with_avx2():
-    code = 'import torch, runtime, weights; print(runtime.pick_dtype("auto", torch.device("cpu")), weights.can_pack())'
+    code = ('import torch; from flatgpt import quantize, runtime; '
+            'print(runtime.pick_dtype("auto", torch.device("cpu")), quantize.can_pack())')
     limits = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2'}
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **limits}, capture_output=True,
                           text=True, check=True)
@@ -221,7 +222,7 @@ def test_where_nothing_is_compiled_there_is_no_trial(compiled, choice, device):
 
 
 @pytest.mark.parametrize(('choice', 'device'), [(True, CPU), (True, GPU), ('auto', GPU)])
-def test_compile_says_yes_after_a_trial(compiled, capsys, choice, device):
+def test_compile_is_used_after_a_trial(compiled, capsys, choice, device):
     assert pick_compile(choice, device) is True
     assert len(compiled) == 1
     assert capsys.readouterr() == ('', '')
@@ -238,14 +239,14 @@ FAILURES = {'at once': (broken, 'RuntimeError: Cannot find a working triton inst
 
 @pytest.mark.parametrize(('choice', 'device'), [(True, CPU), ('auto', GPU)])
 @pytest.mark.parametrize('failure', FAILURES)
-def test_compile_goes_on_without_and_says_so_when_the_trial_fails(monkeypatch, capsys, choice, device, failure):
+def test_compile_is_not_used_and_a_line_says_so_when_the_trial_fails(monkeypatch, capsys, choice, device, failure):
     compile, reason = FAILURES[failure]
     monkeypatch.setattr(torch, 'compile', compile)
     assert pick_compile(choice, device) is False
-    assert capsys.readouterr() == ('', f'torch.compile does not work here ({reason}), going on without\n')
+    assert capsys.readouterr() == ('', f'torch.compile does not work here ({reason}), continuing without it\n')
 
 
-def test_of_several_processes_on_a_machine_one_says_so(monkeypatch, capsys):
+def test_only_one_process_per_machine_prints_that_a_trial_failed(monkeypatch, capsys):
     monkeypatch.setattr(torch, 'compile', broken)
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert pick_compile(True, CPU) is False
@@ -257,7 +258,7 @@ def test_decoding_is_compiled_if_the_first_step_works_and_prompts_are_not(monkey
     torch.manual_seed(0)
     model, calls = GPT(GPTConfig(11, 8, 1, 8, 2)).eval(), []
     prompt = torch.tensor([[1, 2, 3]])
-    expected = torch.stack(list(model.generate(prompt, 5, temperature=0))).tolist()
+    expected = [token.item() for token, _ in generate(model, prompt, 5, temperature=0)]
 
     def compile(function, **options):
         def compiled(idx, cache):
@@ -268,9 +269,9 @@ def test_decoding_is_compiled_if_the_first_step_works_and_prompts_are_not(monkey
     monkeypatch.setattr(torch, 'compile', compile)
     a_runtime(compile=True).compile_step(model)
     for _ in range(2):
-        assert torch.stack(list(model.generate(prompt, 5, temperature=0, static=True))).tolist() == expected
+        assert [token.item() for token, _ in generate(model, prompt, 5, temperature=0, static_cache=True)] == expected
     assert calls == [({'options': {'freezing': True}}, 1)] * (1 if fails else 9)   # the first of 2 * 4 is the trial
-    notice = f'torch.compile does not work here ({FAILURES["at once"][1]}), going on without\n' if fails else ''
+    notice = f'torch.compile does not work here ({FAILURES["at once"][1]}), continuing without it\n' if fails else ''
     assert capsys.readouterr() == ('', notice)
 
 
@@ -295,7 +296,7 @@ def test_an_unknown_compile_is_refused_with_the_known_ones(choice):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# setup, seeds, what is said
+# setup, seeds, description
 
 @pytest.fixture
 def alone(monkeypatch):
@@ -320,13 +321,13 @@ def test_one_process_needs_no_wrapping():
     rt, model = a_runtime(), torch.nn.Linear(2, 2)
     assert rt.wrap(model) is model
     assert rt.mean(torch.tensor(3.0)) == 3
-    assert (rt.any(True), rt.any(False)) == (True, False)
+    assert (rt.any_process(True), rt.any_process(False)) == (True, False)
     with rt.average_gradients(model, on=False):
         pass
 
 
-def rand_after(seed, step, **place):
-    a_runtime(**place).reseed(seed, step)
+def rand_after(seed, step, **process):
+    a_runtime(**process).reseed(seed, step)
     return torch.rand(4).tolist()
 
 
@@ -444,7 +445,7 @@ def kernels():
 
     before = now()
     yield now
-    runtime.order_of_kernels.close()
+    runtime.kernel_priority.close()
     assert now() == before
 
 
@@ -458,9 +459,9 @@ def kernels():
 ])
 def test_the_fastest_attention_kernel_that_works_goes_first_and_is_named(monkeypatch, kernels, capability, good, order):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    monkeypatch.setattr(runtime, 'attention_works',
+    monkeypatch.setattr(runtime, 'attention_kernel_works',
                         lambda kernel, device, dtype: kernel.name.removesuffix('_ATTENTION') in good)
-    first = runtime.prefer_attention(CPU, torch.bfloat16)
+    first = runtime.prioritize_attention_kernels(CPU, torch.bfloat16)
     assert first == order[0].lower()
     assert kernels() == order
     line = Runtime(CPU, torch.float32, False, 0, 1, first).describe()
@@ -470,7 +471,7 @@ def test_the_fastest_attention_kernel_that_works_goes_first_and_is_named(monkeyp
 
 def test_the_trial_of_an_attention_kernel_runs_it(monkeypatch):
     """On a CPU: torch has one fused kernel for it, and none of cuDNN's."""
-    trial, attend = runtime.attention_works.__wrapped__, torch.nn.functional.scaled_dot_product_attention
+    trial, attend = runtime.attention_kernel_works.__wrapped__, torch.nn.functional.scaled_dot_product_attention
     assert trial(SDPBackend.MATH, CPU, torch.float32) and trial(SDPBackend.FLASH_ATTENTION, CPU, torch.bfloat16)
     assert not trial(SDPBackend.CUDNN_ATTENTION, CPU, torch.bfloat16)
 
@@ -509,7 +510,7 @@ def allocator(monkeypatch):
 ])
 def test_segments_grow_unless_the_environment_or_torch_says_no(allocator, capsys, environ, act, expected):
     seen = allocator(environ, act)
-    runtime.let_segments_grow(CPU)
+    runtime.use_expandable_segments(CPU)
     assert seen == [f'expandable_segments:{grow}' for grow in expected]
     assert capsys.readouterr() == ('', '')
 
@@ -517,14 +518,14 @@ def test_segments_grow_unless_the_environment_or_torch_says_no(allocator, capsys
 def test_segments_that_cannot_grow_are_as_they_were(allocator, monkeypatch):
     seen = allocator({}, len)
     monkeypatch.setattr(torch, 'ones', broken)   # what an allocator does that has promised too much
-    runtime.let_segments_grow(CPU)
+    runtime.use_expandable_segments(CPU)
     assert seen == ['expandable_segments:True', 'expandable_segments:False']
 
 
 def test_without_the_setting_of_the_allocator_nothing_happens(allocator, monkeypatch):
     allocator({}, len)
     monkeypatch.delattr(torch._C, '_accelerator_setAllocatorSettings')
-    runtime.let_segments_grow(CPU)
+    runtime.use_expandable_segments(CPU)
 
 
 class Malloc:
@@ -537,7 +538,7 @@ class Malloc:
         return self.answers.pop(0)
 
 
-def test_malloc_keeps_what_is_freed_where_it_says_so(monkeypatch):
+def test_malloc_keeps_freed_memory_if_it_can(monkeypatch):
     library = Malloc(1, 1)
     monkeypatch.setattr(ctypes, 'CDLL', lambda name: library)
     assert runtime.keep_freed_memory() is True
@@ -578,7 +579,7 @@ def test_the_trial_of_the_fused_adamw_makes_a_step(monkeypatch, untried, damage)
             assert not any(group.get('fused') for group in groups)
 
 
-def test_what_a_trial_warns_of_is_not_shown(recwarn, capsys):
+def test_warnings_of_a_trial_are_not_shown(recwarn, capsys):
     def trial():
         runtime.warnings.warn('Flash attention was not compiled', stacklevel=1)
         return torch.tensor(True)
@@ -590,16 +591,16 @@ def test_what_a_trial_warns_of_is_not_shown(recwarn, capsys):
 def test_compiled_code_is_kept_in_the_users_cache_unless_the_environment_says_where(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', 'elsewhere')
-    runtime.keep_compiled_code()
+    runtime.set_compile_cache()
     assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == 'elsewhere'
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
-    runtime.keep_compiled_code()
+    runtime.set_compile_cache()
     folder = os.environ['TORCHINDUCTOR_CACHE_DIR']
     assert os.path.dirname(folder) == str(tmp_path / 'flatgpt' / 'compiled')
     assert os.path.basename(folder).startswith(torch.backends.cpu.get_cpu_capability())
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'is not there'))
-    runtime.keep_compiled_code()
+    runtime.set_compile_cache()
     assert 'TORCHINDUCTOR_CACHE_DIR' not in os.environ
 
 
@@ -612,7 +613,7 @@ def test_each_kind_of_cpu_has_compiled_code_of_its_own(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda used=used: used)
         monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda can=can: can)
         with torch.compiler.config.patch(cache_key_tag=''):
-            runtime.keep_compiled_code()
+            runtime.set_compile_cache()
             assert os.path.basename(os.environ['TORCHINDUCTOR_CACHE_DIR']) == torch.compiler.config.cache_key_tag
         folders.append(os.environ['TORCHINDUCTOR_CACHE_DIR'])
     assert len(set(folders)) == 3 and folders[0] == folders[3]   # the size of a cache changes no code
@@ -628,7 +629,7 @@ def test_deep_and_spread_models_are_compiled_block_by_block(monkeypatch, n_layer
     monkeypatch.setattr(torch, 'compile', lambda function: functions.append(function) or function)
     a_runtime(world_size=world_size).compile_model(model, parallel)
     assert modules == (list(model.transformer.h) if by_block else [model])
-    assert [function.__name__ for function in functions] == ['loss'] * by_block
+    assert [function.__name__ for function in functions] == ['logits_and_loss'] * by_block
 
 
 @pytest.mark.full
@@ -638,7 +639,7 @@ def test_a_model_compiled_block_by_block_gives_the_same_loss_and_gradients(monke
     from torch._dynamo.utils import counters
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '')
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
-    runtime.keep_compiled_code()
+    runtime.set_compile_cache()
     monkeypatch.setattr(runtime, 'DEEP', 0)
     torch._dynamo.reset()
     counters.clear()   # of what earlier tests have compiled
@@ -660,7 +661,8 @@ def test_a_model_compiled_block_by_block_gives_the_same_loss_and_gradients(monke
 MEMORY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, runtime
+import torch
+from flatgpt import runtime
 
 rt = runtime.setup('cpu', 'float32')
 peaks = [rt.peak_memory()]
@@ -698,26 +700,26 @@ def test_where_proc_is_not_there_peak_memory_is_asked_of_the_process(monkeypatch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# who may name an accelerator
+# which files may name an accelerator
 
 def names_in_code(path):
     """The names and strings of a Python file, without docstrings and without what device.type is compared with."""
     tree = ast.parse(path.read_text(encoding='utf-8'))
-    passed_over = set()
+    ignored = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr):   # a docstring
-            passed_over.add(node.value)
+            ignored.add(node.value)
         if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith('device.type'):
-            passed_over.update(node.comparators)
+            ignored.update(node.comparators)
         parts = {ast.Name: 'id', ast.Attribute: 'attr', ast.alias: 'name', ast.keyword: 'arg', ast.Constant: 'value'}
-        if type(node) in parts and node not in passed_over:
+        if type(node) in parts and node not in ignored:
             yield str(getattr(node, parts[type(node)]))
 
 
 MACHINE = re.compile(r'(?<![a-z])(cuda|mps|nccl|gloo)(?![a-z])|\b(LOCAL_)?RANK\b|\bWORLD_SIZE\b')
 
 
-@pytest.mark.parametrize('path', sorted(ROOT.glob('*.py')), ids=lambda path: path.name)
+@pytest.mark.parametrize('path', sorted([*ROOT.glob('*.py'), *ROOT.glob('flatgpt/*.py')]), ids=lambda path: path.name)
 def test_only_runtime_names_accelerators_and_the_variables_of_torchrun(path):
     found = sorted({name for name in names_in_code(path) if MACHINE.search(name)})
     if path.name == 'runtime.py':
@@ -732,7 +734,8 @@ def test_only_runtime_names_accelerators_and_the_variables_of_torchrun(path):
 PROBE = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, runtime
+import torch
+from flatgpt import runtime
 
 rt = runtime.setup('cpu', 'float32', False, seed=3)
 start = torch.rand(2).tolist()
@@ -746,8 +749,8 @@ for on in (False, True):
     gradients.append(weight.weight.grad.item())
 rt.reseed(7, 1)
 result = {{'master': rt.master, 'start': start, 'reseeded': torch.rand(2).tolist(), 'gradients': gradients,
-          'mean': rt.mean(torch.tensor([1.0, 10.0]) * (1 + rt.rank)).tolist(), 'one': rt.any(rt.rank == 1),
-          'none': rt.any(False), 'all': rt.any(True), 'line': rt.describe()}}
+          'mean': rt.mean(torch.tensor([1.0, 10.0]) * (1 + rt.rank)).tolist(), 'one': rt.any_process(rt.rank == 1),
+          'none': rt.any_process(False), 'all': rt.any_process(True), 'line': rt.describe()}}
 print('held until the end', end='')
 open(f'{{rt.rank}}.json', 'w').write(json.dumps(result))
 rt.close()

@@ -14,9 +14,8 @@ from in_process import call
 from test_checkpoint import as_nanogpt
 from test_model import make
 
-import checkpoint
-from model import GPT
-from tokenizer import BpeTokenizer
+from flatgpt import checkpoint, engine
+from flatgpt.tokenizer import BpeTokenizer
 
 DASHES = '-' * 15 + '\n'
 SMALL = ('--device=cpu', '--dtype=float32', '--max_new_tokens=40', '--top_k=None')
@@ -218,11 +217,12 @@ def test_a_stream_prints_what_is_printed_at_once_without_it(trained):
 
 SAYS = """
 import sys
-import model, torch
-def _generate(self, idx, max_new_tokens, **options):
+import torch
+from flatgpt import engine
+def _generate(model, prompts, max_new_tokens, **options):
     for i in {ids}:
-        yield torch.full((len(idx),), i), torch.zeros(len(idx))
-model.GPT.generate = _generate
+        yield torch.full((len(prompts),), i), torch.zeros(len(prompts))
+engine.generate = _generate
 _write = sys.stdout.write
 def _note_and_write(text):
     with open({pieces!r}, 'a', encoding='utf-8') as f:
@@ -236,7 +236,7 @@ sys.stdout.write = _note_and_write
 def says(tmp_path, monkeypatch):
     """A function that makes a model say something, and returns what to start sample.py with, the file of what it
     writes, a Python string per line, and the ids. A token is a byte."""
-    monkeypatch.setattr(GPT, 'generate', GPT.generate)   # puts it back afterwards
+    monkeypatch.setattr(engine, 'generate', engine.generate)   # puts it back afterwards
     tok = BpeTokenizer.train([''], 257)
     model = make(torch.float32, vocab_size=257, n_embd=4, n_head=1, n_layer=1)
     checkpoint.save(tmp_path / 'ckpt.pt', {'version': 1, 'model': model.state_dict(), 'tokenizer': tok.to_dict(),

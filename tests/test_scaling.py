@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model import GPT, GPTConfig, switches
-from scaling import PRINTED, REPLICATION, UNROUNDED, Law, fit, isoflop_minimum, power_law
+from flatgpt.scaling import PRINTED, REPLICATION, UNROUNDED, Law, fit, isoflop_minimum, power_law
+from model import GPT, GPTConfig, arch_fields
 
 LAWS = [PRINTED, REPLICATION, Law(E=0.9, A=3e3, alpha=0.45, B=3e4, beta=0.5)]
 
@@ -114,14 +114,14 @@ def test_where_there_is_no_bottom_that_is_said(params, losses, word):
 
 
 def test_the_runs_that_were_kept_are_those_of_the_present_model():
-    study = json.loads((ROOT / 'scaling.json').read_text())
+    study = json.loads((ROOT / 'flatgpt' / 'scaling.json').read_text())
     common, runs = study['common'], study['runs']
     assert sum(run['held_out'] for run in runs) == 1 and len(runs) == 37
     largest = max((run for run in runs if not run['held_out']), key=lambda run: run['params'])
     for run in runs:
         with torch.device('meta'):
             model = GPT(GPTConfig(97, common['block_size'], run['n_layer'], run['n_embd'], run['n_head'], bias=False,
-                                  **switches(common['arch'])))
+                                  **arch_fields(common['arch'])))
         assert run['params'] == model.get_num_params()
         assert run['tokens'] == run['steps'] * common['batch_size'] * common['block_size']
         assert run['flops'] == run['tokens'] * model.flops_per_token() == pytest.approx(run['budget'], rel=0.01)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_model import make
 
-import scoring
-from configurator import UserError
+from flatgpt import engine, evaluation
+from flatgpt.engine import generate
+from flatgpt.errors import UserError
+from flatgpt.evaluation import Item
+from flatgpt.tokenizer import CharTokenizer, Tokenizer
 from model import GPT, GPTConfig
-from scoring import Item
-from tokenizer import CharTokenizer, Tokenizer
 
 RT = SimpleNamespace(device=torch.device('cpu'), compile=False, rank=0, world_size=1, master=True, sum=lambda x: x)
 LETTERS = CharTokenizer('abcdefghijklmnopqrstuv ')   # of the size of test_model's vocabulary
@@ -74,7 +75,7 @@ def test_the_loss_is_that_of_hugging_face_and_its_error_that_of_numpy(pair, stri
     theirs, ours = pair
     ids = ids_of(300, 101)
     costs = token_by_token(theirs, ids, 128, stride)
-    loss, error, n = scoring.rolling_loss(ours, RT, ids, stride, batch_size=7)
+    loss, error, n = evaluation.rolling_loss(ours, RT, ids, stride, batch_size=7)
     assert n == len(costs) == 299
     assert abs(loss - np.mean(costs)) < 1e-5
     assert abs(error - np.std(costs, ddof=1) / math.sqrt(n)) < 1e-5
@@ -88,7 +89,7 @@ def test_the_loss_of_some_tokens_is_the_mean_cost_of_those(pair):
     ids, learnt = ids_of(300, 101), np.arange(301)[1:] % 7 < 3
     learnt[:150] = False   # whole windows
     costs = np.array(token_by_token(theirs, ids, 128, 100))[learnt[1:]]
-    loss, error, n = scoring.rolling_loss(ours, RT, ids, 100, 2, learnt)
+    loss, error, n = evaluation.rolling_loss(ours, RT, ids, 100, 2, learnt)
     assert n == len(costs) == learnt.sum()
     assert (loss, error) == pytest.approx((costs.mean(), costs.std(ddof=1) / math.sqrt(n)), abs=1e-5)
 
@@ -97,7 +98,7 @@ def test_the_loss_of_some_tokens_is_the_mean_cost_of_those(pair):
 @pytest.mark.parametrize('stride', [1, 3, 7, 8])
 def test_every_token_but_the_first_is_scored_once_after_enough_others(n, stride):
     scored, size = [], 8
-    for begin, first, end in scoring.windows(n, size, stride):
+    for begin, first, end in evaluation.windows(n, size, stride):
         assert 0 <= begin < first < end <= n and end - begin <= size + 1   # the last one is not read
         assert begin == 0 or first - begin >= max(size - stride, 1)
         scored += range(first, end)
@@ -106,16 +107,16 @@ def test_every_token_but_the_first_is_scored_once_after_enough_others(n, stride)
 
 def test_the_loss_does_not_depend_on_the_batch_or_on_how_many_logits_are_made_at_once(monkeypatch):
     model, ids = make(torch.float32), ids_of(50)
-    loss, error, n = scoring.rolling_loss(model, RT, ids, 5, batch_size=1)
-    monkeypatch.setattr(scoring, 'LOGITS', 3 * 23)
-    assert scoring.rolling_loss(model, RT, ids, 5, batch_size=16) == pytest.approx((loss, error, n), rel=1e-6)
+    loss, error, n = evaluation.rolling_loss(model, RT, ids, 5, batch_size=1)
+    monkeypatch.setattr(evaluation, 'LOGITS', 3 * 23)
+    assert evaluation.rolling_loss(model, RT, ids, 5, batch_size=16) == pytest.approx((loss, error, n), rel=1e-6)
 
 
 def test_longest_rows_come_first_and_processes_take_different_batches():
     lengths = [3, 9, 1, 9, 5, 2, 7]
-    whole = list(scoring.share(RT, lengths, 2, ''))
+    whole = list(evaluation.share(RT, lengths, 2, ''))
     assert whole == [[1, 3], [6, 4], [0, 5], [2]]
-    parts = [list(scoring.share(SimpleNamespace(rank=rank, world_size=3, master=False), lengths, 2, ''))
+    parts = [list(evaluation.share(SimpleNamespace(rank=rank, world_size=3, master=False), lengths, 2, ''))
              for rank in range(3)]
     assert parts == [whole[0::3], whole[1::3], whole[2::3]]
 
@@ -124,7 +125,7 @@ def test_a_model_with_nan_is_refused():
     model = make(torch.float32)
     model.transformer.ln_f.weight.data[0] = math.nan
     with pytest.raises(UserError, match='NaN or infinite logits'):
-        scoring.rolling_loss(model, RT, ids_of(9), 4, 2)
+        evaluation.rolling_loss(model, RT, ids_of(9), 4, 2)
 
 
 def uniform(vocab=23):
@@ -135,17 +136,18 @@ def uniform(vocab=23):
 
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity_and_chance_accuracy():
-    loss, error, _ = scoring.rolling_loss(uniform(), RT, ids_of(60), 6, 4)
-    assert scoring.perplexity(loss) == pytest.approx(23) and error == pytest.approx(0, abs=1e-6)
+    loss, error, _ = evaluation.rolling_loss(uniform(), RT, ids_of(60), 6, 4)
+    assert evaluation.perplexity(loss) == pytest.approx(23) and error == pytest.approx(0, abs=1e-6)
     items = [Item('', 'abc', ['de', 'fg', 'hi', 'jk'], gold % 4) for gold in range(40)]
-    pairs = [scoring.encode_pair(LETTERS, item.context, answer) for item in items for answer in item.answers]
-    found = scoring.summary(scoring.right_choices(items, scoring.loglikelihood(uniform(), RT, pairs, 4, '')[0]))
+    pairs = [evaluation.encode_pair(LETTERS, item.context, answer) for item in items for answer in item.answers]
+    likelihoods = evaluation.loglikelihood(uniform(), RT, pairs, 4, '')[0]
+    found = evaluation.summary(evaluation.right_choices(items, likelihoods))
     assert [found[name] for name in ('acc', 'acc_norm', 'acc_bytes')] == [0.25] * 3
     assert found['acc_stderr'] == pytest.approx(math.sqrt(0.25 * 0.75 / 39))
 
 
 def test_a_perplexity_beyond_floats_is_none():
-    assert scoring.perplexity(1000.0) is None and scoring.perplexity(0.0) == 1
+    assert evaluation.perplexity(1000.0) is None and evaluation.perplexity(0.0) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def by_hand(model, ids, first):
 def test_a_log_likelihood_is_the_sum_over_the_continuation():
     model = make(torch.float32)
     pairs = [(ids_of(n, seed=n), ids_of(m, seed=m + 50)) for n, m in ((1, 1), (4, 3), (9, 1), (2, 6), (5, 8))]
-    logprobs, greedy = scoring.loglikelihood(model, RT, pairs, 2, '')
+    logprobs, greedy = evaluation.loglikelihood(model, RT, pairs, 2, '')
     for (context, continuation), logprob, likeliest in zip(pairs, logprobs, greedy):
         assert (logprob, likeliest) == pytest.approx(
             by_hand(model, np.concatenate((context, continuation)), len(context)), abs=1e-4)
@@ -173,24 +175,24 @@ def test_a_log_likelihood_is_the_sum_over_the_continuation():
 
 def test_a_continuation_that_is_made_of_the_likeliest_tokens_is_greedy_until_one_is_changed():
     model, context = make(torch.float32), ids_of(4)
-    likeliest = np.array([token.item() for token in model.generate([torch.tensor(context.astype(int))], 5, 0)])
+    likeliest = np.array([token.item() for token, _ in generate(model, [torch.tensor(context.astype(int))], 5, 0)])
     other = likeliest.copy()
     other[2] = (other[2] + 1) % 23
     pairs = [(context, likeliest), (context, other)]
-    assert scoring.loglikelihood(model, RT, pairs, 2, '')[1].tolist() == [True, False]
+    assert evaluation.loglikelihood(model, RT, pairs, 2, '')[1].tolist() == [True, False]
 
 
 def test_a_long_context_is_cut_on_the_left_and_no_more_than_needed():
     model, text = make(torch.float32), ids_of(40)   # of which the model reads 12
-    cut = scoring.loglikelihood(model, RT, [(text[:36], text[36:])], 1, '')[0]
-    same, shorter = (scoring.loglikelihood(model, RT, [(text[start:36], text[36:])], 1, '')[0] for start in (27, 28))
+    cut = evaluation.loglikelihood(model, RT, [(text[:36], text[36:])], 1, '')[0]
+    same, shorter = (evaluation.loglikelihood(model, RT, [(text[start:36], text[36:])], 1, '')[0] for start in (27, 28))
     assert cut == same and abs(cut - shorter) > 1e-3
 
 
 def test_a_continuation_longer_than_the_context_of_the_model_is_scored_whole():
     model, text = make(torch.float32), ids_of(40)
-    (logprob,), _ = scoring.loglikelihood(model, RT, [(text[:3], text[3:])], 4, '')
-    pieces = [scoring.loglikelihood(model, RT, [(text[:a], text[a:min(a + 6, 40)])], 1, '')[0][0]
+    (logprob,), _ = evaluation.loglikelihood(model, RT, [(text[:3], text[3:])], 4, '')
+    pieces = [evaluation.loglikelihood(model, RT, [(text[:a], text[a:min(a + 6, 40)])], 1, '')[0][0]
               for a in range(3, 40, 6)]
     assert logprob == pytest.approx(sum(pieces), abs=1e-3)
 
@@ -220,7 +222,7 @@ class Pairs(Tokenizer):
     ('', 'ab', ([258], [256])), (' ', 'a', ([258], [257])), ('a', 'b', ([258], [256])),
 ])
 def test_a_continuation_begins_at_the_first_token_that_is_not_all_context(context, continuation, expected):
-    assert tuple(ids.tolist() for ids in scoring.encode_pair(Pairs(), context, continuation)) == expected
+    assert tuple(ids.tolist() for ids in evaluation.encode_pair(Pairs(), context, continuation)) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,32 +230,33 @@ def test_a_continuation_begins_at_the_first_token_that_is_not_all_context(contex
 
 def test_what_is_generated_is_the_likeliest_text_up_to_a_stop_whatever_the_batch():
     model, prompts = make(torch.float32), [ids_of(n, seed=n) for n in (3, 7, 1, 15)]
-    whole = [LETTERS.decode([token.item() for token in model.generate([torch.tensor(ids.astype(int))], 20, 0)])
+    whole = [LETTERS.decode([token.item() for token, _ in generate(model, [torch.tensor(ids.astype(int))], 20, 0)])
              for ids in prompts]
     for batch_size in (1, 3, 4):
-        assert scoring.generate_until(model, LETTERS, RT, prompts, 20, [], batch_size) == whole
+        assert evaluation.generate_until(model, LETTERS, RT, prompts, 20, [], batch_size) == whole
     stops = [whole[0][4:6], whole[1][9], 'never seen']
     expected = [text[:min((place for stop in stops if (place := text.find(stop)) >= 0), default=20)] for text in whole]
     assert expected != whole
-    assert scoring.generate_until(model, LETTERS, RT, prompts, 20, stops, 2) == expected
+    assert evaluation.generate_until(model, LETTERS, RT, prompts, 20, stops, 2) == expected
 
 
-def test_a_padded_vocabulary_is_not_written_and_nothing_is_made_after_all_have_ended():
+def test_a_padded_vocabulary_is_not_written_and_nothing_is_made_after_all_have_ended(monkeypatch):
     model, tok = make(torch.float32), CharTokenizer('abc')
-    (text,) = scoring.generate_until(model, tok, RT, [ids_of(3, vocab=3)], 20, [], 1)
+    (text,) = evaluation.generate_until(model, tok, RT, [ids_of(3, vocab=3)], 20, [], 1)
     assert len(text) == 20
-    steps, generate = [], model.generate
-    model.generate = lambda *args, **more: (steps.append(token) or token for token in generate(*args, **more))
-    assert scoring.generate_until(model, tok, RT, [ids_of(3, vocab=3)], 20, [text[5:9]], 1) == [
+    steps = []
+    monkeypatch.setattr(engine, 'generate', lambda *args, **more: (
+        steps.append(pair) or pair for pair in generate(*args, **more)))
+    assert evaluation.generate_until(model, tok, RT, [ids_of(3, vocab=3)], 20, [text[5:9]], 1) == [
         text[:text.find(text[5:9])]]
     assert len(steps) <= 9
 
 
 def test_an_answer_ends_with_the_text():
     made = torch.tensor([98, 258 + 1, 98, 0, 0])
-    assert scoring.until(Pairs(), made, []) == ('a', True)
-    assert scoring.until(Pairs(), made[:1], []) == ('a', False)
-    assert scoring.until(Pairs(), made[2:], ['x', 'a']) == ('', True)
+    assert evaluation.until(Pairs(), made, []) == ('a', True)
+    assert evaluation.until(Pairs(), made[:1], []) == ('a', False)
+    assert evaluation.until(Pairs(), made[2:], ['x', 'a']) == ('', True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ def test_hellaswag_is_read_as_published_with_its_marks_removed(tmp_path):
         'ctx': 'A man sits on a roof. he', 'label': 3, 'endings': ['is  happy.', 'pulls [step] tiles.', 'flies.', 'z']},
         {'activity_label': 'Tea', 'ctx': '[header] How to  brew [title] Boil water. [step] Wait.', 'label': '1',
          'endings': [' Pour it. [substeps] Stir.', 'Drink']})
-    first, second = scoring.read_items(path, scoring.multiple_choice)
+    first, second = evaluation.read_items(path, evaluation.multiple_choice)
     assert first.context == 'Roof repair: A man sits on a roof. He'
     assert first.answers == ['is happy.', 'pulls tiles.', 'flies.', 'z'] and first.gold == 3
     assert second.context == 'Tea: How to brew. Boil water. Wait.' and second.gold == 1
@@ -280,11 +283,11 @@ def test_hellaswag_is_read_as_published_with_its_marks_removed(tmp_path):
 def test_the_other_layouts(tmp_path):
     path = tmp_path / 'x.jsonl'
     path.write_bytes(b'\xef\xbb\xbf{"context": "c", "choices": ["a", "b"], "gold": 1}\r\n\r\n')
-    assert scoring.read_items(path, scoring.multiple_choice) == [Item(f'{path}, line 1', 'c', ['a', 'b'], 1)]
+    assert evaluation.read_items(path, evaluation.multiple_choice) == [Item(f'{path}, line 1', 'c', ['a', 'b'], 1)]
     write(path, {'text': 'It was a  dark night \n'}, {'prompt': '', 'reference': 'r', 'other': 1})
     lines = path.read_text().splitlines()
-    assert scoring.last_word(json.loads(lines[0])) == ('It was a  dark', ['night'])
-    assert scoring.to_continue(json.loads(lines[1])) == ('', ['r'])
+    assert evaluation.last_word(json.loads(lines[0])) == ('It was a  dark', ['night'])
+    assert evaluation.to_continue(json.loads(lines[1])) == ('', ['r'])
 
 
 GOOD = {'context': 'c', 'choices': ['a', 'b'], 'gold': 0}
@@ -307,20 +310,21 @@ def test_a_bad_line_is_named(tmp_path, line, words):
     path = tmp_path / 'bad.jsonl'
     path.write_text(f'{json.dumps(GOOD)}\n\n{line}\n')
     with pytest.raises(UserError) as error:
-        scoring.read_items(path, scoring.multiple_choice)
+        evaluation.read_items(path, evaluation.multiple_choice)
     message = str(error.value)
     assert message.startswith(f'{path}, line 3: ') and '\n' not in message and len(message) < 250
     assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize('parse, record, words', [
-    (scoring.last_word, {'text': 'word'}, '"word": expected two words'), (scoring.last_word, {}, 'no "text"'),
-    (scoring.to_continue, {'prompt': 'p'}, 'no "reference"'), (scoring.to_continue, {'reference': 'r'}, 'no "prompt"'),
+    (evaluation.last_word, {'text': 'word'}, '"word": expected two words'), (evaluation.last_word, {}, 'no "text"'),
+    (evaluation.to_continue, {'prompt': 'p'}, 'no "reference"'),
+    (evaluation.to_continue, {'reference': 'r'}, 'no "prompt"'),
 ])
 def test_a_bad_line_of_the_other_layouts_is_named(tmp_path, parse, record, words):
     path = write(tmp_path / 'bad.jsonl', record)
     with pytest.raises(UserError, match=words) as error:
-        scoring.read_items(path, parse)
+        evaluation.read_items(path, parse)
     assert str(error.value).startswith(f'{path}, line 1: ')
 
 
@@ -328,36 +332,36 @@ def test_an_empty_file_and_one_of_mixed_encodings_are_refused(tmp_path):
     path = tmp_path / 'bad.jsonl'
     path.write_text('\n \n')
     with pytest.raises(UserError, match='bad.jsonl is empty'):
-        scoring.read_items(path, scoring.last_word)
+        evaluation.read_items(path, evaluation.last_word)
     path.write_bytes('{"text": "un é"}\n'.encode() + '{"text": "un é"}\n'.encode('latin-1'))
     with pytest.raises(UserError, match='bad.jsonl, line 2: not UTF-8'):
-        scoring.read_items(path, scoring.last_word)
+        evaluation.read_items(path, evaluation.last_word)
 
 
 def test_examples_are_others_solved_and_drawn_by_seed_and_number():
     items = [Item(f'x, line {i}', f'question {i // 2}', ['yes', 'no'], i % 2) for i in range(40)]   # each asked twice
-    drawn = [scoring.with_examples(items, i, 5, ': ', seed=3) for i in range(40)]
+    drawn = [evaluation.with_examples(items, i, 5, ': ', seed=3) for i in range(40)]
     solved = {f'{item.context}: {item.answers[item.gold]}': n for n, item in enumerate(items)}
     for item, text in zip(items, drawn):
         *examples, question = text.split('\n\n')
         assert question == item.context and len(examples) == len({solved[example] for example in examples}) == 5
         assert not any(example.startswith(f'{question}:') for example in examples)
     assert len({text.rpartition('\n\n')[0] for text in drawn}) == 40                # its own for each
-    assert drawn == [scoring.with_examples(items, i, 5, ': ', seed=3) for i in range(40)]
-    assert drawn != [scoring.with_examples(items, i, 5, ': ', seed=4) for i in range(40)]
-    assert scoring.with_examples(items, 7, 0, ': ', seed=3) == 'question 3'
-    assert len(scoring.with_examples(items, 7, 38, ': ', seed=3).split('\n\n')) == 39
+    assert drawn == [evaluation.with_examples(items, i, 5, ': ', seed=3) for i in range(40)]
+    assert drawn != [evaluation.with_examples(items, i, 5, ': ', seed=4) for i in range(40)]
+    assert evaluation.with_examples(items, 7, 0, ': ', seed=3) == 'question 3'
+    assert len(evaluation.with_examples(items, 7, 38, ': ', seed=3).split('\n\n')) == 39
     with pytest.raises(UserError, match='x, line 7: shots=39, but the file has 38 other questions'):
-        scoring.with_examples(items, 7, 39, ': ', seed=3)
+        evaluation.with_examples(items, 7, 39, ': ', seed=3)
 
 
 def test_the_right_choice_is_judged_as_a_whole_per_character_and_per_byte():
     items = [Item('', '', ['aa', 'bbbb'], 0), Item('', '', ['éééé', 'bbbbbb'], 0), Item('', '', ['a', 'b', 'c'], 2)]
-    found = scoring.right_choices(items, np.array([-3.0, -4.0, -5.0, -6.5, -2.0, -2.5, -1.0]))
+    found = evaluation.right_choices(items, np.array([-3.0, -4.0, -5.0, -6.5, -2.0, -2.5, -1.0]))
     # per character -1.5 to -1, -1.25 to -1.08, ...; per byte -1.5 to -1, -0.625 to -1.08
     assert found == {'acc': [True, True, True], 'acc_norm': [False, False, True], 'acc_bytes': [False, True, True]}
 
 
 def test_a_summary_has_the_mean_and_its_error():
-    assert scoring.summary({'a': [1, 2, 3, 6]}) == {'a': 3.0, 'a_stderr': pytest.approx(math.sqrt(14 / 3 / 4))}
-    assert scoring.summary({'a': [True]}) == {'a': 1.0}
+    assert evaluation.summary({'a': [1, 2, 3, 6]}) == {'a': 3.0, 'a_stderr': pytest.approx(math.sqrt(14 / 3 / 4))}
+    assert evaluation.summary({'a': [True]}) == {'a': 1.0}

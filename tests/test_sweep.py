@@ -16,7 +16,7 @@ def swept(tmp_path_factory, char_dataset):
     """The file of results of a tiny sweep, and its arguments."""
     path = tmp_path_factory.mktemp('sweep') / 'results.json'
     args = [*TINY, f'--dataset={char_dataset}', f'--results={path}']
-    done = run('sweep.py', *args)
+    done = run('flatgpt/sweep.py', *args)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {'results': str(path), 'runs': 3, 'trained': 3}
     return path, args
@@ -51,7 +51,7 @@ def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     path, args = swept
     before = json.loads(path.read_text())
     path.write_text(json.dumps({**before, 'runs': before['runs'][1:]}))
-    done = run('sweep.py', *args)
+    done = run('flatgpt/sweep.py', *args)
     assert json.loads(done.stdout)['trained'] == 1 and '2 of 3 runs are in' in done.stderr
     clock = {'seconds': None}
     assert [{**each, **clock} for each in runs_of(path)] == [{**each, **clock} for each in before['runs']]
@@ -67,17 +67,19 @@ def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     ('--dataset=nowhere/at_all', 1, ['nowhere/at_all']),
 ])
 def test_what_cannot_be_is_one_line(swept, change, status, words):
-    assert_one_line(call('sweep.py', *swept[1], change), status, *words)
+    assert_one_line(call('flatgpt/sweep.py', *swept[1], change), status, *words)
 
 
 def test_a_file_that_is_no_file_of_results_stays_as_it_is(swept, tmp_path):
     for content in ('[]', '{"common": {}, "runs": []}'):
         (tmp_path / 'mine.json').write_text(content)
-        assert_one_line(call('sweep.py', *swept[1], f'--results={tmp_path / "mine.json"}'), 1, 'no file of results')
+        done = call('flatgpt/sweep.py', *swept[1], f'--results={tmp_path / "mine.json"}')
+        assert_one_line(done, 1, 'no file of results')
         assert (tmp_path / 'mine.json').read_text() == content
 
 
 def test_a_run_that_fails_says_why(swept, tmp_path):
-    done = run('sweep.py', *swept[1], '--optimizer=best', '--max_epochs=0.01', f'--results={tmp_path / "new.json"}')
+    done = run('flatgpt/sweep.py', *swept[1], '--optimizer=best', '--max_epochs=0.01',
+               f'--results={tmp_path / "new.json"}')
     assert_one_line(done, 1, 'optimizer=', "'muon'")
     assert not (tmp_path / 'new.json').exists()

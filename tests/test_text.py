@@ -18,9 +18,9 @@ from in_process import call
 from test_download import hub, pauses, server  # noqa: F401, fixtures
 from test_ingest import content, prose, shards  # noqa: F401, a fixture
 
-import dataset
-from configurator import UserError
-from dataset import Dataset
+from flatgpt import dataset
+from flatgpt.dataset import Dataset
+from flatgpt.errors import UserError
 
 PREPARE = 'data/text/prepare.py'
 ZH = ['今天天气很好。', '我们去北京学习语言模型！', '你好，world！', '朋友们都说：好极了。', '他买了书，她读了。']
@@ -34,8 +34,8 @@ def prepare(script, *args, cwd, **env):
 
 def chinese(n, seed=0):
     """Mixed Chinese and English."""
-    draw = random.Random(seed)
-    return ''.join(draw.choice(ZH) + draw.choice(['', '\n', 'The model learns Chinese. ']) for _ in range(n))
+    generator = random.Random(seed)
+    return ''.join(generator.choice(ZH) + generator.choice(['', '\n', 'The model learns Chinese. ']) for _ in range(n))
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 
 def test_chinese_and_english_are_prepared_trained_on_and_sampled_from(folder, tmp_path):
     done = prepare(PREPARE, f'--input={folder}', '--name=./mine', '--tokenizer=bpe:400', '--val_fraction=0.2',
-               '--special=<pad>,<bos>', cwd=tmp_path)
+                   '--special=<pad>,<bos>', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ('mine:', 'train: ', 'val: ', 'vocabulary of 400', 'bytes per token', 'snippets:'):
         assert words in done.stdout
@@ -76,7 +76,8 @@ def test_chinese_and_english_are_prepared_trained_on_and_sampled_from(folder, tm
 
 def test_a_name_is_a_folder_in_data_and_a_dataset_by_that_name(tmp_path, monkeypatch):
     project = tmp_path / 'project'
-    for path in [*ROOT.glob('*.py'), ROOT / PREPARE, ROOT / 'data' / 'shakespeare' / 'prepare.py']:
+    prepares = [ROOT / PREPARE, ROOT / 'data' / 'shakespeare' / 'prepare.py']
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('flatgpt/*.py'), *prepares]:
         new = project / path.relative_to(ROOT)
         new.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, new)
@@ -85,7 +86,7 @@ def test_a_name_is_a_folder_in_data_and_a_dataset_by_that_name(tmp_path, monkeyp
     done = prepare(project / PREPARE, '--input=x.txt', '--name=greeting', '--tokenizer=char', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(project / 'data' / 'greeting')) == ['meta.json', 'train.bin', 'val.bin']
-    monkeypatch.setattr(dataset, '__file__', str(project / 'dataset.py'))
+    monkeypatch.setattr(dataset, '__file__', str(project / 'flatgpt' / 'dataset.py'))
     assert len(Dataset('greeting').data['train']) == 540
     for name in 'greetin', 'text':   # the latter has a prepare.py, and is no dataset all the same
         with pytest.raises(UserError) as refusal:
@@ -127,7 +128,7 @@ def test_bytes_per_token_are_reported_beside_those_of_gpt2(folder, tmp_path):
 
 def killed_and_run_again(tmp_path, instants, command):
     """Kill -9 at so many random instants, each time going on with what is left, and compare with an undisturbed run."""
-    draw, whole, pieces = random.Random(instants), tmp_path / 'whole', tmp_path / 'pieces'
+    generator, whole, pieces = random.Random(instants), tmp_path / 'whole', tmp_path / 'pieces'
     with started(*command(whole), cwd=tmp_path) as process:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -136,7 +137,7 @@ def killed_and_run_again(tmp_path, instants, command):
         with started(*command(pieces), cwd=tmp_path) as process:
             while process.poll() is None and not (pieces / 'resume.json').exists():
                 time.sleep(0.01)
-            time.sleep(draw.random() * 0.3)
+            time.sleep(generator.random() * 0.3)
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
         if (pieces / 'meta.json').exists():   # it was faster: once more from the beginning
@@ -179,13 +180,13 @@ FOUND = '--input=a.txt --name=./x '   # with which nothing else is wrong
     (FOUND + '--val_fraction=1', 2, 'val_fraction=1.0: expected more than 0'),
     (FOUND + '--threads=0', 2, 'threads=0: expected more than 0'),
     (FOUND + f'--seed={10**70}', 2, 'expected less than 2^63'),
-    (FOUND + '--save_mb=inf', 2, 'save_mb=inf: expected more than 0, and less than'),
+    (FOUND + '--save_mb=inf', 2, 'save_mb=inf: expected more than 0 and less than'),
     (FOUND + '--max_file_gb=nan', 2, 'max_file_gb=nan: expected more than 0'),
-    (FOUND + '--min_frequency=99999999999999999999', 2, 'expected more than 0, and less'),
+    (FOUND + '--min_frequency=99999999999999999999', 2, 'expected more than 0 and less'),
     (FOUND + '--color=red', 2, "color='red': expected 'auto', True or False"),
     ('--input=latin.txt --name=./x --tokenizer=char', 1, 'latin.txt is not UTF-8: byte 2 is 0xf6'),
-    ('--input=a.txt --name=a.txt/x --tokenizer=char', 1, 'cannot make the folder a.txt/x: Not a directory'),
-    (FOUND + '--compare=gpt2,char', 2, "compare='gpt2,char': expected names of tiktoken"),
+    ('--input=a.txt --name=a.txt/x --tokenizer=char', 1, 'cannot write the dataset a.txt/x: Not a directory'),
+    (FOUND + '--compare=gpt2,char', 2, "compare='gpt2,char': expected comma-separated tiktoken names"),
     (FOUND + '--tokenizer=char --compare=gpt5', 2, "tokenizer 'gpt5': expected"),
     ('--inspect=x --tokenizer=bpe:300', 2, 'give the tokenizer.json of a dataset made with it'),
 ])
@@ -211,7 +212,7 @@ def test_a_line_of_ten_megabytes_is_prepared(tmp_path):
 
 @pytest.mark.parametrize('name', ['openwebtext', 'fineweb'])
 def test_a_corpus_of_the_hub_is_prepared_by_its_script(name, shards, tmp_path):  # noqa: F811
-    from tokenizer import BpeTokenizer
+    from flatgpt.tokenizer import BpeTokenizer
     (tmp_path / 'tokenizer.json').write_text(BpeTokenizer.train(shards.texts, 300).json, encoding='utf-8')
     done = call(f'data/{name}/prepare.py', '--repo=some/data', '--path=sample', '--revision=main', '--name=./out',
                 '--tokenizer=./tokenizer.json', '--val_fraction=0.2', cwd=tmp_path,
@@ -226,7 +227,7 @@ def test_a_corpus_of_the_hub_is_prepared_by_its_script(name, shards, tmp_path): 
     assert_one_line(done, 1, 'cannot download', 'status 404')
 
 
-@pytest.mark.parametrize('args, words', [(['--tokenizer=bpe:5000'], 'would have to read all of it twice'),
+@pytest.mark.parametrize('args, words', [(['--tokenizer=bpe:5000'], 'would be downloaded twice'),
                                          (['--val_fraction=0'], 'expected more than 0'), (['--shards=0'], 'shards=0')])
 def test_options_that_a_corpus_of_the_hub_cannot_have_are_refused(args, words, tmp_path):
     assert_one_line(call('data/fineweb/prepare.py', *args, cwd=tmp_path), 2, words)

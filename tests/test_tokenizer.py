@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import quick
 
-import tokenizer
-from configurator import UserError
-from tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, from_dict, id_type, read_text
+from flatgpt import tokenizer
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, from_dict, id_type, read_text
 
 characters = st.characters(exclude_categories=['Cs'])
 texts = st.text(characters)   # any Unicode text
@@ -303,7 +303,7 @@ def test_the_empty_text_has_no_ids(tok):
     assert tok.decode([]) == tok.decode(tok.encode('')) == '' and tok.stream()(None) == ''
 
 
-def test_all_ids_lie_in_the_vocabulary(tok):
+def test_all_ids_are_in_the_vocabulary(tok):
     assert tok.encode(MIXED).max() < tok.vocab_size and tok.decode(tok.encode(MIXED)) == MIXED
 
 

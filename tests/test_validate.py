@@ -7,8 +7,8 @@ from conftest import ROOT, assert_one_line, needs, run
 from in_process import options
 from test_repo import CONFIGS
 
-import validate
-from configurator import UsageError, UserError
+from flatgpt import validate
+from flatgpt.errors import UsageError, UserError
 
 CHECKS = {'train.py': validate.train_options, 'sample.py': validate.sample_options, 'eval.py': validate.eval_options,
           'export.py': validate.export_options}
@@ -46,7 +46,7 @@ def test_a_number_below_the_least_is_refused_and_the_least_is_not(script, name):
 
 @pytest.mark.parametrize('name', ['learning_rate', 'grad_clip', 'peak_flops', 'weight_decay', 'dropout', 'beta2'])
 @pytest.mark.parametrize('value', ['nan', 'inf'])
-def test_what_is_no_finite_number_is_refused(name, value):
+def test_a_number_that_is_not_finite_is_refused(name, value):
     assert refused('train.py', f'--{name}={value}').startswith(f'{name}={value}: expected ')
 
 
@@ -115,6 +115,32 @@ def test_the_options_of_a_recipe_pass(path):
     validate.train_options(options('train.py', ROOT / path), ckpt={}, start_path='out-x/ckpt.pt')
 
 
+def test_a_resumed_run_must_train_what_its_optimizer_state_is_for():
+    saved = {'optimizer': 'muon', 'freeze': '', 'lora_rank': 2, 'lora_alpha': 4.0}
+    given = options('train.py', '--optimizer=muon', '--lora_rank=2', '--lora_alpha=4')
+    validate.same_run(given, saved, 'x/ckpt.pt')
+    with pytest.raises(UsageError) as refusal:
+        validate.same_run({**given, 'optimizer': 'adamw', 'lora_alpha': 8.0}, saved, 'x/ckpt.pt')
+    assert str(refusal.value) == ("x/ckpt.pt has the state of another run, of optimizer='muon', lora_alpha=4.0: "
+                                  "give --init_from=x/ckpt.pt to start a new one")
+
+
+def test_a_checkpoint_of_nanogpt_has_the_state_of_adamw_for_all_weights():
+    validate.same_run(options('train.py'), {}, 'x/ckpt.pt')
+    for option, before in (('--optimizer=muon', "optimizer='adamw'"), ('--freeze=wte', "freeze=''"),
+                           ('--lora_rank=2', 'lora_rank=0')):
+        with pytest.raises(UsageError, match=f'another run, of {before}: '):
+            validate.same_run(options('train.py', option), {}, 'x/ckpt.pt')
+
+
+def test_a_model_that_differs_from_its_checkpoint_is_refused_by_the_options_that_differ():
+    found = {'n_layer': 2, 'n_head': 2, 'pos': 'learned'}
+    validate.same_model({'n_layer': 2, 'pos': 'learned'}, found, 'x/ckpt.pt', 'advice')
+    with pytest.raises(UsageError) as refusal:
+        validate.same_model({'n_layer': 3, 'n_head': 2, 'pos': 'rope'}, found, 'x/ckpt.pt', 'advice')
+    assert str(refusal.value) == "x/ckpt.pt has n_layer=2, not 3, pos='learned', not 'rope': advice"
+
+
 def test_micro_batches_must_divide_among_the_processes():
     line = refused('train.py', '--gradient_accumulation_steps=3', processes=2)
     assert line == 'gradient_accumulation_steps=3: expected a multiple of the 2 processes'
@@ -158,7 +184,7 @@ def test_the_least_values_are_of_all_numbers():
             'sample.py': {'repetition_penalty', 'seed'}, 'eval.py': {'seed'}}
     for script in LEAST:
         config = options(script)
-        numbers = {name for name in config if {int, float} & set(config.kinds[name])}
+        numbers = {name for name in config if {int, float} & set(config.types[name])}
         assert numbers == {*LEAST[script], *free[script]}
     assert all(least < math.inf for of in LEAST.values() for least in of.values())
 

@@ -1,47 +1,36 @@
 """
-OpenWebText, the open counterpart of what GPT-2 was trained on, in GPT-2's encoding.
+OpenWebText, the open counterpart of GPT-2's training text, in GPT-2's encoding: 8 million documents, 9 billion tokens,
+18 GB of ids.
 
     python data/openwebtext/prepare.py
-    python data/openwebtext/prepare.py --shards=1 --name=/big/disk/openwebtext    a taste of it, in another folder
+    python data/openwebtext/prepare.py --shards=1 --name=/big/disk/openwebtext    a part of it, in another folder
 
-The .parquet files come from the Hugging Face hub one by one, each verified, tokenized on all cores while the next one
-is on its way, and then removed. If it is killed, the same command goes on where it was. HF_ENDPOINT and HF_TOKEN of the
-environment name another hub and who asks. It takes pyarrow. All of it is 8 million documents, 9 billion tokens,
-18 GB of ids.
+The .parquet files come from the Hugging Face hub one by one. Each is verified, encoded on all cores while the next one
+is downloaded, and then removed. After an interruption, the same command continues. It needs pyarrow. The environment
+variables HF_ENDPOINT and HF_TOKEN set another hub and your access token.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the parts lie two folders up
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, for the imports below
 
-import ingest
-from configurator import UsageError, configure
+from configurator import configure
+from flatgpt import ingest
 
 # ---------------------------------------------------------------------------------------------------------------------
 name: str | None = None             # a path for the dataset, None: this folder
-repo = 'Skylion007/openwebtext'
-path = 'plain_text'                 # a folder of it
+repo = 'Skylion007/openwebtext'     # a dataset on the hub
+path = 'plain_text'                 # the folder of its .parquet files
 revision = 'refs/convert/parquet'   # the branch on which the hub keeps every dataset as .parquet
-column = 'text'
-shards: int | None = None           # take so many files, the first ones, None: all
-tokenizer = 'gpt2'                  # a name of tiktoken's, or the path of a tokenizer.json
-val_fraction = 0.0005               # how many of the documents are for validation
+column = 'text'                     # the column of the text
+shards: int | None = None           # use only the first files, so many, None: all
+tokenizer = 'gpt2'                  # a tiktoken name, or the path of a tokenizer.json
+val_fraction = 0.0005               # the share of the documents that are for validation
 seed = 1337                         # which ones
-threads: int | None = None          # that tokenize, None: one per core
-save_mb = 1000.0                    # megabytes of text between two points from where a killed run goes on
-max_file_gb = 4.0                   # of ids in one file; what is more goes into the next one
+threads: int | None = None          # that encode, None: one per core
+save_mb = 1000.0                    # megabytes of text between two points where a killed run continues
+max_file_gb = 4.0                   # of ids in one file; the rest goes into further files
 # ---------------------------------------------------------------------------------------------------------------------
-configure(globals())
-
-ingest.check_options(val_fraction, seed, shards=shards, threads=threads, save_mb=save_mb, max_file_gb=max_file_gb)
-if tokenizer == 'char' or tokenizer.startswith('bpe:'):
-    raise UsageError(f'tokenizer={tokenizer!r}: one that is made of the text would have to read all of it twice; make '
-                     f'it of a part with data/text/prepare.py, and give the path of its tokenizer.json')
-
-folder = Path(name) if name else Path(__file__).resolve().parent
-tok, report = ingest.build_from_hub(folder, repo, path, revision, shards, column, tokenizer, seed=seed,
-                                    val_fraction=val_fraction, threads=threads, save_bytes=int(save_mb * 1e6),
-                                    max_bytes=int(max_file_gb * 1e9))
-print(f'{folder}:')
-print('\n'.join(ingest.report_lines(report, tok)))
+config = configure(globals())
+ingest.build_from_hub(Path(__file__).resolve().parent, config)

@@ -2,24 +2,24 @@
 Tiny Shakespeare, 1.1 MB of plays, as characters.
 
     python data/shakespeare_char/prepare.py                     downloads the text
-    python data/shakespeare_char/prepare.py --input=PATH        takes it from a file
+    python data/shakespeare_char/prepare.py --input=PATH        uses a local file
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the parts lie two folders up
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, for the imports below
 
 from configurator import configure
-from dataset import write
-from download import text_of
-from tokenizer import CharTokenizer
+from flatgpt.dataset import write
+from flatgpt.download import text_of
+from flatgpt.tokenizer import CharTokenizer
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 # ---------------------------------------------------------------------------------------------------------------------
-input: str | None = None   # a text file to use, None: input.txt beside this script, downloaded if it is not there
+input: str | None = None   # a text file, None: input.txt beside this script, downloaded if it is missing
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
 

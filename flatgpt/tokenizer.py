@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UsageError, UserError
+from flatgpt.errors import UsageError, UserError
 
 
 def id_type(vocab_size):

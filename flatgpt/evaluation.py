@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import tokenizer
-from configurator import UserError
+from flatgpt import engine, tokenizer
+from flatgpt.errors import UserError
 
 SEPARATOR = '\n\n'      # between the examples of a few-shot prompt
 LOGITS = 2**27          # so many are computed at once: 512 MB
@@ -43,7 +43,7 @@ def costs(model, rt, rows, batch_size, what):
     rows: [(ids, n)], arrays of 2 to block_size + 1 token ids of which the last n < len(ids) are scored, or
     [(ids, n, learnt)] with n booleans that say which of those. Raises UserError if the model gives NaN or infinity.
     """
-    hidden = torch.compile(model.hidden, dynamic=True) if rt.compile else model.hidden
+    hidden = torch.compile(model.hidden_states, dynamic=True) if rt.compile else model.hidden_states
     found = torch.zeros(len(rows), 3, dtype=torch.float64)
     for batch in share(rt, [len(ids) for ids, *_ in rows], batch_size, what):
         T = max(len(rows[i][0]) for i in batch) - 1
@@ -61,7 +61,7 @@ def costs(model, rt, rows, batch_size, what):
         nll, missed = [], []
         n = max(LOGITS // model.config.vocab_size, 1)
         for part, y in zip(x.split(n), targets[scored].to(rt.device).split(n)):
-            logits = model.score(part).float()                                        # (n, V)
+            logits = model.compute_logits(part).float()                                      # (n, V)
             nll.append(F.cross_entropy(logits, y, reduction='none').cpu().double())
             missed.append((logits.argmax(dim=-1) != y).cpu().double())
         nll = torch.cat(nll)
@@ -138,10 +138,10 @@ def generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size):
     starts = [torch.from_numpy(ids.astype(np.int64)) for ids in prompts]
     made = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)                # id + 1, 0 where there is none
     for batch in share(rt, [len(ids) for ids in prompts], batch_size, 'generate'):
-        tokens = model.generate([starts[i] for i in batch], max_new_tokens, temperature=0, vocab_size=tok.vocab_size,
-                                static=rt.compile)
+        tokens = engine.generate(model, [starts[i] for i in batch], max_new_tokens, temperature=0,
+                                 vocab_size=tok.vocab_size, static_cache=rt.compile)
         try:
-            for n, drawn in enumerate(tokens):
+            for n, (drawn, _) in enumerate(tokens):
                 made[batch, n] = drawn.cpu() + 1
                 if all(until(tok, made[i], stops)[1] for i in batch):
                     break

@@ -10,7 +10,7 @@ The output folder on disk, and models out of it.
 
 Files are plain tensors and plain data, written whole or not at all, and read without executing anything in them.
 An adapter is kept alone, beside the name and the digest of the weights that it is for. nanoGPT's ckpt.pt is read too,
-and reads ours; so are folders of Hugging Face, and names of its hub.
+and reads ours; folders of Hugging Face and names on its hub work too.
 """
 
 import contextlib
@@ -33,14 +33,11 @@ from pathlib import Path
 
 import torch
 
-import hub
-import lora
-import pretrained
-import tokenizer
-from configurator import UserError
-from dataset import find, read_meta, replace
+from flatgpt import hub, lora, pretrained, runtime, tokenizer, validate
+from flatgpt.dataset import find, read_meta, write_atomically
+from flatgpt.errors import UserError
+from flatgpt.runtime import exit_callbacks
 from model import GPT, NANOGPT_FIELDS, GPTConfig
-from runtime import before_leaving
 
 VERSION = 1
 RUN_ONLY = ('optimizer', 'scaler', 'machine', 'planned', 'evaluated', 'bad_evals', 'seconds')   # for resuming only
@@ -74,6 +71,37 @@ def holder(out_dir):
     """A number that stands for the run that holds out_dir, or held it last; -1 if there is none."""
     path = Path(out_dir) / '.lock'
     return zlib.crc32(path.read_bytes()) if path.exists() else -1
+
+
+def claim_for_all(out_dir, rt: runtime.Runtime):
+    """Claim out_dir for all processes of a run, each of which must call this. Returns the lock file in the master
+    process, None in the others; UserError also if the hosts see different folders. rt: the Runtime."""
+    lock = None
+    if rt.master:
+        lock = claim(out_dir)
+    rt.any_process(False)   # wait until the master has written the lock file
+    shared = rt.same_everywhere(holder(out_dir))
+    if not shared:
+        raise UserError(f'out_dir={out_dir!r} must be a folder that all hosts share')
+    return lock
+
+
+def state_of(model: GPT, optimizer, scaler, description: dict, config: dict, step: int, best_val_loss: float,
+             machine: tuple, base: dict | None = None, adapter: dict | None = None, **progress) -> dict:
+    """The state of a run, a dictionary to save, from which the run can be resumed. Tensors are not copied.
+
+    description: the tokenizer, as to_dict() gives it. config: {option: value}. step: number of updates made. machine:
+    (device type, dtype). adapter: if only an adapter is trained, its description for lora.put(); then its weights alone
+    are in the state, and base says which weights it belongs to. progress: other values, plain data.
+    """
+    state = {'version': VERSION, 'model_args': model.config.to_dict()}
+    if adapter:
+        state |= {'model': lora.adapters(model), 'base': base, 'lora': adapter}
+    else:
+        state['model'] = model.state_dict(keep_vars=True)   # tied weights stay one tensor
+    return {**state, 'tokenizer': description, 'config': dict(config), 'iter_num': step,
+            'best_val_loss': best_val_loss, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+            'machine': machine, **progress}
 
 
 def save(path, state):
@@ -135,7 +163,7 @@ class Writer:
         self.error = None      # why the latest write failed
         self.seconds = 0.0     # how long the latest write took
         self.thread = None
-        before_leaving.append(self.wait)
+        exit_callbacks.append(self.wait)
 
     def put(self, state, best):
         """Begin to write a state, which must not change any more, to ckpt.pt, and its weights to best.pt if they are
@@ -220,6 +248,46 @@ def load(path):
     if missing:
         raise UserError(f'{path} does not say the {", ".join(missing)} of its model: it is damaged')
     return {**start, **ckpt}
+
+
+SWITCHES = ('arch', 'pos', 'window', 'layer_scale')   # options that select a kind of model
+# Options that a resumed run does not take from its checkpoint: they belong to one start
+LOCAL = ('out_dir', 'init_from', 'eval_only', 'find_lr', 'device', 'compile', 'peak_flops')
+
+
+def choose_start(config) -> tuple:
+    """Load what a run of train.py starts from, as init_from says. Returns (checkpoint, its path, whether its run is
+    resumed); (None, None, False) from scratch. Raises UserError, UsageError.
+
+    config: the Config of train.py. Options that the user has not given get the values of the checkpoint: all of them if
+    its run is resumed, else those of the model.
+    """
+    init_from = config['init_from']
+    latest = os.path.join(config['out_dir'], 'ckpt.pt')
+    if runtime.restarts() and init_from not in ('resume', 'auto'):
+        raise UserError(f'torchrun has started this run again, and init_from={init_from!r} would begin anew: '
+                        f'give --init_from=auto')
+    resuming = init_from == 'resume' or (init_from == 'auto' and os.path.exists(latest))
+    if not resuming and init_from in ('scratch', 'auto'):
+        return None, None, False
+    path = latest if resuming else resolve(init_from)
+    ckpt = load(path)
+    if resuming:
+        if 'optimizer' not in ckpt:
+            raise UserError(f'{path} has weights but no optimizer state: give --init_from={path}')
+        config.adopt(ckpt['config'], but=LOCAL)
+        validate.same_run(config, ckpt['config'], path)
+    shape = {name: ckpt['model_args'][name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
+    # The context of weights may be cropped: to a block_size that the user gives, and for weights of other projects,
+    # which have no config, to the default, because their context may be too long to train.
+    may_crop = not resuming and ('block_size' in config.given or not ckpt['config'])
+    if may_crop and config['block_size'] < shape['block_size']:
+        del shape['block_size']
+    asked = {name: config[name] for name in shape if name in config.given}
+    validate.same_model(asked, shape, path, 'remove these options, or start from scratch')
+    config.adopt({name: ckpt['config'][name] for name in SWITCHES if name in ckpt['config']})
+    config.adopt(shape)
+    return ckpt, path, resuming
 
 
 def instead_of(path):
@@ -349,7 +417,7 @@ def fields(path):
 
 
 def stage(ckpt):
-    """In words, how far a model has come."""
+    """Return 'step 1,200, val loss 1.42' of a checkpoint, for notices."""
     known = ckpt['iter_num'] or math.isfinite(ckpt['best_val_loss'])
     return f'step {ckpt["iter_num"]:,}, val loss {ckpt["best_val_loss"]:.4f}' if known else 'pretrained'
 
@@ -406,6 +474,6 @@ def rewind_log(out_dir, step):
         except (ValueError, AttributeError, TypeError):   # what a power cut left
             pass
     try:
-        replace(path, b''.join(kept))
+        write_atomically(path, b''.join(kept))
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror}; it is as it was, make room') from None

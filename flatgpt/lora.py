@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from attention import drop
-from configurator import UserError
+from flatgpt.errors import UserError
+from model import dropout
 
 
 class LoRALinear(nn.Linear):
@@ -28,7 +28,7 @@ class LoRALinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x):
-        low = F.linear(drop(x, self.dropout) if self.training else x, self.lora_A)   # (..., rank)
+        low = F.linear(dropout(x, self.dropout, self.training), self.lora_A)   # (..., rank)
         return F.linear(x, self.weight, self.bias) + F.linear(low * self.scale, self.lora_B)
 
     @torch.no_grad()

@@ -1,15 +1,15 @@
-"""Weights as they lie in memory for decoding: packed ones compute the same, 8-bit ones nearly the same; where a kernel
-fails, or there is none, the plain path does."""
+"""How weights are stored for decoding: packed ones compute the same, 8-bit ones nearly the same; where a kernel fails
+or is missing, the plain path works."""
 
 import pytest
 import torch
 import torch.nn as nn
 from test_model import make, tokens
 
-import checkpoint
-import weights
-from dataset import Dataset
-from weights import Int8Linear, PackedLinear
+from flatgpt import checkpoint, quantize
+from flatgpt.dataset import Dataset
+from flatgpt.engine import generate
+from flatgpt.quantize import Int8Linear, PackedLinear
 
 SHAPES = [(64, 48, True), (65, 64, False), (1, 7, True), (130, 256, True)]   # out, in, bias
 
@@ -20,14 +20,14 @@ def a_linear(out, width, bias, dtype=torch.bfloat16):
 
 
 def packed(linear):
-    """What weights.pack() makes of a model whose head is this Linear."""
+    """What quantize.pack() makes of a model whose head is this Linear."""
     model = nn.Module()
     model.lm_head = linear
-    return weights.pack(model).lm_head
+    return quantize.pack(model).lm_head
 
 
 def kernel_runs():
-    """Whether oneDNN packs a matrix in bfloat16 here, found out by doing it."""
+    """Whether oneDNN packs a matrix in bfloat16 here, found by trying."""
     try:
         PackedLinear(a_linear(8, 8, True))
     except (RuntimeError, AttributeError):
@@ -37,8 +37,8 @@ def kernel_runs():
 
 @pytest.fixture
 def untried():
-    """As if no kernel had been tried in this process, nor will have been afterwards."""
-    trials = weights.can_pack, weights.int8_kernel_works
+    """No kernel has been tried in this process yet, and none counts as tried afterwards."""
+    trials = quantize.can_pack, quantize.int8_kernel_works
     for trial in trials:
         trial.cache_clear()
     yield
@@ -61,10 +61,10 @@ def test_packing_gives_the_same_numbers_with_the_kernel_or_without(shape, rows):
         torch.testing.assert_close(result(x), expected, atol=1e-2, rtol=1.6e-2)
 
 
-def test_the_trial_finds_out_whether_the_kernel_runs_and_draws_no_random_numbers(untried):
+def test_the_trial_finds_whether_the_kernel_runs_and_uses_no_random_numbers(untried):
     state = torch.get_rng_state()
-    assert weights.can_pack() == kernel_runs()
-    assert weights.int8_kernel_works() in (True, False)
+    assert quantize.can_pack() == kernel_runs()
+    assert quantize.int8_kernel_works() in (True, False)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -91,22 +91,22 @@ def test_a_kernel_that_fails_is_not_used_whatever_oneDNN_says(monkeypatch, untri
     monkeypatch.setattr(torch.ops.mkldnn, name, kernel)
     if damage != 'does not pack':
         monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', lambda weight, rows: weight)
-    assert weights.can_pack() is False
+    assert quantize.can_pack() is False
     linear = a_linear(64, 48, True)
     assert packed(linear) is linear
 
 
-def test_a_matrix_that_oneDNN_refuses_stays_as_it_is_after_a_good_trial(monkeypatch):
-    monkeypatch.setattr(weights, 'can_pack', lambda: True)
+def test_a_matrix_that_oneDNN_refuses_is_not_packed_after_a_good_trial(monkeypatch):
+    monkeypatch.setattr(quantize, 'can_pack', lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', refuse)
     linear = a_linear(64, 48, True)
     assert packed(linear) is linear
 
 
 @pytest.mark.parametrize('why', ['float32', 'the trial fails'])
-def test_what_cannot_be_packed_stays_as_it_is(monkeypatch, why):
+def test_a_linear_that_cannot_be_packed_is_not_replaced(monkeypatch, why):
     if why == 'the trial fails':
-        monkeypatch.setattr(weights, 'can_pack', lambda: False)
+        monkeypatch.setattr(quantize, 'can_pack', lambda: False)
     linear = a_linear(64, 48, True, torch.float32 if why == 'float32' else torch.bfloat16)
     assert packed(linear) is linear
 
@@ -117,40 +117,40 @@ def test_what_cannot_be_packed_stays_as_it_is(monkeypatch, why):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('rows', [(1, 1), (2, 40)], ids=str)
-def test_8_bit_weights_are_off_by_half_a_step_of_their_channel_at_most(shape, rows, dtype):
+def test_8_bit_weights_differ_by_half_a_step_of_their_channel_at_most(shape, rows, dtype):
     linear = a_linear(*shape, dtype)
-    coarse = Int8Linear(linear)
-    assert coarse.weight.dtype == torch.int8 and coarse.weight.abs().max() == 127
-    kept = coarse.weight.float() * coarse.scale.float()[:, None]
+    quantized = Int8Linear(linear)
+    assert quantized.weight.dtype == torch.int8 and quantized.weight.abs().max() == 127
+    weight = quantized.weight.float() * quantized.scale.float()[:, None]
     step = linear.weight.float().abs().amax(dim=1, keepdim=True) / 127
-    assert ((kept - linear.weight.float()).abs() <= step * 0.52).all()   # the scale is rounded too, in bfloat16
+    assert ((weight - linear.weight.float()).abs() <= step * 0.52).all()   # the scale is rounded too, in bfloat16
     x = torch.randn(*rows, shape[1], dtype=dtype)
     with torch.inference_mode():
-        expected = nn.functional.linear(x.float(), kept, linear.bias if linear.bias is None else linear.bias.float())
-        torch.testing.assert_close(coarse(x).float(), expected, atol=3e-2, rtol=2e-2)
+        expected = nn.functional.linear(x.float(), weight, linear.bias if linear.bias is None else linear.bias.float())
+        torch.testing.assert_close(quantized(x).float(), expected, atol=3e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize('damage', ['raises', 'is not there', 'is wrong'])
 def test_a_kernel_for_8_bits_that_fails_is_not_used(monkeypatch, untried, damage):
     x, linear = torch.randn(2, 64, dtype=torch.bfloat16), a_linear(48, 64, True)
     with torch.inference_mode():
-        expected = Int8Linear(linear, kernel=False)(x)
+        expected = Int8Linear(linear, use_kernel=False)(x)
         if damage == 'is not there':
             monkeypatch.delattr(torch, '_weight_int8pack_mm')
         else:
             wrong = lambda x, weight, scale: x.new_ones(len(x), len(weight))
             monkeypatch.setattr(torch, '_weight_int8pack_mm', wrong if damage == 'is wrong' else refuse)
         assert torch.equal(Int8Linear(linear)(x), expected)
-    assert weights.int8_kernel_works() is False
+    assert quantize.int8_kernel_works() is False
 
 
 def test_a_kernel_for_8_bits_that_works_is_used_for_few_rows(monkeypatch):
     calls, kernel = [], torch._weight_int8pack_mm
     monkeypatch.setattr(torch, '_weight_int8pack_mm', lambda *args: calls.append(1) or kernel(*args))
-    monkeypatch.setattr(weights, 'int8_kernel_works', lambda: True)
+    monkeypatch.setattr(quantize, 'int8_kernel_works', lambda: True)
     linear = Int8Linear(a_linear(48, 64, True))
     with torch.inference_mode():
-        for rows, counted in ((1, 1), (weights.FEW, 2), (weights.FEW + 1, 2)):
+        for rows, counted in ((1, 1), (quantize.KERNEL_ROWS, 2), (quantize.KERNEL_ROWS + 1, 2)):
             linear(torch.randn(rows, 64, dtype=torch.bfloat16))
             assert len(calls) == counted
 
@@ -171,34 +171,37 @@ def test_a_channel_of_zeros_stays_zero():
 # ---------------------------------------------------------------------------------------------------------------------
 # a whole model
 
-@pytest.mark.parametrize('change', [weights.pack, weights.int8])
+@pytest.mark.parametrize('change', [quantize.pack, quantize.int8])
 @pytest.mark.parametrize('changes', [{}, {'tie_weights': False, 'mlp': 'swiglu', 'n_kv_head': 2}], ids=str)
 @pytest.mark.parametrize('trials', ['as they are', 'failing'])
 def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes, change, trials):
     if trials == 'failing':
-        monkeypatch.setattr(weights, 'can_pack', lambda: False)
-        monkeypatch.setattr(weights, 'int8_kernel_works', lambda: False)
-    kind = Int8Linear if change is weights.int8 else PackedLinear if weights.can_pack() else nn.Linear
+        monkeypatch.setattr(quantize, 'can_pack', lambda: False)
+        monkeypatch.setattr(quantize, 'int8_kernel_works', lambda: False)
+    if change is quantize.int8:
+        expected = Int8Linear
+    else:
+        expected = PackedLinear if quantize.can_pack() else nn.Linear
     model = make(torch.bfloat16, spread=0.02, n_embd=32, **changes)
     embedding, idx = model.transformer.wte.weight.clone(), tokens()
     with torch.inference_mode():
         before = model(idx)[0]
         change(model)
         linears = [type(module) for module in model.modules() if type(module).__name__.endswith('Linear')]
-        assert linears == [kind] * (2 * 4 + 1)
+        assert linears == [expected] * (2 * 4 + 1)
         assert torch.equal(model.transformer.wte.weight, embedding)
         torch.testing.assert_close(model(idx)[0], before, atol=0.03, rtol=0.05)
-        assert len(list(model.generate(idx, 5))) == 5
+        assert len(list(generate(model, idx, 5))) == 5
 
 
 def test_8_bits_cost_little_of_the_loss_of_a_trained_model(trained, char_dataset):
-    """RESULTS.md has the cost for a larger model."""
+    """docs/results.md has the cost for a larger model."""
     data, losses = Dataset(str(char_dataset)), {}
     x, y = data.eval_batch('val', 0, 1, 150, 16, torch.device('cpu'))
-    for kind in (weights.pack, weights.int8):
+    for change in (quantize.pack, quantize.int8):
         model, _, _ = checkpoint.load_model(trained)
-        kind(model.to(torch.bfloat16))
+        change(model.to(torch.bfloat16))
         with torch.inference_mode():
-            losses[kind] = model(x, y)[1].item()
+            losses[change] = model(x, y)[1].item()
     print(losses)
-    assert losses[weights.int8] == pytest.approx(losses[weights.pack], rel=0.01)
+    assert losses[quantize.int8] == pytest.approx(losses[quantize.pack], rel=0.01)

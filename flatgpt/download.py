@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import UserError
-from tokenizer import read_text
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import read_text
 
 
 def sha256_of(path):
@@ -49,7 +49,7 @@ PATIENT = 8          # attempts, for what takes hours in all
 def download(url, path, digest=None, attempts=3, timeout=20, size=None, headers=None, title=None):
     """Fetch url into path, where it appears whole or not at all.
 
-    What has arrived lies in path.part, from where the next attempt, or the next call, goes on. digest (sha256, or git's
+    What has arrived is in path.part, from where the next attempt, or the next call, goes on. digest (sha256, or git's
     sha1) and size (bytes): what is expected, checked when given. timeout: seconds without a byte before an attempt is
     given up. A server that has too much to do is asked again when it says. headers: {name: value} to send along. title:
     of the progress bar. Returns the addresses that the answer links to, by their relation. Raises UserError.
@@ -150,7 +150,7 @@ def hub():
 
 
 def hub_files(repo, folder, revision='main', suffix='.parquet'):
-    """[{'path', 'size', 'sha256', 'url'}] of the files of a dataset of the hub that lie in or below a folder, by path.
+    """[{'path', 'size', 'sha256', 'url'}] of the files of a dataset of the hub in a folder or below it, by path.
     UserError if it cannot be asked, or has none of that suffix."""
     endpoint, headers = hub()
     revision = urllib.parse.quote(revision, safe='')

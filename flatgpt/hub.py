@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from configurator import UserError
-from download import alone, download
+from flatgpt.download import alone, download
+from flatgpt.errors import UserError
 
 ALIASES = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
 

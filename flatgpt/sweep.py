@@ -3,8 +3,8 @@ The sweep behind scaling_laws.ipynb: models of several sizes, each trained from 
 and a larger model with a larger budget, which no fit gets to see.
 
     python data/python_char/prepare.py
-    python sweep.py                                                       what make scaling does
-    python sweep.py --sizes=1x16 --budgets=1e9,2e9 --held_out=None --min_steps=1 --results=try.json
+    python -m flatgpt.sweep                                               what make scaling does
+    python -m flatgpt.sweep --sizes=1x16 --budgets=1e9,2e9 --held_out=None --min_steps=1 --results=try.json
 
 Each run is a train.py of its own, whose learning rate reaches zero where its budget ends, and becomes a line of the
 results. A run that the file holds is not made again, so that a sweep goes on where it was stopped.
@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import UsageError, UserError, configure
-from dataset import Dataset, replace
-from model import GPT, GPTConfig, switches
+from configurator import configure
+from flatgpt.dataset import Dataset, write_atomically
+from flatgpt.errors import UsageError, UserError
+from model import GPT, GPTConfig, arch_fields
 
 # ---------------------------------------------------------------------------------------------------------------------
-results = 'scaling.json'          # the file of results
+results = 'flatgpt/scaling.json'          # the file of results
 # the runs
 sizes = '1x16,1x24,1x32,2x32,2x48,2x64,3x64,3x80,4x96,4x128'   # layers x width, each for every budget
 budgets = '1e11,3e11,1e12,3e12,1e13'   # FLOPs of a run, as model.py counts them
@@ -77,7 +78,7 @@ for n_layer, n_embd, budget in pairs + unseen:
     shape = {'n_layer': int(n_layer), 'n_embd': int(n_embd), 'n_head': max(int(n_embd) // 32, 1)}
     try:
         with torch.device('meta'):   # sizes without memory
-            model = GPT(GPTConfig(data.vocab_size, block_size, bias=False, **shape, **switches(arch)))
+            model = GPT(GPTConfig(data.vocab_size, block_size, bias=False, **shape, **arch_fields(arch)))
     except ValueError as error:
         raise UsageError(error) from None
     steps = round(budget / model.flops_per_token() / (batch_size * block_size))
@@ -109,7 +110,7 @@ def write():
     ready = sorted(done, key=lambda run: (run['held_out'], run['budget'], run['params']))
     lines = ',\n  '.join(json.dumps(run) for run in ready)
     try:
-        replace(results, f'{{"common": {json.dumps(common)},\n "runs": [\n  {lines}]}}\n'.encode())
+        write_atomically(results, f'{{"common": {json.dumps(common)},\n "runs": [\n  {lines}]}}\n'.encode())
     except OSError as error:
         raise UserError(f'cannot write {results}: {error.strerror}') from None
 
@@ -122,7 +123,7 @@ def train(run):
                    'gradient_accumulation_steps': 1, 'max_iters': run['steps'], 'schedule': 'linear',
                    'warmup_iters': run['steps'] // 20, 'min_lr': 0.0, 'eval_interval': run['steps'],
                    'eval_iters': EVAL_ITERS, 'log_interval': 100}
-        command = [sys.executable, Path(__file__).with_name('train.py'), *(f'--{k}={v}' for k, v in options.items())]
+        command = [sys.executable, Path(__file__).parents[1] / 'train.py', *(f'--{k}={v}' for k, v in options.items())]
         ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         if ended.returncode:
             raise UserError(f'{run["n_layer"]}x{run["n_embd"]}: {ended.stderr.strip().splitlines()[-1]}')

@@ -9,11 +9,9 @@ is wrong, the value, and what is expected.
 import math
 import os
 
-import optim
-import runtime
-import sampling
-from configurator import UsageError, UserError
-from model import ARCHS, ATTEND
+from flatgpt import engine, optim, runtime
+from flatgpt.errors import UsageError, UserError
+from model import ALLOWED, ARCHS
 
 
 def at_least(least, options, *names):
@@ -47,7 +45,7 @@ def train_options(options, processes=1, ckpt=None, start_path=None, resuming=Fal
         if not 0 <= options[name] < 1:
             raise UsageError(f'{name}={options[name]}: expected 0 or more, and less than 1')
     one_of(ARCHS, options, 'arch')
-    one_of(ATTEND, options, 'attention')
+    one_of(ALLOWED['attention'], options, 'attention')
     one_of(runtime.PARALLEL, options, 'parallel')
     one_of(optim.OPTIMIZERS, options, 'optimizer')
     one_of(optim.SCHEDULES, options, 'schedule')
@@ -63,6 +61,30 @@ def train_options(options, processes=1, ckpt=None, start_path=None, resuming=Fal
     rate, lowest = options['learning_rate'], options['min_lr']
     if options['schedule'] != 'constant' and lowest > rate and not options['find_lr']:
         raise UsageError(f'min_lr={lowest} is above learning_rate={rate}: give both')
+
+
+def same_run(options: dict, saved: dict, start_path):
+    """Raise UsageError if a resumed run would get another optimizer state than it needs: if the options of train.py
+    that decide what is trained differ from those of the checkpoint at start_path. saved: its config."""
+    nanogpt = {'optimizer': 'adamw', 'freeze': '', 'lora_rank': 0}   # its checkpoints do not have these options
+    clash = []
+    for name in ('optimizer', 'freeze', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets'):
+        before = saved.get(name, nanogpt.get(name, options[name]))
+        if options[name] != before:
+            clash.append(f'{name}={before!r}')
+    if clash:
+        raise UsageError(f'{start_path} has the state of another run, of {", ".join(clash)}: '
+                         f'give --init_from={start_path} to start a new one')
+
+
+def same_model(asked: dict, found: dict, start_path, advice: str):
+    """Raise UsageError if the model that is asked for differs from the one in the checkpoint at start_path.
+
+    asked: {name: value} of the options that count. found: {name: value} of the checkpoint. advice: what to do then.
+    """
+    clash = [f'{name}={found[name]!r}, not {value!r}' for name, value in asked.items() if found[name] != value]
+    if clash:
+        raise UsageError(f'{start_path} has {", ".join(clash)}: {advice}')
 
 
 def lora_options(options, ckpt, start_path, resuming):
@@ -88,7 +110,7 @@ def lora_options(options, ckpt, start_path, resuming):
 def stop_option(options):
     """Check the option `stop` of sample.py and eval.py."""
     try:
-        sampling.read_stops(options['stop'])
+        engine.parse_stops(options['stop'])
     except ValueError as error:
         raise UsageError(error) from None
 
@@ -99,7 +121,7 @@ def sample_options(options):
     at_least(0, options, 'max_new_tokens')
     controls = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
     try:
-        sampling.check(**{name: options[name] for name in controls})
+        engine.check_controls(**{name: options[name] for name in controls})
     except ValueError as error:
         raise UsageError(error) from None
     stop_option(options)

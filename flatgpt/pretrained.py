@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-import hub
-import tokenizer
-from configurator import UserError
+from flatgpt import hub, tokenizer
+from flatgpt.errors import UserError
 from model import ARCHS, GPT, GPTConfig
 
 CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}   # by model_type
@@ -76,7 +75,7 @@ def config_of(theirs, folder):
 
 
 def meant(theirs, folder):
-    """The same; what is missing or of a wrong type may raise anything."""
+    """The fields of GPTConfig for a config.json; missing fields and wrong types may raise anything."""
     kind = theirs.get('model_type')
     if kind not in CLASSES:
         raise UserError(f'{folder} is a model of type {kind!r}: expected one of {", ".join(map(repr, CLASSES))}')
@@ -282,7 +281,7 @@ def shards(index):
 
 
 def read_weights(folder):
-    """All tensors in the *.safetensors of a folder, {name: tensor}."""
+    """All tensors in the *.safetensors files of one folder: {name: tensor}."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from configurator import UserError
+from flatgpt.errors import UserError
 
 STEPS, LOW, HIGH = 300, 1e-6, 1.0   # how many steps, and the rates of the first and the last
 MARGIN = 3                          # what is suggested is so many times lower than what the loss just bears

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
-from runtime import before_leaving
+from flatgpt.errors import UserError
+from flatgpt.runtime import exit_callbacks
 
 SCALES = {'step': 'step', 'tokens': 'tokens', 'seconds': 'seconds', 'flops': 'FLOPs'}   # what runs along the bottom
 PANELS = {'loss': 'loss, nats per token', 'lr': 'learning rate', 'grad_norm': 'norm of the gradient',
@@ -60,15 +60,31 @@ def read(folder):
     return Run(Path(folder).resolve().name, path, evals, [r for r in records if 'iter' in r], best)
 
 
+def start_wandb(project: str, name: str, config: dict):
+    """Start a run in Weights & Biases; returns the wandb module, whose log() takes the records. UserError if that does
+    not work. config: {option: value}."""
+    try:
+        import wandb
+        wandb.init(project=project, name=name, config=config)
+    except ImportError:
+        raise UserError('wandb_log=True needs the wandb package: pip install wandb') from None
+    except wandb.Error as error:
+        raise UserError(f'wandb: {error}; WANDB_MODE=offline keeps the log on this machine') from None
+    return wandb
+
+
 class Board:
     """Writes records into out_dir/tensorboard, for TensorBoard. A run that resumes at a step takes the place of what is
-    there from then on. Needs tensorboard: ImportError without it."""
+    there from then on. Needs tensorboard: UserError without it."""
 
     def __init__(self, out_dir, step=None):
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError('tensorboard=True needs the tensorboard package: pip install tensorboard') from None
 
         self.writer = SummaryWriter(Path(out_dir) / 'tensorboard', purge_step=step)
-        for finish in (before_leaving.append, atexit.register):
+        for finish in (exit_callbacks.append, atexit.register):
             finish(self.writer.close)
         for record in [] if step is None else parse(Path(out_dir) / 'log.jsonl')[0]:
             if record.get('step') == step:   # the evaluation before the step is not made again
@@ -100,7 +116,7 @@ def column(records, name):
 
 
 def places(run, by):
-    """Where the evaluations of a run, and its single steps, lie on a scale: two arrays. A single step knows its number;
+    """Positions of the evaluations of a run and of its single steps on a scale: two arrays. A step knows its number;
     the rest follows from the evaluations around it, or after the last one from the pace until then."""
     at, steps, marks = column(run.evals, 'step'), column(run.lines, 'iter'), column(run.evals, by)
     if by == 'step':
@@ -186,7 +202,7 @@ def names_of(runs):
 
 
 def best_of(run, by):
-    """The lowest validation loss of a run in words, and where it was."""
+    """Return a text with the lowest validation loss of a run and its step."""
     where = f'step {run.best["step"]:,.0f}' if by == 'step' else f'{short(run.best[by])} {SCALES[by]}'
     return f'best {run.best["val_loss"]:.4f} at {where}'
 

@@ -8,9 +8,9 @@ import re
 
 import torch
 
-from configurator import UserError
-from lora import finds
-from runtime import spread_like, together, works
+from flatgpt.errors import UserError
+from flatgpt.lora import finds
+from flatgpt.runtime import distribute_like, full_tensor, works
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'muon')
@@ -136,14 +136,14 @@ class Muon(torch.optim.Optimizer):
             if p not in self.state:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
             mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - momentum)
-            direction = together(p.grad.lerp(mean, momentum)).to(self.dtype)          # Nesterov's look ahead
+            direction = full_tensor(p.grad.lerp(mean, momentum)).to(self.dtype)          # Nesterov's look ahead
             alike.setdefault(tuple(sorted(p.shape)), []).append((p, flat(direction)))
         for (_, longer), pairs in alike.items():
             size = 0.2 * math.sqrt(longer)   # the root mean square of AdamW's steps, at full rank
             for (p, _), direction in zip(pairs, orthogonalise(torch.stack([direction for _, direction in pairs]))):
                 direction = direction if direction.shape == p.shape else direction.T
                 p.mul_(1 - lr * weight_decay)
-                p.add_(spread_like(direction.to(p.dtype), p), alpha=-lr * size)
+                p.add_(distribute_like(direction.to(p.dtype), p), alpha=-lr * size)
 
 
 def flat(matrix):
@@ -177,8 +177,8 @@ def load_state(optimizer, state):
     ours = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
     groups = [{**group, **options} for group, options in zip(state['param_groups'], ours, strict=True)]
     params = [p for group in optimizer.param_groups for p in group['params']]
-    moments = {i: {key: spread_like(value, params[i]) if torch.is_tensor(value) else value for key, value in of.items()}
-               for i, of in state['state'].items()}
+    moments = {i: {key: distribute_like(value, params[i]) if torch.is_tensor(value) else value
+                   for key, value in of.items()} for i, of in state['state'].items()}
     optimizer.load_state_dict({**state, 'state': moments, 'param_groups': groups})
 
 
