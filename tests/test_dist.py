@@ -237,7 +237,7 @@ def test_a_process_that_is_lost_is_given_up_after_a_while(tmp_path, tiny):
     done = ranks.run('train.py', tiny, in_rank(1, tmp_path, 'time.sleep(12)'), *HERE, f'--out_dir={tmp_path / "out"}',
                      DIST_TIMEOUT='6')
     assert done.returncode == 1
-    line = next(line for line in done.stderr.splitlines() if line.startswith('rank 0: no connection'))
+    line = next(line for line in done.stderr.splitlines() if line.startswith('rank 0: lost the connection'))
     assert re.search(r'tim(ed|e) ?out', line, re.IGNORECASE), line
 
 

@@ -264,7 +264,8 @@ def test_a_full_disk_under_the_log_costs_lines_and_not_the_run(tmp_path, tiny):
 @needs('limits')
 def test_a_full_disk_leaves_the_old_state_and_the_run_goes_on_when_there_is_room_again(tmp_path, tiny, trained):
     code = """
-from flatgpt import checkpoint, resource
+import resource
+from flatgpt import checkpoint
 _save = checkpoint.save
 def _full(path, state):
     limit = 50_000 if state['iter_num'] == 10 else resource.RLIM_INFINITY
@@ -291,7 +292,7 @@ def test_a_nan_at_a_step_ends_the_run_with_advice_and_the_checkpoint_before_it_g
     code = """
 from flatgpt import optim
 from model import GPT
-_rate_at, _loss, _steps = optim.learning_rate_at, GPT.loss, []
+_rate_at, _loss, _steps = optim.learning_rate_at, GPT.logits_and_loss, []
 def _at(step, *rest):
     _steps.append(step)
     return _rate_at(step, *rest)
@@ -299,7 +300,7 @@ def _spoil(self, x, targets):
     if _steps and _steps[-1] == 13:
         self.transformer.ln_f.weight.data.fill_(float('nan'))
     return _loss(self, x, targets)
-optim.learning_rate_at, GPT.loss = _at, _spoil
+optim.learning_rate_at, GPT.logits_and_loss = _at, _spoil
 """
     done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}', '--checkpoint_interval=6',
                  status=1)

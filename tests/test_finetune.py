@@ -114,6 +114,13 @@ def test_full_finetuning_goes_on_from_an_adapter_as_merged(adapted, tiny, tmp_pa
     assert_same_weights(load(tmp_path / 'ckpt.pt')['model'], checkpoint.load_model(adapted)[0].state_dict())
 
 
+def test_an_adapter_says_to_which_context_its_base_is_cropped(adapted, tmp_path):
+    ckpt = load(adapted / 'best.pt')
+    ckpt['model_args']['block_size'] = 8
+    checkpoint.save(tmp_path / 'best.pt', ckpt)
+    assert checkpoint.load_model(tmp_path)[0].config.block_size == 8
+
+
 @pytest.mark.full
 def test_an_adapter_for_a_cropped_base_knows_its_context(trained, tiny, tmp_path):
     train(tiny, *LORA, f'--init_from={trained}', f'--out_dir={tmp_path}', '--max_iters=2', '--block_size=8')

@@ -193,6 +193,17 @@ def test_loading_leaves_the_saved_state_as_it_was():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# freezing
+
+@pytest.mark.parametrize('name', ['lm_head', 'wte'])
+def test_a_tied_matrix_is_frozen_by_either_of_its_names(name):
+    model = make()
+    freezer = optim.Freezer(model, name)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ['transformer.wte.weight']
+    assert len(freezer.notes) == 1 and 'transformer.wte.weight is lm_head.weight' in freezer.notes[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the learning rate of a step
 
 def rate(step, schedule='cosine', peak=1.0, low=0.1, warmup=10, decay=110, cooldown=None):

@@ -96,7 +96,7 @@ def test_penalty_makes_what_was_seen_less_likely_whatever_its_sign():
 @pytest.mark.parametrize(('name', 'value'), [
     ('temperature', -0.1), ('temperature', math.nan), ('top_k', 0), ('top_k', -1), ('top_p', -0.1), ('top_p', 1.1),
     ('top_p', math.nan), ('min_p', 2.0), ('repetition_penalty', 0.0),
-    ('repetition_penalty', 1e-39), ('repetition_penalty', math.inf),
+    ('repetition_penalty', 0.009), ('repetition_penalty', 100.5), ('repetition_penalty', math.inf),
 ])
 def test_a_control_out_of_range_is_an_error_with_value_and_range(name, value):
     with pytest.raises(ValueError, match=f'^{name}={value}: expected '):
@@ -105,7 +105,8 @@ def test_a_control_out_of_range_is_an_error_with_value_and_range(name, value):
 
 def test_controls_at_the_ends_of_their_ranges_are_fine():
     check_controls(temperature=0, top_k=1, top_p=0.0, min_p=1.0, repetition_penalty=0.5)
-    check_controls(temperature=1e9, top_k=10 ** 9, top_p=1.0, min_p=0.0)
+    check_controls(temperature=1e9, top_k=10 ** 9, top_p=1.0, min_p=0.0, repetition_penalty=100)
+    check_controls(repetition_penalty=0.01)
 
 
 @pytest.mark.parametrize('top_k', [11, 12, 10 ** 9])

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import assert_one_line, run
+from conftest import ROOT, assert_one_line, run
 from in_process import call
 
 pytestmark = pytest.mark.full   # each run of the sweep is a process of its own
@@ -11,12 +11,17 @@ TINY = ['--budgets=1e7,2e7', '--held_out=1x16:4e7', '--sizes=1x8,2x8', '--min_st
         '--block_size=16', '--batch_size=4', '--learning_rate=1e-3']
 
 
+def sweep(*args):
+    """Run `python -m flatgpt.sweep`, whose modules are found from the root of the project."""
+    return run('flatgpt/sweep.py', *args, PYTHONPATH=str(ROOT))
+
+
 @pytest.fixture(scope='module')
 def swept(tmp_path_factory, char_dataset):
     """The file of results of a tiny sweep, and its arguments."""
     path = tmp_path_factory.mktemp('sweep') / 'results.json'
     args = [*TINY, f'--dataset={char_dataset}', f'--results={path}']
-    done = run('flatgpt/sweep.py', *args)
+    done = sweep(*args)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {'results': str(path), 'runs': 3, 'trained': 3}
     return path, args
@@ -51,7 +56,7 @@ def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     path, args = swept
     before = json.loads(path.read_text())
     path.write_text(json.dumps({**before, 'runs': before['runs'][1:]}))
-    done = run('flatgpt/sweep.py', *args)
+    done = sweep(*args)
     assert json.loads(done.stdout)['trained'] == 1 and '2 of 3 runs are in' in done.stderr
     clock = {'seconds': None}
     assert [{**each, **clock} for each in runs_of(path)] == [{**each, **clock} for each in before['runs']]
@@ -79,7 +84,7 @@ def test_a_file_that_is_no_file_of_results_stays_as_it_is(swept, tmp_path):
 
 
 def test_a_run_that_fails_says_why(swept, tmp_path):
-    done = run('flatgpt/sweep.py', *swept[1], '--optimizer=best', '--max_epochs=0.01',
+    done = sweep(*swept[1], '--optimizer=best', '--max_epochs=0.01',
                f'--results={tmp_path / "new.json"}')
     assert_one_line(done, 1, 'optimizer=', "'muon'")
     assert not (tmp_path / 'new.json').exists()
