@@ -443,7 +443,7 @@ def test_the_two_readmes_link_to_each_other_at_once():
 
 @pytest.mark.parametrize('name', PAGES)
 def test_no_text_has_a_placeholder_left(name):
-    assert not re.findall(r'@(?!MAKE_)\w+@|\bTODO\b|\bXXX\b', text_of(name))
+    assert not re.findall(r'@\w+@|\bTODO\b|\bXXX\b', text_of(name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
