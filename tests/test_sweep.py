@@ -62,8 +62,12 @@ def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     assert [{**each, **clock} for each in runs_of(path)] == [{**each, **clock} for each in before['runs']]
 
 
+def test_a_file_of_other_runs_is_not_continued(swept):
+    done = call('flatgpt/sweep.py', *swept[1], '--learning_rate=2e-3')
+    assert_one_line(done, 2, 'learning_rate=0.001', 'another --results')
+
+
 @pytest.mark.parametrize('change, status, words', [
-    ('--learning_rate=2e-3', 2, ['learning_rate=0.001', 'another --results']),
     ('--sizes=2,3', 2, ['sizes=', "'2'", '2x64']),
     ('--budgets=1e7,1.2.3', 2, ['budgets=', "'1.2.3'"]),
     ('--held_out=1x8', 2, ['held_out=', '5x160:1e14']),
@@ -71,20 +75,22 @@ def test_only_what_is_missing_is_trained_and_it_comes_out_the_same(swept):
     ('--jobs=0', 2, ['jobs=0', '1 or more']),
     ('--dataset=nowhere/at_all', 1, ['nowhere/at_all']),
 ])
-def test_what_cannot_be_is_one_line(swept, change, status, words):
-    assert_one_line(call('flatgpt/sweep.py', *swept[1], change), status, *words)
+def test_what_cannot_be_is_one_line(char_dataset, tmp_path, change, status, words):
+    args = f'--dataset={char_dataset}', f'--results={tmp_path / "new.json"}'
+    assert_one_line(call('flatgpt/sweep.py', *TINY, *args, change), status, *words)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_no_file_of_results_stays_as_it_is(swept, tmp_path):
+def test_a_file_that_is_no_file_of_results_stays_as_it_is(char_dataset, tmp_path):
     for content in ('[]', '{"common": {}, "runs": []}'):
         (tmp_path / 'mine.json').write_text(content)
-        done = call('flatgpt/sweep.py', *swept[1], f'--results={tmp_path / "mine.json"}')
-        assert_one_line(done, 1, 'no file of results')
+        args = f'--dataset={char_dataset}', f'--results={tmp_path / "mine.json"}'
+        assert_one_line(call('flatgpt/sweep.py', *TINY, *args), 1, 'no file of results')
         assert (tmp_path / 'mine.json').read_text() == content
 
 
-def test_a_run_that_fails_says_why(swept, tmp_path):
-    done = sweep(*swept[1], '--optimizer=best', '--max_epochs=0.01',
-               f'--results={tmp_path / "new.json"}')
+def test_a_run_that_fails_says_why(char_dataset, tmp_path):
+    args = f'--dataset={char_dataset}', f'--results={tmp_path / "new.json"}'
+    done = sweep(*TINY, *args, '--optimizer=best', '--max_epochs=0.01')
     assert_one_line(done, 1, 'optimizer=', "'muon'")
     assert not (tmp_path / 'new.json').exists()
