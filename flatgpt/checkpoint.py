@@ -55,9 +55,11 @@ def claim(out_dir):
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        lock.seek(0)
-        raise UserError(f'another run writes to out_dir={str(out_dir)!r}, {lock.read().strip()}: stop it, or choose '
-                        f'another folder') from None
+        with lock:
+            lock.seek(0)
+            other = lock.read().strip()
+        raise UserError(f'another run writes to out_dir={str(out_dir)!r}, {other}: stop it, or choose another '
+                        f'folder') from None
     except (ImportError, OSError):   # Windows, or a file system without locks
         pass
     lock.truncate(0)

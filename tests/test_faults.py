@@ -225,7 +225,6 @@ def test_a_damaged_checkpoint_is_refused_and_stays(tmp_path, trained, tiny, init
 
 
 @needs('file_locks')
-@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')   # the lock, which the end of a process closes
 @pytest.mark.parametrize('init_from', ['scratch', 'auto', 'resume'])
 def test_a_second_run_in_the_same_folder_is_refused(again, tiny, init_from):   # noqa: F811
     before = contents(again)
