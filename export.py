@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import configure
-from flatgpt import checkpoint, pretrained, runtime, tokenizer, validate
+from flatgpt import checkpoint, lora, pretrained, runtime, tokenizer, validate
 from flatgpt.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,8 +83,8 @@ try:
     scratch = Path(tempfile.mkdtemp(prefix=f'.{to.name}-', dir=to.parent))
     new = scratch / to.name
     if adapter:
-        pretrained.save_adapter(new, model, kind, ckpt['lora'], ckpt['base']['path'])
-        if not pretrained.same_adapter(new, model, kind):
+        lora.save_peft(new, model, kind, ckpt['lora'], str(ckpt['base']['path']))
+        if not lora.same_peft(new, model, kind):
             raise UserError(f'the adapter that was read back is not that of {path}: nothing was exported')
         reader = None
     else:

@@ -4,12 +4,15 @@ Low-rank adapters on a built model (Hu et al., 2021): put on from outside, kept 
 
 import math
 import re
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from flatgpt.errors import UserError
+from flatgpt.pretrained import hf_names, hf_rows, write_json
 from model import dropout
 
 
@@ -77,3 +80,52 @@ def merge(model):
             parent, _, leaf = name.rpartition('.')
             setattr(model.get_submodule(parent), leaf, module.merged())
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders of PEFT: adapter_config.json and adapter_model.safetensors
+
+def save_peft(folder: Path, model: nn.Module, architecture: str, description: dict, base: str):
+    """Write the adapter on a model as a folder of PEFT.
+
+    architecture: the model_type of Hugging Face for the model. description: the arguments of put() for this adapter.
+    base: name or path of the model that the adapter is for.
+    """
+    from safetensors.torch import save_file
+
+    tensors, targets = {}, []
+    for name, p in adapters(model).items():
+        module, _, part = name.rpartition('.')
+        names = [other.rpartition('.')[0] for other in hf_names(f'{module}.weight', architecture)]
+        pieces = [p] * len(names)   # a module of ours that is several of theirs: they share A, each has its rows of B
+        if part == 'lora_A':
+            targets += names
+        elif len(names) > 1:
+            pieces = p.split(hf_rows(name, model.config))
+        tensors |= {f'base_model.model.{other}.{part}.weight': piece.detach().float().clone().contiguous()
+                    for other, piece in zip(names, pieces)}
+    folder.mkdir(parents=True)
+    write_json(folder / 'adapter_config.json', {
+        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'r': description['rank'],
+        'lora_alpha': description['alpha'], 'lora_dropout': description['dropout'], 'target_modules': targets,
+        'bias': 'none', 'fan_in_fan_out': architecture == 'gpt2', 'inference_mode': True})
+    save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
+    shutil.copymode(folder / 'adapter_config.json', folder / 'adapter_model.safetensors')
+
+
+def same_peft(folder: Path, model: nn.Module, architecture: str) -> bool:
+    """Whether a folder of PEFT holds exactly the adapter that is on a model."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / 'adapter_model.safetensors')
+    for name, p in adapters(model).items():
+        module, _, part = name.rpartition('.')
+        names = [other.rpartition('.')[0] for other in hf_names(f'{module}.weight', architecture)]
+        pieces = [tensors.pop(f'base_model.model.{other}.{part}.weight', torch.empty(0)) for other in names]
+        if part == 'lora_A':
+            equal = all(torch.equal(piece, p) for piece in pieces)
+        else:
+            equal = torch.equal(torch.cat(pieces), p)
+        if not equal:
+            return False
+    return not tensors

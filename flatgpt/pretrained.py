@@ -154,7 +154,7 @@ def config_json(config, kind, dtype, eot):
 # ---------------------------------------------------------------------------------------------------------------------
 # weights
 
-def names_of(name, kind):
+def hf_names(name, kind):
     """Their names of a parameter of ours."""
     module, leaf = name.rsplit('.', 1)
     layer = re.search(r'\.h\.(\d+)\.', name)
@@ -162,7 +162,7 @@ def names_of(name, kind):
     return [f'{part.replace("#", layer[1]) if layer else part}.{leaf}' for part in parts]
 
 
-def rows_of(name, config):
+def hf_rows(name, config):
     """How many rows of a parameter of ours belong to each of theirs that it is made of."""
     D, K = config.head_width, config.n_kv_head or config.n_head
     return [config.n_head * D, K * D, K * D] if '.c_attn.' in name else [config.inner_width] * 2
@@ -181,7 +181,7 @@ def ours(tensors, config, kind, folder):
         if name == 'lm_head.weight' and config.tie_weights:
             found[name] = found['transformer.wte.weight']
             continue
-        theirs = names_of(name, kind)
+        theirs = hf_names(name, kind)
         missing = [other for other in theirs if other not in tensors]
         if missing:
             raise UserError(f'{folder} has no weights {missing[0]}: it is not complete')
@@ -211,9 +211,9 @@ def theirs(model, kind):
         if kind == 'gpt2' and not config.bias and leaf == 'weight' and not module.endswith(('wte', 'wpe', 'lm_head')):
             weights[f'{module}.bias'] = tensor.new_zeros(tensor.size(0))
     for name, tensor in weights.items():
-        names = names_of(name, kind)
+        names = hf_names(name, kind)
         tensor = tensor.T if kind == 'gpt2' and name.endswith(TURNED) else tensor
-        parts = [tensor] if len(names) == 1 else tensor.split(rows_of(name, config))
+        parts = [tensor] if len(names) == 1 else tensor.split(hf_rows(name, config))
         found.update(zip(names, (part.contiguous() for part in parts)))
     return found
 
@@ -329,49 +329,6 @@ def save(folder, model, kind, dtype, tok):
     write_json(folder / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
         'model_max_length': model.config.block_size, **names})
-
-
-def save_adapter(folder, model, kind, lora, base):
-    """Make a folder of PEFT of the adapters on a model: adapter_config.json and adapter_model.safetensors. lora: what
-    they were put on with; base: name or path of the model that they are for."""
-    from safetensors.torch import save_file
-
-    tensors, targets = {}, []
-    for name, p in model.named_parameters():
-        module, _, part = name.rpartition('.')
-        if part not in ('lora_A', 'lora_B'):
-            continue
-        names = [other.rpartition('.')[0] for other in names_of(f'{module}.weight', kind)]
-        pieces = [p] * len(names)   # several matrices of theirs share A, and each has its rows of B
-        if part == 'lora_B' and len(names) > 1:
-            pieces = p.split(rows_of(name, model.config))
-        targets += names if part == 'lora_A' else []
-        tensors |= {f'base_model.model.{other}.{part}.weight': piece.detach().float().clone().contiguous()
-                    for other, piece in zip(names, pieces)}
-    folder.mkdir(parents=True)
-    write_json(folder / 'adapter_config.json', {
-        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': str(base), 'r': lora['rank'],
-        'lora_alpha': lora['alpha'], 'lora_dropout': lora['dropout'], 'target_modules': targets, 'bias': 'none',
-        'fan_in_fan_out': kind == 'gpt2', 'inference_mode': True})
-    save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
-    shutil.copymode(folder / 'adapter_config.json', folder / 'adapter_model.safetensors')
-
-
-def same_adapter(folder, model, kind):
-    """Whether a folder of PEFT holds the adapters that are on a model."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / 'adapter_model.safetensors')
-    for name, p in model.named_parameters():
-        module, _, part = name.rpartition('.')
-        if part in ('lora_A', 'lora_B'):
-            names = [other.rpartition('.')[0] for other in names_of(f'{module}.weight', kind)]
-            pieces = [tensors.pop(f'base_model.model.{other}.{part}.weight', torch.empty(0)) for other in names]
-            equal = all(torch.equal(piece, p) for piece in pieces) if part == 'lora_A' else \
-                torch.equal(torch.cat(pieces), p)
-            if not equal:
-                return False
-    return not tensors
 
 
 def write_json(path, content):
