@@ -1,6 +1,9 @@
 """
-The errors that a user can correct. configurator.show_error prints them as one line and exits with their status.
+The errors that a user can correct, and how a script shows them: one line on stderr and an exit status.
 """
+
+import os
+import sys
 
 
 class UserError(Exception):
@@ -11,3 +14,25 @@ class UserError(Exception):
 class UsageError(UserError):
     """An option has a wrong name or value, or options exclude each other. Exit status 2."""
     status = 2
+
+
+def show_error(error_type, error, trace, to_lower=()):
+    """Print an error that the user can correct as one line and exit with its status; sys.excepthook of a script.
+    Any other error keeps its traceback. to_lower: options to lower when memory runs out."""
+    line = str(error)
+    status = 1
+    if issubclass(error_type, UserError):
+        status = error.status
+    elif issubclass(error_type, KeyboardInterrupt):
+        line = 'interrupted'
+        status = 130
+    elif issubclass(error_type, BrokenPipeError):   # the reader of our stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0)
+    elif error_type.__name__ in ('OutOfMemoryError', 'MemoryError') or "can't allocate memory" in line:
+        line = 'out of memory' + (f': lower {" or ".join(to_lower)}' if to_lower else '')
+    else:
+        return sys.__excepthook__(error_type, error, trace)
+    # __stderr__: past the hook of torch.distributed, which collects what is printed until a normal return
+    print(os.path.basename(sys.argv[0]), ' '.join(line.splitlines()), sep=': ', file=sys.__stderr__)
+    raise SystemExit(status)

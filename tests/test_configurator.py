@@ -1,6 +1,5 @@
 """Options from config files and the command line: each value that is set is read back, each error is one line."""
 
-import ast
 import copy
 import functools
 import importlib.util
@@ -14,19 +13,20 @@ from conftest import ROOT, assert_one_line, needs, run
 from hypothesis import example, given
 from hypothesis import strategies as st
 from in_process import call as call_script
+from in_process import defaults_of
 from properties import quick
 from test_repo import RUNNABLE
 
 import configurator
-from configurator import Config, configure, read_options, types_of
+from configurator import Config, configure, read_options
 from flatgpt.errors import UsageError, UserError
 
-SCRIPT = '''
-"""
+DOC = '''
 What the script is for.
 
     python options.py --count=4
-"""
+'''
+SCRIPT = f'"""{DOC}"""' + '''
 from configurator import configure
 from flatgpt.errors import UsageError, UserError
 
@@ -85,7 +85,7 @@ def quick_owner():
 
 def call(folder, *argv):
     """configure() as options.py would call it: (the Config, the script's globals)."""
-    namespace = {'__file__': str(folder / 'options.py'), **copy.deepcopy(DEFAULTS)}
+    namespace = {'__file__': str(folder / 'options.py'), '__doc__': DOC, **copy.deepcopy(DEFAULTS)}
     return configure(namespace, list(argv)), namespace
 
 
@@ -353,11 +353,11 @@ def test_a_local_variable_of_a_config_file_is_no_option(folder, source):
     ('count = 1\nrate = = 2\n', 2, 'SyntaxError: invalid syntax'),
     ('count = 1\n\nrate = 1 / 0\n', 3, 'ZeroDivisionError: division by zero'),
     ('count = 1\nrate = undefined\n', 2, "NameError: name 'undefined' is not defined"),
-    ('def f():\n    return {}["x"]\n\nrate = f()\n', 2, "KeyError: 'x'"),
+    ('def f():\n    return {}["x"]\n\nrate = f()\n', 4, "KeyError: 'x'"),
     ('import json\n\njson.loads("{")\n', 3, 'JSONDecodeError: Expecting property name'),
     ('import no_such_module_anywhere\n', 1, "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
     ('\n\nraise ValueError("two\\nlines")\n', 3, 'ValueError: two'),
-    ('def f():\n    f()\nf()\n', 2, 'RecursionError: maximum recursion depth exceeded'),
+    ('def f():\n    f()\nf()\n', 3, 'RecursionError: maximum recursion depth exceeded'),
     ('if True:\ncount = 1\n', 2, "IndentationError: expected an indented block after 'if' statement on line 1"),
     ('return\n', 1, "SyntaxError: 'return' outside function"),
 ])
@@ -423,7 +423,7 @@ def test_a_broken_file_beside_the_scripts_does_not_hide_a_misspelling(folder, tm
 @pytest.mark.parametrize('name, value', [('always_save_checkpoint', 'False'), ('backend', "'nccl'"),
                                          ('decay_lr', 'True'), ('real_data', 'False')])
 def test_retired_options_are_ignored_with_a_line_about_what_replaces_them(folder, capsys, name, value):
-    *_, advice = configurator.RETIRED[name]
+    advice = configurator.RETIRED[name]
     path = write(folder, f'{name} = {value}\ncount = 4')
     assert call(folder, path)[0].given == {'count'}
     assert capsys.readouterr().err == f'{path}: {name} is not needed: {advice}\n'
@@ -467,13 +467,10 @@ def test_an_option_that_has_the_name_of_a_retired_one_is_an_option(tmp_path):
 
 @pytest.mark.parametrize('script', RUNNABLE)
 def test_every_option_of_every_script_is_lower_case_and_takes_its_default(script):
-    options, namespace = read_options(ROOT / script), {}
-    for node in ast.parse((ROOT / script).read_text(encoding='utf-8')).body:
-        if node.lineno in [number for *_, number in options]:
-            exec(compile(ast.Module([node], []), script, 'exec'), namespace)
-    for name, annotation, *_ in options:
+    config = Config(defaults_of(script))
+    for name, value in config.items():
         assert name.islower(), f'the constant {name} would be an option'
-        assert type(namespace[name]) in types_of(annotation, namespace[name])
+        assert type(value) in config.types[name]
 
 
 def test_a_file_that_does_not_call_configure_has_no_options(folder):
