@@ -404,7 +404,7 @@ def load_tokenizer(name):
 
     if name in tiktoken.list_encoding_names():
         return tokenizer.TiktokenTokenizer(name)
-    path = pretrained.fetch_tokenizer(name).parent if hub.is_name(name) else resolve(name)
+    path = pretrained.fetch_config(name) if hub.is_name(name) else resolve(name)
     tok = pretrained.tokenizer_in(path) if path.is_dir() else load(path).get('tokenizer')
     if tok is None:
         raise UserError(f'{path} carries no tokenizer: name another model, or an encoding of tiktoken')
@@ -414,7 +414,7 @@ def load_tokenizer(name):
 def fields(path):
     """The fields of GPTConfig, {name: value}, of what resolve() would find; without the weights of one on the hub."""
     if hub.is_name(path):
-        return pretrained.config_of(pretrained.read_json(pretrained.fetch_config(str(path))), path)
+        return pretrained.config_from_hf(pretrained.read_json(pretrained.fetch_config(str(path)) / 'config.json'), path)
     return load(resolve(path))['model_args']
 
 

@@ -1,115 +1,135 @@
 """
-Files of the Hugging Face hub, in the cache that its own tools keep: found there, or fetched, verified and put there.
+Files from elsewhere: of the Hugging Face hub by its own library, and tiny Shakespeare by its URL.
 
-    ~/.cache/huggingface/hub/models--openai-community--gpt2/blobs/<digest>              the files
-                                                            /snapshots/<commit>/<name>  links to them, by name
-                                                            /refs/main                  a commit
+The library's cache, token (`hf auth login` or HF_TOKEN), mirror (HF_ENDPOINT) and offline switch (HF_HUB_OFFLINE=1)
+count. What the library does not resume, and a plain URL, starts again after an interruption.
 """
 
 import contextlib
+import hashlib
 import os
 import re
+import sys
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
 
-from flatgpt.download import alone, download
 from flatgpt.errors import UserError
+from flatgpt.tokenizer import read_text
 
 ALIASES = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
+SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
-def is_name(text):
-    """Whether a text names a repository, 'owner/name' or an alias, with '@revision' or without, and not a path: what
-    has a folder here to be in is a path."""
+def is_name(text: str) -> bool:
+    """Whether a text names a repository of the hub, 'owner/name' or an alias such as 'gpt2', with '@revision' or
+    without. What exists here, or would be in a folder that exists here, is a path."""
     name, at, revision = str(text).partition('@')
-    if os.path.exists(text) or name.endswith(('.pt', '.json', '.safetensors')) or at and not revision:
+    if os.path.exists(text) or name.endswith(('.pt', '.json', '.safetensors')) or (at and not revision):
         return False
-    return name in ALIASES or (re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name) is not None
-                               and not os.path.exists(name.split('/')[0]))
+    looks_like_one = re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name) is not None
+    return name in ALIASES or (looks_like_one and not os.path.exists(name.split('/')[0]))
 
 
-def cache():
-    """The folder of the cache, where the environment says that it is."""
-    home = os.environ.get('HF_HOME') or os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'huggingface')
-    return Path(os.environ.get('HF_HUB_CACHE') or os.path.join(home, 'hub')).expanduser()
+def snapshot(name: str, *patterns: str) -> Path:
+    """The folder, in the cache, of a model's repository, with the files that match patterns. Without network it has
+    what the cache has. name: 'owner/name[@revision]' or an alias. Raises UserError."""
+    from huggingface_hub import errors, snapshot_download
 
-
-def endpoint():
-    return (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')
-
-
-def identity():
-    """The headers that say who asks: the token in HF_TOKEN, or the one that `hf auth login` has left, if any."""
-    token, path = os.environ.get('HF_TOKEN'), os.environ.get('HF_TOKEN_PATH') or cache().parent / 'token'
-    with contextlib.suppress(OSError):
-        token = token or Path(path).expanduser().read_text(encoding='utf-8').strip()
-    return {'Authorization': f'Bearer {token}'} if token else {}
-
-
-def fetch(name, file, kind='models'):
-    """The path of a file of a repository, None if the repository has no such file. What the cache has is not looked for
-    anew; HF_HUB_OFFLINE=1 asks nobody else. Raises UserError."""
     repo, _, revision = name.partition('@')
-    repo, revision = ALIASES.get(repo, repo), revision or 'main'
-    folder = cache() / f'{kind}--{repo.replace("/", "--")}'
-    ref = folder / 'refs' / revision
-    commit = ref.read_text(encoding='utf-8').strip() if ref.exists() else revision
-    if (folder / 'snapshots' / commit / file).exists():
-        return folder / 'snapshots' / commit / file
-    if (folder / '.no_exist' / commit / file).exists():
-        return None
-    if os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON'):
-        raise UserError(f'{name}: {file} is not in {folder}, and HF_HUB_OFFLINE forbids to fetch it')
-    commit, digest, url = ask(repo, file, commit if ref.exists() else revision, '' if kind == 'models' else f'{kind}/')
-    path, blob = folder / 'snapshots' / commit / file, folder / 'blobs' / str(digest)
-    try:
-        for place in (path if digest else folder / '.no_exist' / commit / file, blob, ref):
-            place.parent.mkdir(parents=True, exist_ok=True)
-        if commit != revision:
-            ref.write_text(commit, encoding='utf-8')
-        if not digest:
-            (folder / '.no_exist' / commit / file).touch()
-            return None
-        with alone(blob):   # of several processes one fetches, the others wait for it
-            if not blob.exists():
-                known = digest if re.fullmatch('[0-9a-f]{40}|[0-9a-f]{64}', digest) else None   # a mirror's own
-                download(url, blob, known, headers=identity(), title=file)
-            if not path.exists():
-                link(blob, path)
-    except OSError as error:
-        raise UserError(f'cannot write to the cache {folder}: {error.strerror}; HF_HOME says where it is') from None
+    repo = ALIASES.get(repo, repo)
+    options = {'repo_id': repo, 'revision': revision or 'main', 'ignore_patterns': '*/*'}
+    with one_line_errors(repo, '' if repo in ALIASES.values() else f'there is no folder {name} here, and '):
+        try:
+            return Path(snapshot_download(**options, allow_patterns=patterns))
+        except errors.LocalEntryNotFoundError:   # no network, and not all files are here
+            return Path(snapshot_download(**options, allow_patterns='config.json', local_files_only=True))
+
+
+def dataset_files(repo: str, folder: str, revision: str = 'main', suffix: str = '.parquet') -> list[dict]:
+    """[{'path', 'size', 'sha256'}] of the files of a dataset on the hub below a folder, by path; sha256 may be None.
+    Raises UserError, also if none has the suffix."""
+    from huggingface_hub import HfApi
+
+    with one_line_errors(repo):
+        entries = list(HfApi().list_repo_tree(repo, folder, recursive=True, revision=revision, repo_type='dataset'))
+    files = [{'path': entry.path, 'size': entry.size, 'sha256': entry.lfs and entry.lfs.sha256}
+             for entry in entries if hasattr(entry, 'size') and entry.path.endswith(suffix)]
+    if not files:
+        raise UserError(f'{repo} has no {suffix} in {folder!r} of revision {revision}: expected another path')
+    return sorted(files, key=lambda file: file['path'])
+
+
+def dataset_file(repo: str, revision: str, file: dict, folder: Path) -> Path:
+    """The path of a file of dataset_files() in a local folder, downloaded and verified. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+
+    with one_line_errors(repo):
+        path = Path(hf_hub_download(repo, file['path'], repo_type='dataset', revision=revision, local_dir=folder))
+    if file['sha256'] and sha256_of(path) != file['sha256']:
+        path.unlink()
+        raise UserError(f'{repo}/{file["path"]}: the sha256 is not {file["sha256"][:16]}...: removed, try again')
     return path
 
 
-def ask(repo, file, revision, prefix):
-    """(commit, digest, address) of a file on the hub; digest is None if the repository has no such file."""
+@contextlib.contextmanager
+def one_line_errors(repo, before=''):
+    """Turn what huggingface_hub raises in the block into a UserError."""
+    from huggingface_hub import constants, errors
+
+    place = f'{constants.ENDPOINT}/{repo}'
+    try:
+        yield
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):   # a gated one is a repository not found
+        raise UserError(f'{before}no {place} that you can read: check name and revision; if it is gated or private, '
+                        f'accept its terms there and set HF_TOKEN') from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise UserError(f'{before}{repo} is not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot '
+                        f'be reached or HF_HUB_OFFLINE is set; without network give a folder that has its config.json, '
+                        f'model.safetensors and tokenizer.json') from None
+    except Exception as error:   # its HTTP client is another one in each major version
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f'cannot use {error.filename or constants.HF_HUB_CACHE}: {error.strerror}; HF_HOME says '
+                            f'where the cache is') from None
+        raise UserError(f'cannot get {place}: {type(error).__name__} {" ".join(str(error).split())[:200]}') from None
+
+
+def sha256_of(path) -> str:
+    """The sha256 of a file, as 64 hex digits."""
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def tiny_shakespeare(given: str | None, path: Path) -> tuple[str, dict]:
+    """(text, source for meta.json) of a given file, or of tiny Shakespeare, which is downloaded to path if it is not
+    there. A notice tells when it is another text. Raises UserError."""
+    if not given and not path.exists():
+        download(SHAKESPEARE, path, SHAKESPEARE_SHA256)
+    text, digest = read_text(given or path), sha256_of(given or path)
+    known = digest == SHAKESPEARE_SHA256
+    if not known:
+        print(f'{given or path} is not tiny Shakespeare (sha256 {digest[:16]}...): used as it is', file=sys.stderr)
+    return text, {'path': Path(given or path).name, 'url': SHAKESPEARE if known else None, 'sha256': digest}
+
+
+def download(url: str, path: Path, sha256: str):
+    """Download a small file to path, where it appears whole and verified or not at all. A server in trouble is asked
+    again. Raises UserError."""
     import requests
+    from requests.adapters import HTTPAdapter, Retry
 
-    url = f'{endpoint()}/{prefix}{repo}/resolve/{revision}/{file}'
+    new = path.with_name(f'{path.name}.part')
     try:
-        for _ in range(5):
-            answer = requests.head(url, headers={'Accept-Encoding': 'identity', **identity()}, timeout=20)
-            moved = answer.headers.get('Location', '')
-            if not answer.is_redirect or urlsplit(urljoin(url, moved)).netloc != urlsplit(url).netloc:
-                break   # here, or on a server for large files
-            url = urljoin(url, moved)   # the repository has another name now
-        if answer.status_code == 404 and answer.headers.get('X-Error-Code') == 'EntryNotFound':
-            return answer.headers.get('X-Repo-Commit', revision), None, None
-        if answer.status_code in (401, 403, 404):
-            raise UserError(f'{endpoint()} has no {repo} at {revision}, or not for everyone: check the name, or set '
-                            f'HF_TOKEN if it is private or gated')
-        answer.raise_for_status()
-        digest = (answer.headers.get('X-Linked-Etag') or answer.headers['ETag']).removeprefix('W/').strip('"')
-        return answer.headers['X-Repo-Commit'], digest, url
-    except (requests.RequestException, KeyError) as error:
-        status = f'status {answer.status_code}' if isinstance(error, requests.HTTPError) else type(error).__name__
-        raise UserError(f'cannot reach {repo} on {endpoint()} ({status}); without network, put its config.json, '
-                        f'model.safetensors and tokenizer.json into a folder and give that folder') from None
-
-
-def link(blob, path):
-    """Let path be the blob, as the hub's own tools do: by a relative link, or where there are none by moving it."""
-    try:
-        os.symlink(os.path.relpath(blob, path.parent), path)
-    except OSError:
-        os.replace(blob, path)
+        with requests.Session() as session:
+            session.mount(url, HTTPAdapter(max_retries=Retry(3, backoff_factor=0.5, status_forcelist=(429, 500, 503))))
+            answer = session.get(url, timeout=20)
+            answer.raise_for_status()
+        new.write_bytes(answer.content)
+        if sha256_of(new) != sha256:
+            new.unlink()
+            raise UserError(f'{url}: the sha256 is not {sha256[:16]}...: nothing is kept')
+        os.replace(new, path)
+    except requests.RequestException as error:
+        raise UserError(f'cannot download {url} ({type(error).__name__}); without network give --input=PATH or put it '
+                        f'at {path}, or use the dataset that needs none: python data/python_char/prepare.py') from None
+    except OSError as error:
+        raise UserError(f'cannot write {new}: {error.strerror}') from None

@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt import tokenizer
+from flatgpt import hub, tokenizer
 from flatgpt.corpus import PIECE, Corpus, progress
 from flatgpt.dataset import SPLITS, open_writer
-from flatgpt.download import PATIENT, download, hub, hub_files
 from flatgpt.errors import UsageError, UserError
 
 FORMAT = 3   # of the state
@@ -326,18 +325,15 @@ def report_lines(report: dict, tok) -> Iterator[str]:
 # corpora of the Hugging Face hub
 
 class Shards:
-    """Files of the hub, see hub_files(): one is read while the next one is downloaded."""
+    """Files of a dataset on the hub, see hub.dataset_files(): one is read while the next one is downloaded."""
 
-    def __init__(self, folder: Path, files: list[dict]):
+    def __init__(self, folder: Path, repo: str, revision: str, files: list[dict]):
         self.folder = folder
+        self.repo = repo
+        self.revision = revision
         self.files = files
         self.futures = {}
         folder.mkdir(parents=True, exist_ok=True)
-
-    def path(self, i):
-        """Where file i is stored, under a name that no file with another content has."""
-        name = f'{self.files[i]["path"]} {self.files[i]["sha256"] or self.files[i]["url"]}'
-        return self.folder / f'{hashlib.sha256(name.encode()).hexdigest()[:16]}.parquet'
 
     def fetch(self, i: int) -> Path:
         """The path of file i, which is downloaded then; the download of the next one is started."""
@@ -346,20 +342,18 @@ class Shards:
                 self.futures[k] = Future()
                 threading.Thread(target=self.download, args=(k,), daemon=True).start()   # ends with the process
             self.futures[i].result()
-        return self.path(i)
+        return self.folder / self.files[i]['path']
 
     def download(self, i):
-        file = self.files[i]
         try:
-            if not self.path(i).exists():
-                download(file['url'], self.path(i), file['sha256'], PATIENT, size=file['size'], headers=hub()[1])
+            hub.dataset_file(self.repo, self.revision, self.files[i], self.folder)
             self.futures[i].set_result(None)
         except BaseException as error:   # for the thread that asks for the result
             self.futures[i].set_exception(error)
 
     def release(self, i: int):
         """Remove file i."""
-        self.path(i).unlink(missing_ok=True)
+        (self.folder / self.files[i]['path']).unlink(missing_ok=True)
         self.futures.pop(i, None)
 
 
@@ -376,11 +370,11 @@ def build_from_hub(folder, config: dict):
     names = ('tokenizer', 'val_fraction', 'seed', 'threads', 'save_mb', 'max_file_gb')
     options = Options(**{name: config[name] for name in names})
     folder = Path(config['name'] or folder)
-    files = hub_files(config['repo'], config['path'], config['revision'])[:shards]
-    stored = Shards(folder / 'shards', files)
+    files = hub.dataset_files(config['repo'], config['path'], config['revision'])[:shards]
+    stored = Shards(folder / 'shards', config['repo'], config['revision'], files)
     corpus = Corpus([file['path'] for file in files], column=config['column'], errors='replace', fetch=stored.fetch,
                     release=stored.release, sizes=[file['size'] for file in files],
-                    versions=[file['sha256'] or file['url'] for file in files])
+                    versions=[file['sha256'] for file in files])
     source = {name: config[name] for name in ('repo', 'path', 'revision')}
     tok, report = build(folder, corpus, options, {**source, 'files': len(files)})
     shutil.rmtree(stored.folder)   # with what other runs have left

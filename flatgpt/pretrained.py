@@ -55,6 +55,7 @@ SILENT = {
               'attention_bias': False, 'tie_word_embeddings': False, 'hidden_act': 'silu'},
 }
 GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}   # their activation_function, ours
+SMALL_FILES = '*.json', 'merges.txt'   # of a repository: all but its weights
 EXPECTED = {   # what changes the result and must be as it is here
     'gpt2': {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False},
     'llama': {'hidden_act': 'silu'},
@@ -65,7 +66,7 @@ EXPECTED = {   # what changes the result and must be as it is here
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration
 
-def config_of(theirs, folder):
+def config_from_hf(theirs, folder):
     """The fields of GPTConfig, {name: value}, that a config.json means; UserError names what it has and we do not."""
     try:
         return meant(theirs, folder)
@@ -221,39 +222,25 @@ def theirs(model, kind):
 # ---------------------------------------------------------------------------------------------------------------------
 # folders
 
-def fetch(name):
-    """The folder, in the cache, of a repository on the hub, with all that load() reads."""
-    config = fetch_config(name)
-    config_of(read_json(config), name)   # before its weights are fetched in vain
-    if hub.fetch(name, 'model.safetensors') is None:
-        index = hub.fetch(name, 'model.safetensors.index.json')
-        for shard in shards(index) if index else ():
-            if hub.fetch(name, shard) is None:
-                raise UserError(f'{name} has no {shard}, which its index names: it is not complete')
-    fetch_tokenizer(name)
-    return config.parent
+def fetch(name: str) -> Path:
+    """The folder, in the cache, of a model on the hub, with all that load() reads. Raises UserError."""
+    folder = fetch_config(name)
+    config_from_hf(read_json(folder / 'config.json'), name)   # before weights of an unknown kind are downloaded
+    return hub.snapshot(name, *SMALL_FILES, 'model.safetensors', 'model-*.safetensors')
 
 
-def fetch_tokenizer(name):
-    """The path of the config.json of a repository on the hub, beside which its tokenizer lies from then on."""
-    if hub.fetch(name, 'tokenizer.json') is None:
-        for file in ('vocab.json', 'merges.txt'):
-            hub.fetch(name, file)
-    return fetch_config(name)
-
-
-def fetch_config(name):
-    """The path of the config.json of a repository on the hub."""
-    path = hub.fetch(name, 'config.json')
-    if path is None:
+def fetch_config(name: str) -> Path:
+    """The folder, in the cache, of a model on the hub, with its configuration and tokenizer. Raises UserError."""
+    folder = hub.snapshot(name, *SMALL_FILES)
+    if not (folder / 'config.json').exists():
         raise UserError(f'{name} has no config.json: expected a model')
-    return path
+    return folder
 
 
 def load(folder):
     """A checkpoint, as checkpoint.load() gives it, of a folder of Hugging Face: weights, configuration, tokenizer."""
     theirs = read_json(folder / 'config.json')
-    fields = config_of(theirs, folder)
+    fields = config_from_hf(theirs, folder)
     ckpt = {'model': ours(read_weights(folder), GPTConfig(**fields), theirs['model_type'], folder),
             'model_args': GPTConfig(**fields).to_dict()}
     tok = tokenizer_in(folder)

@@ -477,9 +477,7 @@ def test_resolve_refuses_a_folder_without_a_checkpoint(tmp_path):
 @pytest.mark.parametrize('name', ['gpt2', 'gpt2-xl', 'some/model'])
 def test_a_file_or_folder_goes_before_a_name_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
-    with pytest.raises(UserError, match=f'{name}: config.json is not in'):
+    with pytest.raises(UserError, match=f'{name} is not in the cache'):
         checkpoint.resolve(name)
     assert checkpoint.resolve(name, names=False) == Path(name)
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,6 +1,5 @@
 """Documents into a dataset: the ids of the whole text, in order, whatever is killed, cut or joined on the way."""
 
-import hashlib
 import json
 import os
 import random
@@ -14,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, SHARED, needs
 from in_process import defaults_of
-from test_download import hub, pauses, server  # noqa: F401, fixtures
+from test_hub import server  # noqa: F401, a fixture
 
-from flatgpt import corpus, dataset, ingest, tokenizer
+from flatgpt import corpus, dataset, hub, ingest, tokenizer
 from flatgpt.corpus import Corpus
 from flatgpt.dataset import Dataset
 from flatgpt.errors import UserError
@@ -614,20 +613,21 @@ def test_a_vocabulary_is_trained_on_an_even_sample_that_needs_no_more_memory_tha
 # from the hub
 
 @pytest.fixture
-def shards(hub, tmp_path, monkeypatch):  # noqa: F811
-    """A hub with three files of forty documents each; the server, and the texts."""
-    hub.files, entries, texts = {}, [], []
+def shards(server, tmp_path):  # noqa: F811
+    """A hub with a dataset of three files of forty documents each; the server, the files {path: bytes}, the texts."""
+    files, texts = {}, []
     for i in range(3):
         rows = [prose(100 * i + j, 30) for j in range(40)]
-        pq.write_table(pa.table({'text': rows}), tmp_path / 'x.parquet')
-        raw, path = (tmp_path / 'x.parquet').read_bytes(), f'sample/{i}.parquet'
-        hub.files[f'/datasets/some/data/resolve/main/{path}'] = raw
-        entries.append({'type': 'file', 'path': path, 'size': len(raw),
-                        'lfs': {'oid': hashlib.sha256(raw).hexdigest()}})
+        files[f'sample/{i}.parquet'] = parquet(tmp_path, text=rows)
         texts += rows
-    hub.files['/api/datasets/some/data/tree/main/sample?recursive=1'] = json.dumps(entries).encode()
-    hub.texts, hub.entries = texts, entries
-    return hub
+    server.repos['some/data'] = files
+    return SimpleNamespace(server=server, files=files, texts=texts)
+
+
+def parquet(folder, **columns):
+    """The bytes of a .parquet file."""
+    pq.write_table(pa.table(columns), folder / 'x.parquet')
+    return (folder / 'x.parquet').read_bytes()
 
 
 def from_hub(folder, spec, shards=None, **how):
@@ -641,7 +641,7 @@ def test_shards_of_the_hub_become_a_dataset_and_are_removed(shards, tmp_path, bp
     assert set(os.listdir(tmp_path / 'out')) == {'train.bin', 'val.bin', 'meta.json', 'tokenizer.json'}
     found = documents_of(tmp_path / 'out')
     assert sorted(found['train'] + found['val']) == sorted(shards.texts) and 8 < len(found['val']) < 45
-    assert sorted(shards.paths[1:]) == sorted(set(shards.files) - {shards.paths[0]})
+    assert sorted(shards.server.downloads()) == sorted(shards.files)
     from_hub(tmp_path / 'first', bpe_path, shards=1)
     found = documents_of(tmp_path / 'first')
     assert sorted(found['train'] + found['val']) == sorted(shards.texts[:40])
@@ -653,27 +653,21 @@ def test_shards_are_fetched_again_when_no_document_was_drawn_for_validation(shar
     assert len(found['val']) == 1 and sorted(found['train'] + found['val']) == sorted(shards.texts)
 
 
-def test_what_was_left_of_another_revision_is_not_read_and_removed(shards, tmp_path, bpe_path, monkeypatch):
+def test_a_file_of_another_revision_is_not_read(shards, tmp_path, bpe_path):
     from_hub(tmp_path / 'undisturbed', bpe_path)
-    (tmp_path / 'out' / 'shards').mkdir(parents=True)
-    stale, mine = tmp_path / 'out' / 'shards' / '0123456789abcdef.parquet', tmp_path / 'out' / 'sample_0.parquet'
-    for path in stale, mine:
-        pq.write_table(pa.table({'text': ['another revision']}), path)
+    stale = tmp_path / 'out' / 'shards' / 'sample' / '1.parquet'
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(parquet(tmp_path, text=['another revision']))
     from_hub(tmp_path / 'out', bpe_path)
-    assert not stale.exists() and mine.exists()   # which nobody here has made
-    mine.unlink()
     assert content(tmp_path / 'out') == content(tmp_path / 'undisturbed')
-    files = [{'path': 'a', 'sha256': None, 'size': 1, 'url': url} for url in ('u', 'v')]
-    there = ingest.Shards(tmp_path, files)
-    assert there.path(0) != there.path(1)   # without a digest, the address tells
 
 
 def test_the_next_shard_and_no_other_is_on_its_way_while_one_is_read(shards, tmp_path, bpe_path, monkeypatch):
-    asked, real, fetch = [threading.Event() for _ in range(3)], ingest.download, ingest.Shards.fetch
+    asked, real, fetch = [threading.Event() for _ in range(3)], hub.dataset_file, ingest.Shards.fetch
 
-    def download(url, *args, **more):
-        asked[int(url[-len('0.parquet')])].set()
-        return real(url, *args, **more)
+    def download(repo, revision, file, folder):
+        asked[int(file['path'][len('sample/')])].set()
+        return real(repo, revision, file, folder)
 
     def fetched(self, i):
         path = fetch(self, i)
@@ -681,7 +675,7 @@ def test_the_next_shard_and_no_other_is_on_its_way_while_one_is_read(shards, tmp
         assert not any(event.is_set() for event in asked[i + 2:])
         return path
 
-    monkeypatch.setattr(ingest, 'download', download)
+    monkeypatch.setattr(hub, 'dataset_file', download)
     monkeypatch.setattr(ingest.Shards, 'fetch', fetched)
     from_hub(tmp_path / 'out', bpe_path)
     assert all(event.is_set() for event in asked)
@@ -695,44 +689,36 @@ def test_a_shard_that_a_killed_process_has_left_is_removed(shards, tmp_path, bpe
             release(self, done) if done < i else (_ for _ in ()).throw(Killed())))
         with pytest.raises(Killed):
             from_hub(tmp_path / 'out', bpe_path)
-    assert list((tmp_path / 'out' / 'shards').glob('*.parquet'))
+    assert list((tmp_path / 'out' / 'shards').rglob('*.parquet'))
     from_hub(tmp_path / 'out', bpe_path)
     assert set(os.listdir(tmp_path / 'out')) == {'train.bin', 'val.bin', 'meta.json', 'tokenizer.json'}
 
 
-def test_a_hub_that_misbehaves_changes_nothing(shards, tmp_path, bpe_path):
+@pytest.mark.parametrize('fault, words', [('gone', 'cannot get .*some/data'), ('other content', 'the sha256 is not'),
+                                          ('column', "has no column 'text'")])
+def test_a_shard_that_cannot_be_had_is_one_line_and_the_command_goes_on_there(
+        shards, tmp_path, bpe_path, monkeypatch, fault, words):
     from_hub(tmp_path / 'undisturbed', bpe_path)
-    shards.faults = [500, 'cut', None, 429, 'cut', 'cut', (503, {'Retry-After': '2'}), 502, 'cut']
-    from_hub(tmp_path / 'out', bpe_path)
-    assert shards.faults == []
-    assert content(tmp_path / 'out') == content(tmp_path / 'undisturbed')
-
-
-@pytest.mark.parametrize('fault, words', [('gone', 'status 404'), ('other size', 'instead of'),
-                                          ('other content', 'its digest is not'), ('column', "has no column 'text'")])
-def test_a_shard_that_cannot_be_had_is_one_line_and_the_command_goes_on_there(shards, tmp_path, bpe_path, fault, words):
-    from_hub(tmp_path / 'undisturbed', bpe_path)
-    path = '/datasets/some/data/resolve/main/sample/1.parquet'
-    good = shards.files[path]
+    good = shards.files['sample/1.parquet']
+    listed = hub.dataset_files('some/data', 'sample')
     if fault == 'gone':
-        del shards.files[path]
+        del shards.files['sample/1.parquet']
     elif fault == 'column':
-        pq.write_table(pa.table({'body': ['x']}), tmp_path / 'x.parquet')
-        shards.files[path] = (tmp_path / 'x.parquet').read_bytes()
-        shards.entries[1] |= {'size': len(shards.files[path]),
-                              'lfs': {'oid': hashlib.sha256(shards.files[path]).hexdigest()}}
-        shards.files['/api/datasets/some/data/tree/main/sample?recursive=1'] = json.dumps(shards.entries).encode()
+        shards.files['sample/1.parquet'] = parquet(tmp_path, body=['x'])
+        listed = hub.dataset_files('some/data', 'sample')
     else:
-        shards.files[path] = good + b'x' if fault == 'other size' else good[:-1] + b'x'
+        shards.files['sample/1.parquet'] = good[:-1] + b'x'
+    monkeypatch.setattr(hub, 'dataset_files', lambda *args: listed)
     with pytest.raises(UserError, match=words) as refusal:
         from_hub(tmp_path / 'out', bpe_path)
     assert '\n' not in str(refusal.value)
     if fault == 'column':
         return
-    shards.files[path], shards.paths[:] = good, []
+    shards.files['sample/1.parquet'] = good
+    shards.server.asked.clear()
     from_hub(tmp_path / 'out', bpe_path)
     assert content(tmp_path / 'out') == content(tmp_path / 'undisturbed')
-    assert not [asked for asked in shards.paths if asked.endswith('sample/0.parquet')]   # that one was done
+    assert 'sample/0.parquet' not in shards.server.downloads()   # that one was done
 
 
 @pytest.mark.full

@@ -381,5 +381,5 @@ def test_a_shard_that_is_missing_is_one_line(server, folders, tmp_path):   # noq
     for path in sorted(tmp_path.glob('model-00002*')):
         path.unlink()
     serve(server, tmp_path)
-    with pytest.raises(UserError, match='has no model-00002.*which its index names'):
+    with pytest.raises(UserError, match='has no model-00002'):
         checkpoint.load_model('owner/name')

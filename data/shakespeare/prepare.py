@@ -1,8 +1,8 @@
 """
 Tiny Shakespeare, 1.1 MB of plays, in the byte-pair encoding of GPT-2, for finetuning.
 
-    python data/shakespeare/prepare.py                     downloads the text
-    python data/shakespeare/prepare.py --input=PATH        uses a local file
+    python data/shakespeare/prepare.py                 downloads the text
+    python data/shakespeare/prepare.py --input=PATH    uses a local file
 """
 
 import sys
@@ -12,11 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, fo
 
 from configurator import configure
 from flatgpt.dataset import write
-from flatgpt.download import text_of
+from flatgpt.hub import tiny_shakespeare
 from flatgpt.tokenizer import TiktokenTokenizer
-
-URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 # ---------------------------------------------------------------------------------------------------------------------
 input: str | None = None   # a text file, None: input.txt beside this script, downloaded if it is missing
@@ -24,7 +21,7 @@ input: str | None = None   # a text file, None: input.txt beside this script, do
 configure(globals())
 
 folder = Path(__file__).resolve().parent
-text, source = text_of(input, folder / 'input.txt', URL, SHA256)
+text, source = tiny_shakespeare(input, folder / 'input.txt')
 cut = len(text) * 9 // 10   # the last tenth is for validation
 tok = TiktokenTokenizer('gpt2')
 write(folder, {'train': tok.encode(text[:cut]), 'val': tok.encode(text[cut:])}, tok, source)
