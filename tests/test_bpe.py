@@ -103,6 +103,21 @@ def test_a_damaged_tokenizer_json_is_refused(text):
         BpeTokenizer(text)
 
 
+@pytest.mark.parametrize('name', ['trained', 'sentencepiece'])
+@pytest.mark.parametrize('setting', [
+    {'truncation': {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0}},
+    {'padding': {'strategy': {'Fixed': 50}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0,
+                 'pad_type_id': 0, 'pad_token': '<unk>'}}], ids=['truncation', 'padding'])
+def test_texts_are_encoded_whole_and_without_padding_whatever_a_tokenizer_json_sets(request, name, setting):
+    tok = request.getfixturevalue(name)
+    other = BpeTokenizer(json.dumps(json.loads(tok.json) | setting), tok.eot)
+    text = 'hello hello hello hello'
+    assert len(tok.encode(text)) > 3
+    for special in (False, True):
+        assert other.encode(text, special=special).tolist() == tok.encode(text, special=special).tolist()
+    assert other.encode_texts([text, 'h']).tolist() == tok.encode_texts([text, 'h']).tolist()
+
+
 def test_a_tokenizer_of_the_sentencepiece_kind_begins_texts_and_falls_back_to_bytes(sentencepiece):
     tok = sentencepiece
     assert tok.encode('hello hello').tolist() == [tok.encoding.token_to_id('▁hello')] * 2

@@ -187,6 +187,13 @@ def test_repetition_is_penalized_for_prompt_and_text(model):
     assert generated(model, tokens(1, 4), 8, temperature=0, repetition_penalty=1.7).tolist() == text[:, 4:].tolist()
 
 
+def test_the_first_token_is_another_than_those_of_the_prompt_by_a_high_penalty(model):
+    prompts = [ids for ids in tokens(40, 12) if logits_of(model, ids[None])[0, -1].argmax() in ids]
+    assert len(prompts) > 1
+    first = generated(model, prompts, 1, temperature=0, repetition_penalty=100)[:, 0]
+    assert not any(token in ids for token, ids in zip(first, prompts))
+
+
 def test_log_probabilities_are_the_models_own(model):
     assert all(log_prob is None for _, log_prob in generate(model, tokens(2, 3), 2))
     pairs = list(generate(model, tokens(2, 3), 6, temperature=0.5, top_k=3, log_probs=True))
