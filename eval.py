@@ -75,7 +75,7 @@ asked = {'choices': choices and evaluation.read_items(choices, evaluation.multip
 
 # model
 
-path = checkpoint.resolve(out_dir, names=False) if init_from == 'resume' else checkpoint.resolve(init_from)
+path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of)
 block_size = model.config.block_size
 if stride is None:

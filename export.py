@@ -38,7 +38,7 @@ validate.export_options(config)
 
 # model
 
-path = checkpoint.resolve(out_dir, names=False) if init_from == 'resume' else checkpoint.resolve(init_from)
+path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of, merged=not adapter)
 if adapter and 'base' not in ckpt:
     raise UserError(f'{path} is not an adapter, it has all its weights: remove --adapter')

@@ -94,7 +94,7 @@ else:
 
 # model
 
-path = checkpoint.resolve(out_dir, names=False) if init_from == 'resume' else checkpoint.resolve(init_from)
+path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of)
 rt = runtime.setup(device, dtype, compile, seed)
 print(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}', file=sys.stderr)

@@ -12,10 +12,8 @@ the weights with the lowest validation loss, log.jsonl what was printed. Ctrl-C 
 Without a config file the options below train GPT-2 (124M) on OpenWebText.
 """
 
-import contextlib
 import math
 import os
-import sys
 import time
 
 STARTED = time.perf_counter()   # before the slow imports, because max_minutes counts them
@@ -23,7 +21,7 @@ STARTED = time.perf_counter()   # before the slow imports, because max_minutes c
 import torch
 
 from configurator import configure
-from flatgpt import checkpoint, lora, lr_range, optim, plots, runtime, tokenizer, validate
+from flatgpt import checkpoint, lora, optim, outdir, plots, runtime, start, tokenizer, validate
 from flatgpt.budget import Budget
 from flatgpt.dataset import Dataset
 from flatgpt.errors import UsageError, UserError
@@ -82,7 +80,6 @@ lora_rank = 0                         # train adapters of this rank instead of t
 lora_alpha = 16.0                     # adapters are scaled by lora_alpha / lora_rank
 lora_dropout = 0.0                    # dropout of the input of an adapter
 lora_targets = 'attn|mlp'             # regex of the Linear modules that get an adapter
-find_lr = False                       # suggest a learning rate, after 300 steps with rising ones, and exit
 # machine
 seed = 1337                           # for the weights, the batches and dropout
 device = 'auto'                       # 'cuda', 'cuda:1', 'mps', 'cpu', 'auto' (the first of them that is available)
@@ -95,27 +92,20 @@ peak_flops: float | None = None       # peak FLOP/s of a device, to compute the 
 config = configure(globals())   # applies config files and --key=val to the options above; --help prints them
 
 
-# start: from scratch, from the state of a run, or from weights
+# what the run starts from, and the machine that it runs on
 
-ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-ckpt, start_path, resuming = checkpoint.choose_start(config)   # from scratch: None, None, False
-saved = ckpt if resuming else {}                               # the state of the run that continues
+ckpt, start_path, resuming = start.choose_start(config)   # from scratch: None, None, False
+saved = ckpt if resuming else {}                          # the state of the run that continues
 validate.train_options(config, runtime.num_processes(), ckpt, start_path, resuming)
-
-# machine
-
 rt = runtime.setup(device, dtype, compile, seed, training=True, earlier=saved.get('machine'))
-if parallel == 'fsdp' and rt.dtype == torch.float16:
-    raise UsageError("parallel='fsdp' does not scale the loss of dtype='float16': give --dtype=bfloat16")
 rt.notice(rt.describe())
-writing = not eval_only and not find_lr   # checkpoints and the log
 if not eval_only:
-    lock = checkpoint.claim_for_all(out_dir, rt)   # held until this process ends: one run per folder
+    outdir.claim_for_all(out_dir, rt)   # one run per folder, until this process ends
 
 # data
 
 data = Dataset(dataset)
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size   # of all processes
 
 
 def batch_of(step):
@@ -124,18 +114,16 @@ def batch_of(step):
                             rt.device, rt.rank, rt.world_size)
 
 
-# model: build or load it, crop its context, choose what is trained
+# model
 
-base = None   # of an adapter: which weights it belongs to
-adapter = {'rank': lora_rank, 'alpha': lora_alpha, 'dropout': lora_dropout, 'targets': lora_targets}
-switches = arch_fields(arch, pos=pos, window=window, layer_scale=layer_scale)
 if ckpt is None:
     vocab_size = data.vocab_size
     if vocab_size >= 1000:   # matrix products are faster if it is a multiple of 64; the added ids never occur
         vocab_size = 64 * math.ceil(vocab_size / 64)
     try:
         model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout, attention=attention,
-                              loss_chunks=loss_chunks, **switches))
+                              loss_chunks=loss_chunks,
+                              **arch_fields(arch, pos=pos, window=window, layer_scale=layer_scale)))
     except ValueError as error:
         raise UsageError(error) from None
 else:
@@ -143,100 +131,71 @@ else:
         raise UsageError(f'{start_path} was trained with another tokenizer than the dataset {dataset!r} has')
     model = checkpoint.build(ckpt, start_path, merged=not resuming, dropout=dropout, attention=attention,
                              loss_chunks=loss_chunks)
-    if config.given & set(checkpoint.SWITCHES):
-        remove = f'remove {", ".join(checkpoint.SWITCHES)}'
-        found = {name: getattr(model.config, name) for name in switches}
-        validate.same_model(switches, found, start_path, remove)
-    base = ckpt.get('base')
-    if lora_rank and not resuming:
-        base = checkpoint.base_of(model, init_from, start_path, out_dir)
     model.crop_block_size(block_size)
 data.validate_ids(block_size, model.config.vocab_size)
-if lora_rank and not resuming:
-    lora.put(model, **adapter)
+
+# what is trained: all weights, a part of them, or an adapter
+
+base = saved.get('base')   # of an adapter: which weights it belongs to
+adapter = None
+if lora_rank:
+    adapter = {'rank': lora_rank, 'alpha': lora_alpha, 'dropout': lora_dropout, 'targets': lora_targets}
+    if not resuming:
+        base = checkpoint.base_of(init_from, start_path, out_dir)
+        lora.put(model, **adapter)
 model.to(rt.device)
+freezer = optim.Freezer(model, freeze)
 rt.notice(f'{model.get_num_params(non_embedding=False):,} parameters, {tokens_per_iter:,} tokens per step, '
           f'{len(data.data["train"]):,} tokens in {dataset}')
-freezer = optim.Freezer(model, freeze)
 for note in freezer.notes:
     rt.notice(note)
-if freezer.changes and parallel == 'fsdp':
-    raise UsageError(f"freeze={freeze!r}: parallel='fsdp' keeps what is frozen at its start, give one regex, or 'ddp'")
 if activation_checkpointing:
     for block in model.transformer.h:
         runtime.recompute(block)
 if rt.compile:
     rt.compile_model(model, parallel)
-wrapped = rt.wrap(model, parallel, freezer.changes)   # for training; averages gradients over processes
-
-# optimizer, and the progress of the run
-
+wrapped = rt.wrap(model, parallel, freezer.changes)   # the model to call in training: it averages the gradients
 opt = optim.build(optimizer, model, learning_rate, (beta1, beta2), weight_decay, rt.dtype)
 scaler = rt.grad_scaler()
-step = saved.get('iter_num', 0)
-seconds = saved.get('seconds', 0.0)                       # that earlier parts of the run took
+
+# progress of the run
+
+step = saved.get('iter_num', 0)                       # number of updates made
+seconds = saved.get('seconds', 0.0)                   # that earlier parts of the run took
 best_val_loss = saved.get('best_val_loss', math.inf)
-evaluated = saved.get('evaluated', -1)                    # step of the last evaluation
-bad_evals = saved.get('bad_evals', 0)                     # evaluations since the best one
-planned = None                                            # number of steps that fit into max_minutes, once known
+evaluated = saved.get('evaluated', -1)                # step of the last evaluation
+bad_evals = saved.get('bad_evals', 0)                 # evaluations since the best one
+planned = None                                        # number of steps that fit into max_minutes, once known
 if resuming:
-    if max_minutes == ckpt['config'].get('max_minutes'):
-        planned = ckpt.get('planned')
-    optim.load_state(opt, ckpt['optimizer'])
-    if ckpt.get('scaler'):
-        scaler.load_state_dict(ckpt['scaler'])
-    rt.notice(f'resumed {ckpt_path}: step {step:,}, {step * tokens_per_iter:,} tokens seen, '
+    if max_minutes == saved['config'].get('max_minutes'):
+        planned = saved.get('planned')
+    optim.load_state(opt, saved['optimizer'])
+    if saved.get('scaler'):
+        scaler.load_state_dict(saved['scaler'])
+    rt.notice(f'resumed {start_path}: step {step:,}, {step * tokens_per_iter:,} tokens seen, '
               f'best val loss {best_val_loss:.4f}')
-    for name, old in ckpt['config'].items():
-        if name in config.given - set(checkpoint.LOCAL) and config[name] != old:
-            rt.notice(f'changed: {name}={config[name]!r}, was {old!r}')
+    for line in start.changes(config, saved['config']):
+        rt.notice(line)
 ckpt = saved = None   # frees memory
 same_step = rt.same_everywhere(step)
 if not same_step:
     raise UserError(f'not all processes start at the same step, this one at {step:,}: start them again')
 
-# log
+# log, save, evaluate
 
-board = None
-if wandb_log and rt.master:
-    wandb = plots.start_wandb(wandb_project, wandb_run_name or out_dir, dict(config))
-if writing and rt.master:
-    if resuming:
-        checkpoint.rewind_log(out_dir, step)
-    else:
-        previous = checkpoint.set_aside(out_dir)
-        if previous:
-            rt.notice(f'the run that was in {out_dir} is now in {previous}')
-    if tensorboard:
-        board = plots.Board(out_dir, step if resuming else None)
-
-
-def log(**record):
-    """Write a record, {name: value}, to log.jsonl and wherever else the user wants it."""
-    if rt.master and writing:
-        checkpoint.append_log(out_dir, record)
-    if rt.master and wandb_log:
-        wandb.log(record, step=step)
-    if board:
-        board.show(record, step)
-
-
-# save and evaluate
-
+log = outdir.Log(out_dir, config, rt, step if resuming else None)   # log.jsonl, Weights & Biases, TensorBoard
 signals = []   # of Ctrl-C or SIGTERM, which end the run after the current step
-if writing:
+if not eval_only:
     signals = runtime.catch_signals(rt)
-writer = checkpoint.Writer(out_dir, keep_last, step if resuming else None)
-unplanned = not (find_lr or eval_only or planned)   # whether max_minutes has yet to set the number of steps
-budget = Budget(max_minutes if unplanned else None, STARTED - seconds,
-                agree=lambda value: rt.mean(torch.tensor(value, dtype=torch.float64)).item())
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+writer = outdir.Writer(out_dir, keep_last, step if resuming else None)
 
 
 def diverged(what):
     """Return the UserError for a number that is not finite, once the last good state is written."""
     writer.wait()
-    kept = f'{ckpt_path} holds the last good state' if os.path.exists(ckpt_path) else 'nothing was saved'
-    return UserError(f'{what} at step {step}: {kept}; lower learning_rate, raise warmup_iters, or use dtype=float32, '
+    state = f'{ckpt_path} holds the last good state' if os.path.exists(ckpt_path) else 'nothing was saved'
+    return UserError(f'{what} at step {step}: {state}; lower learning_rate, raise warmup_iters, or use dtype=float32, '
                      f'then resume or start again')
 
 
@@ -250,9 +209,10 @@ def save():
     writer.wait()   # the previous state is freed before this one is copied
     state = rt.gather_state(checkpoint.state_of(
         model, opt, scaler, data.tokenizer, config, step, best_val_loss, machine=(rt.device.type, str(rt.dtype)[6:]),
-        base=base, adapter=adapter if lora_rank else None, planned=planned, evaluated=evaluated, bad_evals=bad_evals,
+        base=base, adapter=adapter, planned=planned, evaluated=evaluated, bad_evals=bad_evals,
         seconds=time.perf_counter() - begun))
     if rt.master:
+        log.start()   # moves an earlier run out of the way
         writer.put(state, best=evaluated == step and bad_evals == 0)
 
 
@@ -266,12 +226,12 @@ def evaluate():
         budget.start()
         total = torch.zeros((), device=rt.device)   # sum of the losses of batches
         count = torch.zeros((), device=rt.device)   # number of batches
-        for start in range(0, eval_iters, rt.world_size):
+        for first in range(0, eval_iters, rt.world_size):
             interrupted = rt.any_process(bool(signals))
             if interrupted:
                 model.train()
                 return None
-            i = start + rt.rank
+            i = first + rt.rank
             x, y = data.eval_batch(split, min(i, eval_iters - 1), eval_iters, batch_size, block_size, rt.device)
             weight = (y != -1).float().mean()   # the part of the targets that counts
             if i >= eval_iters:
@@ -285,21 +245,15 @@ def evaluate():
     return losses
 
 
-def lengths(planned):
-    """Return three numbers of steps: of the run, of the warmup, and until the learning rate is at its lowest. If
-    max_minutes sets the first, the learning rate falls until the end, and the warmup is at most a tenth of the run."""
-    if find_lr:
-        return lr_range.STEPS, 0, lr_range.STEPS
-    if planned is None:
-        return max_iters, warmup_iters, max_iters if lr_decay_iters is None else lr_decay_iters
-    return min(planned, max_iters), min(warmup_iters, planned // 10), planned
+# the number of steps: max_iters, or what fits into max_minutes once the first steps are timed
 
+minutes_to_plan = None if (eval_only or planned) else max_minutes
+budget = Budget(minutes_to_plan, STARTED - seconds, rt.mean_number)
+end, warmup, decay_iters = optim.lengths(planned, max_iters, warmup_iters, lr_decay_iters)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# training loop: max_iters updates, then one more pass through the top of the loop to evaluate and save the result
+# training loop: one update per pass, then one more pass through the top of the loop to evaluate and save the result
 
-range_test = lr_range.RangeTest()
-end, warmup, decay_iters = lengths(planned)
 peak = peak_flops or rt.peak_flops()
 first_step = step
 changed = not resuming                   # whether the state differs from the saved one
@@ -313,7 +267,7 @@ while True:
 
     # evaluate the weights that the updates so far have given
     losses = None
-    if eval_only or (writing and evaluated != step and (last or step % eval_interval == 0)):
+    if eval_only or (evaluated != step and (last or step % eval_interval == 0)):
         losses = evaluate()
     if losses:
         rt.say(f'step {step}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
@@ -326,36 +280,35 @@ while True:
         if losses['val'] < best_val_loss:
             bad_evals = 0
             best_val_loss = losses['val']
-        log(step=step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=best_val_loss,
-            tokens=step * tokens_per_iter, flops=step * tokens_per_iter * model.flops_per_token(),
-            seconds=time.perf_counter() - begun)
+        log.add(step=step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=best_val_loss,
+                tokens=step * tokens_per_iter, flops=step * tokens_per_iter * model.flops_per_token(),
+                seconds=time.perf_counter() - begun)
+    if eval_only:
+        break
 
     # save, and end the run if this was the last step, a signal came or patience is exhausted
     interrupted = rt.any_process(bool(signals))
     no_progress = 0 < patience <= bad_evals
     done = last or interrupted or no_progress
     save_due = losses or done or (checkpoint_interval and step % checkpoint_interval == 0)
-    if save_due and changed and writing:
+    if save_due and changed:
         budget.start()
         save()
         budget.stop('save')
         changed = False
         t0 = time.perf_counter()
         timed = 0
-    if done or eval_only:
+    if done:
         break
 
     # freeze and release parameters as the option freeze says for this step
-    count = freezer.at(step)
-    if count:
-        rt.notice(f'step {step}: {count:,} parameters are trained')
+    num_trained = freezer.at(step)
+    if num_trained:
+        rt.notice(f'step {step}: {num_trained:,} parameters are trained')
 
     # set the learning rate of this step
     budget.start()
-    if find_lr:
-        lr = range_test.rate(step)
-    else:
-        lr = optim.learning_rate_at(step, schedule, learning_rate, min_lr, warmup, decay_iters, cooldown_iters)
+    lr = optim.learning_rate_at(step, schedule, learning_rate, min_lr, warmup, decay_iters, cooldown_iters)
     for group in opt.param_groups:
         group['lr'] = lr
 
@@ -381,8 +334,8 @@ while True:
     timed += 1
     changed = True
 
-    # log
-    if step % log_interval == 0 or find_lr:
+    # log the loss, the learning rate, the norm of the gradient and the speed
+    if step % log_interval == 0:
         loss = rt.mean(mean_loss).item()   # waits for the device; nothing else in a step does
         dt = (time.perf_counter() - t0) / timed
         mfu = None
@@ -391,11 +344,9 @@ while True:
         mfu_text = f'{mfu:.2%}' if mfu else '-'
         rt.say(f'iter {step}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, '
                f'{tokens_per_iter / dt:,.0f} tok/s')
-        if find_lr and range_test.add(lr, loss):
-            break
         if not math.isfinite(loss):
             raise diverged(f'the loss is {loss}')
-        log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), dt=dt, tok_per_s=tokens_per_iter / dt, mfu=mfu)
+        log.add(iter=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), dt=dt, tok_per_s=tokens_per_iter / dt, mfu=mfu)
         t0 = time.perf_counter()
         timed = 0
     step += 1
@@ -406,32 +357,29 @@ while True:
         budget.stop('step')
         planned = budget.steps_that_fit(step, max_iters, eval_interval, writer.seconds)
         if planned is not None:
-            end, warmup, decay_iters = lengths(planned)
+            end, warmup, decay_iters = optim.lengths(planned, max_iters, warmup_iters, lr_decay_iters)
             rt.notice(f'max_minutes={max_minutes:g}: {planned:,} steps fit')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # end: wait for the last save, draw the losses, say how the run ended
 
 status = 0
-write_error = writer.wait()
-if rt.master and evaluated >= 0 and not eval_only and not write_error:
-    plots.leave_picture(out_dir)   # loss.png
-if write_error:   # the writer has printed it
+write_error = writer.wait()   # the writer has printed it
+if write_error:
     status = 1
+elif eval_only:
+    pass
 elif interrupted and not (last and evaluated == step):
     rt.notice(f'interrupted at step {step:,}, saved in {ckpt_path}: go on with --init_from=resume')
     status = 130
-elif find_lr:
-    if rt.master:
-        rt.notice(range_test.report(out_dir))
 elif first_step > end:
     rt.notice(f'nothing to do: step {first_step:,} is past max_iters={end:,}')
-elif not eval_only:
+else:
     early = f'no better loss in {bad_evals} evaluations, ' if no_progress else ''
     perplexity = ', '.join(f'{value:,.2f} per {unit}' for unit, value in data.perplexity(best_val_loss).items())
     rt.notice(f'stopped at step {step:,}: {early}best val loss {best_val_loss:.4f}, a perplexity of {perplexity}, '
               f'in {out_dir}')
-if wandb_log and rt.master:
-    with contextlib.redirect_stdout(sys.stderr):   # its summary is a notice
-        wandb.finish()
+if rt.master and evaluated >= 0 and not eval_only and not write_error:
+    plots.leave_picture(out_dir)   # loss.png
+log.close()
 rt.close(status)

@@ -1,6 +1,4 @@
-"""
-How many steps fit into --max_minutes: the first steps of a run are timed, then the number of steps is set for good.
-"""
+"""How many steps fit into --max_minutes: the first steps of a run are timed, then the number of steps is set."""
 
 import bisect
 import time
@@ -14,18 +12,17 @@ AT_EXIT = 2.0    # seconds for the picture of the losses and the end of the proc
 
 
 class Budget:
-    """Times the parts of a run and says how many steps fit into its minutes.
+    """Times the parts of a run and tells how many steps fit into its minutes.
 
-    minutes: for the whole run, in which the start of the process, evaluations and saves are included. None: no limit.
-    begun: what the clock showed when the run began; for a resumed run, earlier by what its first part took.
-    agree: a function that makes one number of those that the processes have, so that all set the same number of steps.
-    clock: a function that returns seconds.
+    minutes: for the whole run, with the start of the process, evaluations and saves. None: no limit. begun: what the
+    clock showed when the run began; for a resumed run, earlier by what its first part took. mean: a function that
+    returns the mean of a number over the processes, so that all set the same number of steps. clock: returns seconds.
     """
 
-    def __init__(self, minutes, begun, agree=float, clock=time.perf_counter):
+    def __init__(self, minutes, begun, mean=float, clock=time.perf_counter):
         self.seconds = None if minutes is None else 60 * minutes
         self.begun = begun
-        self.agree = agree
+        self.mean = mean
         self.clock = clock
         self.started = begun
         self.times = {'step': [], 'evaluation': [], 'save': []}   # seconds of each
@@ -44,25 +41,25 @@ class Budget:
         self.times[part].append(self.clock() - self.started)
 
     def steps_that_fit(self, step, most, eval_interval, seconds_to_write=0.0):
-        """The number of steps of the whole run, of which `step` are made: at least these, at most `most`; None as long
-        as too few steps are timed. Once it has returned a number it measures no more.
+        """Return the number of steps of the whole run, of which `step` are made: at least these, at most `most`; None
+        if too few steps are timed yet. After it has returned a number it measures no more.
 
         The steps left, an evaluation with a save each eval_interval steps and one at the end, and the seconds to write
-        the last checkpoint must fit into what is left of the minutes.
+        the last checkpoint fit into what is left of the minutes.
         """
         steps = self.times['step']
         counted = steps[WARMUP:]
-        timed = self.agree(sum(counted))
-        used = self.agree(self.clock() - self.begun)
+        timed = self.mean(sum(counted))
+        used = self.mean(self.clock() - self.begun)
         enough = len(counted) >= LEAST and timed >= SHARE * self.seconds
-        slow = self.agree(sum(steps[1:])) >= MOST * self.seconds or used >= 0.5 * self.seconds
+        slow = self.mean(sum(steps[1:])) >= MOST * self.seconds or used >= 0.5 * self.seconds
         if not (enough or slow or step >= most):
             return None
         counted = counted or steps[1:] or steps   # the first step compiles
-        per_step = self.agree(sum(counted) / len(counted))
-        evaluation = 2 * self.agree(min(self.times['evaluation'], default=0.0))   # of two splits
-        evaluation += self.agree(min(self.times['save'], default=0.0))
-        left = (1 - MARGIN) * self.seconds - used - self.agree(seconds_to_write) - AT_EXIT
+        per_step = self.mean(sum(counted) / len(counted))
+        evaluation = 2 * self.mean(min(self.times['evaluation'], default=0.0))   # of two splits
+        evaluation += self.mean(min(self.times['save'], default=0.0))
+        left = (1 - MARGIN) * self.seconds - used - self.mean(seconds_to_write) - AT_EXIT
 
         def cost(total):
             """Seconds from now to the end of a run of so many steps."""

@@ -1,71 +1,63 @@
 """
-What moves the weights: which parameters decay, AdamW, Muon, and the learning rate of a step.
+Optimizers (AdamW, Muon), the learning rate of a step, and which parameters are trained.
 """
 
-import functools
 import math
 import re
 
 import torch
+from torch import Tensor, nn
 
 from flatgpt.errors import UserError
 from flatgpt.lora import finds
-from flatgpt.runtime import distribute_like, full_tensor, works
+from flatgpt.runtime import distribute_like, full_tensor
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'muon')
 
 
-def param_groups(model, weight_decay):
-    """Parameters in two groups: matrices, which decay, and biases and norms, which do not. Each trainable parameter is
-    in exactly one; a tied one counts once."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
-            {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-
-
 class Freezer:
-    """Keeps parameters of a model as they are: those that the regex freeze finds, 'wte|wpe', or from step to step, in
-    '0: wte|h; 1000: wte; 2000:', where the last regex is none. An optimizer need not know those that stay for good.
+    """Keeps the parameters of a model fixed whose names the regex freeze finds, such as 'wte|wpe', or by step, in
+    '0: wte|h; 1000: wte; 2000:', where an empty regex finds none. What is never trained needs no optimizer state.
     Raises UserError.
 
-    .changes: whether it ever does.  .notes: what a user may not expect.
+    .by_step: {first step: set of parameters that are fixed from then on}. .changes: whether there are several.
+    .notes: lines for the user.
     """
 
-    def __init__(self, model, freeze):
-        by_steps = re.match(r'\s*\d+\s*:', freeze)
-        parts = [part.partition(':') for part in freeze.split(';')] if by_steps else [('0', ':', freeze)]
+    def __init__(self, model: nn.Module, freeze: str):
+        by_step = re.match(r'\s*\d+\s*:', freeze) is not None
+        parts = [part.partition(':') for part in freeze.split(';')] if by_step else [('0', ':', freeze)]
         steps = [int(step) if step.strip().isdecimal() else None for step, _, _ in parts]
         if steps[0] != 0 or None in steps or steps != sorted(set(steps)):
             raise UserError(f"freeze={freeze!r}: expected a regex, or '0: regex; 1000: regex; ...' with rising steps")
-        self.still = {step: frozen(model, regex.strip()) for step, (_, _, regex) in zip(steps, parts)}
-        always = set.intersection(*self.still.values())
+        self.by_step = {step: frozen(model, regex.strip()) for step, (_, _, regex) in zip(steps, parts)}
+        self.changes = len(steps) > 1
+        self.current = None
+        self.total = sum(p.numel() for p in model.parameters())
+        always = set.intersection(*self.by_step.values())
         self.trained = [p for p in model.parameters() if p.requires_grad and p not in always]
         for p in always:
             p.requires_grad_(False)
-        self.changes, self.phase, self.total = len(steps) > 1, None, sum(p.numel() for p in model.parameters())
-        names = {}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            names.setdefault(p, []).append(name)
-        self.notes = [f'{" is ".join(several)}: what holds the one holds the other' for p, several in names.items()
-                      if len(several) > 1 and any(p in found for found in self.still.values())]
+        tied = model.config.tie_weights and any(model.lm_head.weight in found for found in self.by_step.values())
+        self.notes = ['transformer.wte.weight is lm_head.weight: freezing the one freezes the other'] if tied else []
 
-    def at(self, step):
-        """Hold still what is to be at a step. Returns how many parameters are trained, or None if that has not changed
-        or all of them are and ever will be."""
-        phase = max(start for start in self.still if start <= step)
-        if phase == self.phase:
+    def at(self, step: int) -> int | None:
+        """Freeze and release what is to be at a step. Returns how many parameters are trained from now on; None if that
+        did not change, or if all of them always are."""
+        first = max(start for start in self.by_step if start <= step)
+        if first == self.current:
             return None
-        self.phase = phase
+        self.current = first
         if self.changes:
             for p in self.trained:
-                p.requires_grad_(p not in self.still[phase])
+                p.requires_grad_(p not in self.by_step[first])
         count = sum(p.numel() for p in self.trained if p.requires_grad)
         return count if self.changes or count < self.total else None
 
 
-def frozen(model, regex):
-    """The set of parameters that a regex finds, by any of the names of a tied one; none if it is empty."""
+def frozen(model: nn.Module, regex: str) -> set:
+    """Return the set of parameters that a regex finds, by any of the names of a tied one; none if it is empty."""
     named = list(model.named_parameters(remove_duplicate=False))
     found = {p for name, p in named if regex and finds(regex, name, 'freeze')}
     if regex and not found:
@@ -77,28 +69,18 @@ def frozen(model, regex):
     return found
 
 
-def adamw(model, learning_rate, betas, weight_decay):
-    """AdamW (Loshchilov & Hutter, 2019) for the trainable parameters of a model."""
-    return adamw_of(param_groups(model, weight_decay), model, learning_rate, betas)
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return the trainable parameters of a model in two groups: matrices, which decay, and biases and norms, which do
+    not. A tied parameter counts once."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+            {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
 
 
-def adamw_of(groups, model, learning_rate, betas):
-    """AdamW for groups of the parameters of a model, in torch's fused form, which updates all of them in one pass, or
-    where that does not work in the form that torch prefers."""
-    device = next(model.parameters()).device
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused_adamw_works(device) or None)
-
-
-@functools.cache
-def fused_adamw_works(device):
-    """Whether torch's fused AdamW makes the right step on a device."""
-    def trial():
-        p = torch.ones(8, device=device)
-        p.grad = torch.full_like(p, 0.5)
-        torch.optim.AdamW([p], lr=0.1, weight_decay=0.2, fused=True).step()
-        return torch.allclose(p, torch.full_like(p, 0.88))   # 1 - 0.1 * 0.2, and a first step as long as the rate
-
-    return works(trial)
+def adamw(model: nn.Module, learning_rate: float, betas: tuple, weight_decay: float) -> torch.optim.AdamW:
+    """Return AdamW (Loshchilov & Hutter, 2019) for the trainable parameters of a model, in torch's fused form, which
+    updates all of them in one pass."""
+    return torch.optim.AdamW(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
 
 
 class Muon(torch.optim.Optimizer):
@@ -115,7 +97,7 @@ class Muon(torch.optim.Optimizer):
         matrices = [p for group in rest for p in group['params'] if p in of_blocks]
         for group in rest:
             group['params'] = [p for p in group['params'] if p not in of_blocks]
-        self.adamw = adamw_of(rest, model, learning_rate, betas)
+        self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, fused=True)
         self.dtype = dtype
         muon = {'params': matrices, 'lr': learning_rate, 'weight_decay': weight_decay, 'momentum': momentum}
         super().__init__([*self.adamw.param_groups, muon], defaults={})
@@ -125,11 +107,11 @@ class Muon(torch.optim.Optimizer):
         *self.adamw.param_groups, muon = self.param_groups
         self.adamw.state = self.state
         self.adamw.step()
-        self.move(**muon)
+        self.step_matrices(**muon)
 
-    def move(self, params, lr, weight_decay, momentum):
-        """One step of Muon."""
-        alike = {}   # (parameter, direction) by shape, however it lies
+    def step_matrices(self, params, lr, weight_decay, momentum):
+        """Make a step of Muon."""
+        by_shape = {}   # [(parameter, direction)], where a matrix and a transposed one have the same shape
         for p in params:
             if p.grad is None:
                 continue
@@ -137,23 +119,22 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
             mean = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - momentum)
             direction = full_tensor(p.grad.lerp(mean, momentum)).to(self.dtype)          # Nesterov's look ahead
-            alike.setdefault(tuple(sorted(p.shape)), []).append((p, flat(direction)))
-        for (_, longer), pairs in alike.items():
-            size = 0.2 * math.sqrt(longer)   # the root mean square of AdamW's steps, at full rank
-            for (p, _), direction in zip(pairs, orthogonalise(torch.stack([direction for _, direction in pairs]))):
-                direction = direction if direction.shape == p.shape else direction.T
+            if direction.size(0) > direction.size(1):
+                direction = direction.T
+            by_shape.setdefault(direction.shape, []).append((p, direction))
+        for shape, pairs in by_shape.items():
+            size = 0.2 * math.sqrt(shape[1])   # the root mean square of AdamW's steps, at full rank
+            directions = orthogonalise(torch.stack([direction for _, direction in pairs]))
+            for (p, _), direction in zip(pairs, directions):
+                if direction.shape != p.shape:
+                    direction = direction.T
                 p.mul_(1 - lr * weight_decay)
                 p.add_(distribute_like(direction.to(p.dtype), p), alpha=-lr * size)
 
 
-def flat(matrix):
-    """A matrix, turned so that it has no more rows than columns."""
-    return matrix.mT if matrix.size(-2) > matrix.size(-1) else matrix
-
-
-def orthogonalise(matrices, steps=5):
-    """Matrices, (n, rows, columns), with no more rows than columns, with their singular values brought near 1, between
-    about 0.7 and 1.2, and their singular vectors kept: a Newton-Schulz iteration of degree 5, whose coefficients make
+def orthogonalise(matrices: Tensor, steps=5) -> Tensor:
+    """Return matrices, (n, rows, columns), with rows <= columns, with their singular values brought near 1, between
+    about 0.7 and 1.2, and the same singular vectors: a Newton-Schulz iteration of degree 5, whose coefficients make
     small values grow fast (Jordan et al., 2024)."""
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)   # no singular value above 1
     for _ in range(steps):
@@ -163,32 +144,33 @@ def orthogonalise(matrices, steps=5):
     return x
 
 
-def build(optimizer, model, learning_rate, betas, weight_decay, dtype):
-    """The optimizer of a name, for the trainable parameters of a model; dtype is that of the run's matrix products."""
+def build(optimizer: str, model: nn.Module, learning_rate: float, betas: tuple, weight_decay: float, dtype):
+    """Return the optimizer of a name for the trainable parameters of a model. dtype: of the run's matrix products."""
     if optimizer == 'adamw':
         return adamw(model, learning_rate, betas, weight_decay)
-    bfloat16 = dtype == torch.bfloat16   # whose range orthogonalise needs: not float16
+    bfloat16 = dtype == torch.bfloat16   # orthogonalise() needs its range, which float16 lacks
     return Muon(model, learning_rate, betas, weight_decay, dtype=torch.bfloat16 if bfloat16 else torch.float32)
 
 
-def load_state(optimizer, state):
-    """Take over the moments of a saved optimizer. Rates, betas and weight decay stay those of the new one, because the
-    configuration of this run decides them."""
-    ours = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    groups = [{**group, **options} for group, options in zip(state['param_groups'], ours, strict=True)]
+def load_state(optimizer, state: dict):
+    """Load the moments of a saved optimizer. Learning rates, betas and weight decay stay those of the new one, because
+    the configuration of this run decides them."""
+    groups = []
+    for saved, new in zip(state['param_groups'], optimizer.param_groups, strict=True):
+        groups.append({**saved, **{name: value for name, value in new.items() if name != 'params'}})
     params = [p for group in optimizer.param_groups for p in group['params']]
     moments = {i: {key: distribute_like(value, params[i]) if torch.is_tensor(value) else value
                    for key, value in of.items()} for i, of in state['state'].items()}
     optimizer.load_state_dict({**state, 'state': moments, 'param_groups': groups})
 
 
-def learning_rate_at(step, schedule, peak, low, warmup_iters, decay_iters, cooldown_iters):
-    """The learning rate of a step, counted from 0.
+def learning_rate_at(step: int, schedule: str, peak: float, low: float, warmup_iters: int, decay_iters: int,
+                     cooldown_iters: int | None) -> float:
+    """Return the learning rate of a step, counted from 0.
 
-    It rises linearly over warmup_iters steps; then 'cosine' falls from peak to low until decay_iters (Loshchilov &
-    Hutter, 2017), 'linear' falls over the last cooldown_iters before decay_iters and stays at peak until then (WSD, Hu
-    et al., 2024), over all of it if cooldown_iters is None; 'constant' stays. After decay_iters the first two stay at
-    low.
+    It rises linearly over warmup_iters steps. Then 'cosine' falls from peak to low until decay_iters (Loshchilov &
+    Hutter, 2017); 'linear' stays at peak and falls over the last cooldown_iters before decay_iters (WSD, Hu et al.,
+    2024), or over all of it if cooldown_iters is None; 'constant' stays. After decay_iters the first two stay at low.
     """
     if step < warmup_iters:
         return peak * (step + 1) / (warmup_iters + 1)
@@ -200,3 +182,14 @@ def learning_rate_at(step, schedule, peak, low, warmup_iters, decay_iters, coold
     done = min(max((step - start) / max(decay_iters - start, 1), 0.0), 1.0) if step < decay_iters else 1.0
     left = 1 - done if schedule == 'linear' else (1 + math.cos(math.pi * done)) / 2
     return low + (peak - low) * left
+
+
+def lengths(planned: int | None, max_iters: int, warmup_iters: int, lr_decay_iters: int | None) -> tuple:
+    """Return three numbers of steps: of the run, of its warmup, and until the learning rate is at its lowest.
+
+    planned: the steps that fit into max_minutes, None if it sets no limit. If it does, the learning rate falls until
+    the end of the run, and the warmup is at most a tenth of it.
+    """
+    if planned is None:
+        return max_iters, warmup_iters, max_iters if lr_decay_iters is None else lr_decay_iters
+    return min(planned, max_iters), min(warmup_iters, planned // 10), planned

@@ -3,6 +3,7 @@ The curves of runs, from the log.jsonl in their folders: as a picture, with matp
 """
 
 import atexit
+import functools
 import json
 import math
 import sys
@@ -83,14 +84,17 @@ class Board:
         except ImportError:
             raise UserError('tensorboard=True needs the tensorboard package: pip install tensorboard') from None
 
-        self.writer = SummaryWriter(Path(out_dir) / 'tensorboard', purge_step=step)
-        for finish in (exit_callbacks.append, atexit.register):
-            finish(self.writer.close)
+        self.new_writer = functools.partial(SummaryWriter, Path(out_dir) / 'tensorboard', purge_step=step)
+        self.writer = None   # made for the first record: before, an earlier run may be in the folder
         for record in [] if step is None else parse(Path(out_dir) / 'log.jsonl')[0]:
             if record.get('step') == step:   # the evaluation before the step is not made again
                 self.show(record, step)
 
     def show(self, record, step):
+        if not self.writer:
+            self.writer = self.new_writer()
+            for finish in (exit_callbacks.append, atexit.register):
+                finish(self.writer.close)
         for name, value in record.items():
             if is_number(value):
                 self.writer.add_scalar(name, value, step)

@@ -151,6 +151,10 @@ class Runtime:
         """The mean of a tensor over all processes; the tensor becomes the sum."""
         return self.sum(tensor) / self.world_size   # gloo has no average
 
+    def mean_number(self, number: float) -> float:
+        """The mean of a number over all processes."""
+        return self.mean(torch.tensor(number, dtype=torch.float64)).item()
+
     def loss_denominators(self, targets: Tensor) -> Tensor:
         """What to divide the mean losses of the micro-batches of a step by, (M,), so that their sum over all processes
         is the mean over all targets, (M, B, T), that are not -1."""
@@ -163,8 +167,7 @@ class Runtime:
 
     def same_everywhere(self, number: float) -> bool:
         """Whether a number is the same in all processes."""
-        mean = self.mean(torch.tensor(number, dtype=torch.float64)).item()
-        return not self.any_process(mean != number)
+        return not self.any_process(self.mean_number(number) != number)
 
     def gather_state(self, state):
         """A copy on the CPU of a nested state, for the master process; None for the others. Every process must call it,
@@ -368,7 +371,7 @@ exit_callbacks = []   # functions that finish work in the background, such as wr
 
 def exit_now(status: int):
     """End this process after exit_callbacks, without waiting for other threads: torch's pools never end."""
-    for finish in exit_callbacks:
+    for finish in list(exit_callbacks):
         finish()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):   # closed by its reader

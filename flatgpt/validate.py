@@ -31,11 +31,7 @@ def one_of(known, options, name):
 
 
 def train_options(options, processes=1, ckpt=None, start_path=None, resuming=False):
-    """Check the options of train.py.
-
-    processes: how many share the work. ckpt: the checkpoint that the run starts from, None: from scratch.
-    start_path: where it lies. resuming: whether its run goes on, else only its weights are used.
-    """
+    """Check the options of train.py. The last three arguments are what start.choose_start() returns."""
     at_least(1, options, 'eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
              'block_size', 'loss_chunks')
     at_least(0, options, 'checkpoint_interval', 'keep_last', 'patience', 'max_iters', 'max_minutes', 'learning_rate',
@@ -55,36 +51,14 @@ def train_options(options, processes=1, ckpt=None, start_path=None, resuming=Fal
                          f'processes')
     if options['lora_rank']:
         lora_options(options, ckpt, start_path, resuming)
-    if options['find_lr'] and (options['eval_only'] or options['init_from'] in ('resume', 'auto')):
-        raise UsageError(f'find_lr=True starts from scratch or from weights: remove eval_only, and give another '
-                         f'init_from than {options["init_from"]!r}')
     rate, lowest = options['learning_rate'], options['min_lr']
-    if options['schedule'] != 'constant' and lowest > rate and not options['find_lr']:
+    if options['schedule'] != 'constant' and lowest > rate:
         raise UsageError(f'min_lr={lowest} is above learning_rate={rate}: give both')
-
-
-def same_run(options: dict, saved: dict, start_path):
-    """Raise UsageError if a resumed run would get another optimizer state than it needs: if the options of train.py
-    that decide what is trained differ from those of the checkpoint at start_path. saved: its config."""
-    nanogpt = {'optimizer': 'adamw', 'freeze': '', 'lora_rank': 0}   # its checkpoints do not have these options
-    clash = []
-    for name in ('optimizer', 'freeze', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets'):
-        before = saved.get(name, nanogpt.get(name, options[name]))
-        if options[name] != before:
-            clash.append(f'{name}={before!r}')
-    if clash:
-        raise UsageError(f'{start_path} has the state of another run, of {", ".join(clash)}: '
-                         f'give --init_from={start_path} to start a new one')
-
-
-def same_model(asked: dict, found: dict, start_path, advice: str):
-    """Raise UsageError if the model that is asked for differs from the one in the checkpoint at start_path.
-
-    asked: {name: value} of the options that count. found: {name: value} of the checkpoint. advice: what to do then.
-    """
-    clash = [f'{name}={found[name]!r}, not {value!r}' for name, value in asked.items() if found[name] != value]
-    if clash:
-        raise UsageError(f'{start_path} has {", ".join(clash)}: {advice}')
+    if options['parallel'] == 'fsdp' and options['dtype'] == 'float16':
+        raise UsageError("parallel='fsdp' does not scale the loss of dtype='float16': give --dtype=bfloat16")
+    if options['parallel'] == 'fsdp' and ';' in options['freeze']:
+        raise UsageError(f"freeze={options['freeze']!r}: parallel='fsdp' cannot freeze or release parameters during a "
+                         f"run, give one regex, or parallel='ddp'")
 
 
 def lora_options(options, ckpt, start_path, resuming):

@@ -13,6 +13,7 @@ from pathlib import Path
 from conftest import ROOT
 
 import configurator
+from flatgpt.runtime import exit_callbacks
 
 
 def defaults_of(script):
@@ -79,9 +80,8 @@ def call(script, *args, cwd=ROOT, **env):
         os.environ.update(env)
         namespace = {'__name__': '__main__', '__file__': script, '__builtins__': __builtins__}
         status = execute(script, namespace)
-        for left in namespace.values():
-            if isinstance(left, io.IOBase):
-                left.close()   # as the end of a process does, such as the lock of an output folder
+        for finish in exit_callbacks:   # as the end of a process does, such as the lock of an output folder
+            finish()
     texts = []
     for stream in (out, err):
         stream.flush()

@@ -145,8 +145,8 @@ def clock(tmp_path):
                     '    _now[0] += 1.0\n'
                     '    return _rate_at(*args)\n\n'
                     '_init = budget.Budget.__init__\n\n'
-                    'def _with_own_clock(self, minutes, begun, agree):\n'
-                    '    _init(self, minutes, -10.0, agree, lambda: _now[0])\n\n'
+                    'def _with_own_clock(self, minutes, begun, mean):\n'
+                    '    _init(self, minutes, -10.0, mean, lambda: _now[0])\n\n'
                     'optim.learning_rate_at = _with_clock\nbudget.Budget.__init__ = _with_own_clock\n')
     return path
 

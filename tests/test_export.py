@@ -60,7 +60,7 @@ def lora_run(models, tmp_path_factory):
     for name in ('gpt2', 'llama'):
         made[name] = tmp_path_factory.mktemp('lora')
         model, tok, _ = checkpoint.load_model(models[name])
-        base = checkpoint.base_of(model, models[name], models[name] / 'best.pt', made[name])
+        base = checkpoint.base_of(models[name], models[name] / 'best.pt', made[name])
         lora.put(model, **LORA)
         disturb(lora.adapters(model).values())
         state = state_of(model, tokenizer=tok.to_dict(), base=base, lora=LORA)

@@ -8,7 +8,7 @@ from conftest import ROOT, assert_one_line, log_of, needs, run, started
 from in_process import call
 from test_train import HERE, again, assert_same_run, contents, load, records, train  # noqa: F401
 
-from flatgpt import checkpoint
+from flatgpt import outdir
 
 
 def config_with(tmp_path, code):
@@ -21,15 +21,15 @@ def config_with(tmp_path, code):
 # kill -9
 
 IN_MID_SAVE = """
-from flatgpt import checkpoint
-_seal = checkpoint.seal
-def _die(f):
+import torch
+_save = torch.save
+def _die(state, f):
+    _save(state, f)
     path = str(f.name)
     if path.endswith('ckpt.pt.tmp') and os.path.exists(path.removesuffix('.tmp')):   # there is a state already
         f.truncate(f.tell() // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-    _seal(f)
-checkpoint.seal = _die
+torch.save = _die
 """
 
 
@@ -115,7 +115,7 @@ def test_a_run_killed_many_times_ends_bit_for_bit_as_an_undisturbed_one(tmp_path
     assert err.count('resumed') >= kills // 3
     assert_same_run(out_dir, tmp_path / 'calm')
     assert {path.name for path in out_dir.iterdir() if 'previous' not in path.name} - {'loss.png'} == {
-        '.lock', 'ckpt.pt', f'ckpt-{steps - 3}.pt', f'ckpt-{steps - 6}.pt', 'best.pt', 'log.jsonl'}
+        'ckpt.pt', f'ckpt-{steps - 3}.pt', f'ckpt-{steps - 6}.pt', 'best.pt', 'log.jsonl'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,14 +134,14 @@ Dataset.eval_batch = _signal
 """
 
 IN_SAVE = """
-from flatgpt import checkpoint
-_save = checkpoint.save
+from flatgpt import outdir
+_save = outdir.save
 def _signal(path, state):
     if state['iter_num'] == 10 and path.name == 'ckpt.pt':
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3)
     _save(path, state)
-checkpoint.save = _signal
+outdir.save = _signal
 """
 
 
@@ -228,8 +228,9 @@ def test_a_damaged_checkpoint_is_refused_and_stays(tmp_path, trained, tiny, init
 @pytest.mark.parametrize('init_from', ['scratch', 'auto', 'resume'])
 def test_a_second_run_in_the_same_folder_is_refused(again, tiny, init_from):   # noqa: F811
     before = contents(again)
-    with checkpoint.claim(again):
-        done = call('train.py', tiny, f'--out_dir={again}', f'--init_from={init_from}', *HERE)
+    release = outdir.claim(again)
+    done = call('train.py', tiny, f'--out_dir={again}', f'--init_from={init_from}', *HERE)
+    release()
     assert_one_line(done, 1, str(again), 'another run writes to', 'choose another folder')
     assert contents(again) == before
 
@@ -241,7 +242,7 @@ def test_a_run_that_is_killed_frees_its_folder(tmp_path, tiny):
                  '--eval_interval=1000000') as process:
         next(line for line in process.stdout if line.startswith('iter 3:'))
         done = run('train.py', tiny, *HERE, f'--out_dir={tmp_path}')
-        assert_one_line(done, 1, str(tmp_path), f'process {process.pid} on', 'choose another folder')
+        assert_one_line(done, 1, str(tmp_path), 'another run writes to', 'choose another folder')
         process.kill()
         process.communicate()
     train(tiny, f'--out_dir={tmp_path}', '--init_from=auto', '--max_iters=3')
@@ -252,7 +253,7 @@ def test_a_run_that_is_killed_frees_its_folder(tmp_path, tiny):
 @needs('full_disk', 'symlinks')
 def test_a_full_disk_under_the_log_costs_lines_and_not_the_run(tmp_path, tiny):
     (tmp_path / 'log.jsonl').symlink_to('/dev/full')
-    patch = 'from flatgpt import checkpoint\ncheckpoint.set_aside = lambda out_dir: None\n'
+    patch = 'from flatgpt import outdir\noutdir.set_aside = lambda out_dir: None\n'
     done = train(tiny, config_with(tmp_path, patch),
                  f'--out_dir={tmp_path}', '--max_iters=3')
     assert done.stderr.count('cannot write to') >= 3 and 'No space left' in done.stderr
@@ -264,8 +265,8 @@ def test_a_full_disk_under_the_log_costs_lines_and_not_the_run(tmp_path, tiny):
 def test_a_full_disk_leaves_the_old_state_and_the_run_goes_on_when_there_is_room_again(tmp_path, tiny, trained):
     code = """
 import resource
-from flatgpt import checkpoint
-_save = checkpoint.save
+from flatgpt import checkpoint, outdir
+_save = outdir.save
 def _full(path, state):
     limit = 50_000 if state['iter_num'] == 10 else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -275,7 +276,7 @@ def _full(path, state):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if state['iter_num'] == 10:
             (path.parent / 'then').write_text(str(checkpoint.load(path.parent / 'ckpt.pt')['iter_num']))
-checkpoint.save = _full
+outdir.save = _full
 """
     done = train(tiny, config_with(tmp_path, code), f'--out_dir={tmp_path / "out"}')
     assert done.stderr.count('cannot write') == 1 and 'the one before it is intact; make room' in done.stderr

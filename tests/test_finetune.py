@@ -1,6 +1,5 @@
-"""Finetuning with train.py: adapters, freezing, masks, the range test; interrupted, in several processes, refused."""
+"""Finetuning with train.py: adapters, freezing, masks; interrupted, in several processes, refused."""
 
-import json
 import os
 import shutil
 
@@ -33,12 +32,12 @@ def adapted(tmp_path_factory, tiny, trained):
 # ---------------------------------------------------------------------------------------------------------------------
 # adapters
 
-def test_adapters_learn_and_are_saved_alone_beside_the_name_and_digest_of_their_base(adapted, trained):
-    ckpt, base = load(adapted / 'ckpt.pt'), checkpoint.load_model(trained)[0]
+def test_adapters_learn_and_are_saved_alone_with_the_name_and_fingerprint_of_their_base(adapted, trained):
+    ckpt = load(adapted / 'ckpt.pt')
     assert all(key.endswith(('lora_A', 'lora_B')) for key in ckpt['model']) and len(ckpt['model']) == 16
     assert ckpt['lora'] == {'rank': 2, 'alpha': 16.0, 'dropout': 0.1, 'targets': 'attn|mlp'}
-    assert ckpt['base'] == {'path': str(trained / 'best.pt'), 'sha256': checkpoint.digest(base),
-                            'relative': os.path.relpath(trained / 'best.pt', adapted)}
+    assert ckpt['base'] == {'path': str(trained / 'best.pt'), 'relative': os.path.relpath(trained / 'best.pt', adapted),
+                            'fingerprint': checkpoint.fingerprint(trained / 'best.pt')}
     losses = [record['val_loss'] for record in log_of(adapted) if 'step' in record]
     assert min(losses) < losses[0]
     first = [record['val_loss'] for record in log_of(trained) if 'step' in record][-1]
@@ -68,14 +67,49 @@ def test_an_adapter_is_found_with_its_base_after_both_have_moved(adapted, traine
         checkpoint.load_model(tmp_path / adapted.name)
 
 
-def test_an_adapter_on_the_wrong_base_is_refused(adapted, trained, tmp_path):
+def in_form_of_an_earlier_version(ckpt, trained):
+    """The checkpoint of an adapter whose base is named by the digest of its weights."""
+    base = {name: value for name, value in ckpt['base'].items() if name != 'fingerprint'}
+    return {**ckpt, 'base': {**base, 'sha256': checkpoint.digest(checkpoint.load_model(trained)[0])}}
+
+
+@pytest.mark.parametrize('earlier', [False, True], ids=['fingerprint', 'digest'])
+def test_an_adapter_loads_on_its_base_alone(adapted, trained, tmp_path, earlier):
     ckpt, base = load(adapted / 'best.pt'), load(trained / 'best.pt')
+    if earlier:
+        ckpt = in_form_of_an_earlier_version(ckpt, trained)
+    checkpoint.save(tmp_path / 'best.pt', ckpt)
+    assert_same_weights(checkpoint.load_model(tmp_path)[0].state_dict(), checkpoint.load_model(adapted)[0].state_dict())
     base['model']['transformer.ln_f.weight'][0] += 1e-3
     checkpoint.save(tmp_path / 'base.pt', base)
     ckpt['base'] |= {'path': str(tmp_path / 'base.pt'), 'relative': 'base.pt'}
     checkpoint.save(tmp_path / 'best.pt', ckpt)
-    with pytest.raises(UserError, match='an adapter for weights with sha256 .* have changed or are others'):
+    with pytest.raises(UserError, match='an adapter for other weights than those in .*, which have changed'):
         checkpoint.load_model(tmp_path / 'best.pt')
+
+
+@pytest.mark.parametrize('at', [0, 4_000_000, 9_999_999])
+def test_the_fingerprint_of_a_large_file_changes_with_its_size_and_with_each_block_that_it_samples(tmp_path, at):
+    path = tmp_path / 'weights.pt'
+    content = bytearray(10_000_000)
+    path.write_bytes(content)
+    before = checkpoint.fingerprint(path)
+    step = len(content) // 1000
+    at = at // step * step
+    content[at] = 1
+    path.write_bytes(content)
+    assert checkpoint.fingerprint(path) != before
+    path.write_bytes(bytes(10_000_001))
+    assert checkpoint.fingerprint(path) != before
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_its_weights(tmp_path):
+    (tmp_path / 'model.safetensors').write_bytes(b'weights')
+    before = checkpoint.fingerprint(tmp_path)
+    (tmp_path / 'config.json').touch()
+    assert checkpoint.fingerprint(tmp_path) == before
+    (tmp_path / 'model-2.safetensors').write_bytes(b'more')
+    assert checkpoint.fingerprint(tmp_path) != before
 
 
 def test_of_two_places_the_one_with_the_right_base_counts(adapted, trained, tmp_path):
@@ -159,7 +193,7 @@ def test_what_is_frozen_does_not_move_and_has_no_moments(trained, tiny, tmp_path
                      and name != 'lm_head.weight'}
     ckpt = load(tmp_path / 'ckpt.pt')
     assert len(ckpt['optimizer']['state']) == len(moved)
-    assert 'transformer.wte.weight is lm_head.weight: what holds the one holds the other' in done.stderr
+    assert 'transformer.wte.weight is lm_head.weight: freezing the one freezes the other' in done.stderr
 
 
 @pytest.mark.full
@@ -296,31 +330,6 @@ def test_a_mask_that_is_missing_or_too_short_is_refused(pairs, tmp_path, damage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the range test
-
-@pytest.mark.full
-def test_find_lr_suggests_a_rate_and_touches_no_checkpoint(trained, tiny, tmp_path):
-    out_dir = shutil.copytree(trained, tmp_path / 'out')
-    before = contents(out_dir)
-    done = train(tiny, f'--out_dir={out_dir}', '--find_lr=True', '--log_interval=100', DRAW='1')
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith('try --learning_rate=') and 'find_lr.jsonl' in last
-    after = contents(out_dir)
-    assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {'find_lr.jsonl', 'find_lr.png'}
-    rates = [json.loads(line)['lr'] for line in (out_dir / 'find_lr.jsonl').read_text().splitlines()]
-    assert rates == sorted(rates) and rates[0] == 1e-6 and len(rates) > 100
-    assert 'step 0' not in done.stdout   # nothing is evaluated
-
-
-@pytest.mark.full
-def test_find_lr_starts_from_weights_too(trained, tiny, tmp_path):
-    train(tiny, f'--out_dir={tmp_path}', '--find_lr=True', f'--init_from={trained}', '--lora_rank=2')
-    first = json.loads((tmp_path / 'find_lr.jsonl').read_text().splitlines()[0])['loss']
-    assert first < 2.2   # of a trained model, not of a fresh one
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # refusals
 
 @pytest.mark.parametrize(('freeze', 'words'), [
@@ -343,7 +352,7 @@ def test_a_freeze_that_cannot_be_is_refused(trained, freeze, words):
     (['--out_dir={tmp}/out', '--lora_rank=2', '--init_from={adapted}'], 2, ['lora_rank=2', 'no adapter']),
     (['--out_dir={tmp}/out', '--lora_rank=2', '--lora_targets=q_proj', '--init_from={trained}'], 1,
      ["lora_targets='q_proj'", 'c_attn']),
-    (['--out_dir={tmp}/out', '--freeze=0: wte; 2:', '--parallel=fsdp'], 2, ["parallel='fsdp' keeps what is frozen"]),
+    (['--out_dir={tmp}/out', '--freeze=0: wte; 2:', '--parallel=fsdp'], 2, ["cannot freeze or release"]),
 ], ids=['rank', 'alpha', 'dropout', 'freeze', 'folder', 'adapter', 'targets', 'fsdp'])
 def test_what_cannot_be_ends_in_one_line_and_writes_nothing(tmp_path, tiny, trained, adapted, args, status, words):
     before = contents(trained), contents(adapted)

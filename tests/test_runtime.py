@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, needs, run, torchrun
 from torch.nn.attention import SDPBackend
 
-from flatgpt import optim, runtime
+from flatgpt import runtime
 from flatgpt.engine import generate
 from flatgpt.errors import UsageError
 from flatgpt.runtime import Runtime, pick_compile, pick_device, pick_dtype
@@ -548,35 +548,6 @@ def test_malloc_keeps_freed_memory_if_it_can(monkeypatch):
         assert runtime.keep_freed_memory() is False
     monkeypatch.setattr(ctypes, 'CDLL', broken)   # Windows
     assert runtime.keep_freed_memory() is False
-
-
-@pytest.fixture
-def untried():
-    optim.fused_adamw_works.cache_clear()
-    yield
-    optim.fused_adamw_works.cache_clear()
-
-
-@pytest.mark.parametrize('damage', ['none', 'refused', 'does not move', 'wrong'])
-def test_the_trial_of_the_fused_adamw_makes_a_step(monkeypatch, untried, damage):
-    class AdamW(torch.optim.AdamW):
-        def __init__(self, params, lr, fused, **options):
-            if fused and damage == 'refused':
-                raise RuntimeError('`fused=True` requires all the params to be floating point Tensors')
-            super().__init__(params, lr=2 * lr if damage == 'wrong' else lr, fused=fused, **options)
-
-        def step(self):
-            return None if damage == 'does not move' else super().step()
-
-    monkeypatch.setattr(torch.optim, 'AdamW', AdamW)
-    state = torch.get_rng_state()
-    assert optim.fused_adamw_works(CPU) is (damage == 'none')
-    assert torch.equal(torch.get_rng_state(), state)
-    if damage == 'refused':   # and both optimizers are built without
-        model = GPT(GPTConfig(11, 8, 1, 8, 2))
-        for name in optim.OPTIMIZERS:
-            groups = optim.build(name, model, 1e-3, (0.9, 0.95), 0.1, torch.float32).param_groups
-            assert not any(group.get('fused') for group in groups)
 
 
 def test_warnings_of_a_trial_are_not_shown(recwarn, capsys):

@@ -7,7 +7,7 @@ from conftest import ROOT, assert_one_line, needs, run
 from in_process import options
 from test_repo import CONFIGS
 
-from flatgpt import validate
+from flatgpt import start, validate
 from flatgpt.errors import UsageError, UserError
 
 CHECKS = {'train.py': validate.train_options, 'sample.py': validate.sample_options, 'eval.py': validate.eval_options,
@@ -63,10 +63,8 @@ def test_a_share_is_less_than_one(name):
     ('train.py', '--optimizer=sgd', "optimizer='sgd': expected one of 'adamw', 'muon'"),
     ('train.py', '--schedule=step', "schedule='step': expected one of 'cosine', 'linear', 'constant'"),
     ('train.py', '--learning_rate=1e-5', 'min_lr=6e-05 is above learning_rate=1e-05: give both'),
-    ('train.py', '--find_lr --eval_only', 'find_lr=True starts from scratch or from weights: remove eval_only'),
-    ('train.py', '--find_lr --init_from=resume', "give another init_from than 'resume'"),
-    ('train.py', '--find_lr --init_from=auto', "give another init_from than 'auto'"),
     ('train.py', '--lora_rank=2', 'lora_rank=2: expected weights to adapt, give --init_from=gpt2'),
+    ('train.py', '--parallel=fsdp --dtype=float16', 'give --dtype=bfloat16'),
     ('sample.py', '--top_p=1.5', 'top_p=1.5: expected between 0 (the likeliest token) and 1'),
     ('sample.py', '--temperature=nan', 'temperature=nan: expected 0 (the likeliest token) or more'),
     ('sample.py', '--repetition_penalty=0', 'repetition_penalty=0.0: expected between 0.01'),
@@ -93,8 +91,8 @@ def test_a_stop_of_a_thousand_brackets_is_one_line():
 
 
 @pytest.mark.parametrize('args', [
-    '--learning_rate=1e-5 --min_lr=1e-5', '--learning_rate=1e-5 --schedule=constant', '--learning_rate=1e-5 --find_lr',
-    '--find_lr --init_from=gpt2', '--lr_decay_iters=None --cooldown_iters=None --max_minutes=None',
+    '--learning_rate=1e-5 --min_lr=1e-5', '--learning_rate=1e-5 --schedule=constant',
+    '--lr_decay_iters=None --cooldown_iters=None --max_minutes=None',
 ])
 def test_options_of_train_that_go_together_pass(args):
     validate.train_options(options('train.py', *args.split()))
@@ -118,26 +116,26 @@ def test_the_options_of_a_recipe_pass(path):
 def test_a_resumed_run_must_train_what_its_optimizer_state_is_for():
     saved = {'optimizer': 'muon', 'freeze': '', 'lora_rank': 2, 'lora_alpha': 4.0}
     given = options('train.py', '--optimizer=muon', '--lora_rank=2', '--lora_alpha=4')
-    validate.same_run(given, saved, 'x/ckpt.pt')
+    start.same_run(given, saved, 'x/ckpt.pt')
     with pytest.raises(UsageError) as refusal:
-        validate.same_run({**given, 'optimizer': 'adamw', 'lora_alpha': 8.0}, saved, 'x/ckpt.pt')
+        start.same_run({**given, 'optimizer': 'adamw', 'lora_alpha': 8.0}, saved, 'x/ckpt.pt')
     assert str(refusal.value) == ("x/ckpt.pt has the state of another run, of optimizer='muon', lora_alpha=4.0: "
                                   "give --init_from=x/ckpt.pt to start a new one")
 
 
 def test_a_checkpoint_of_nanogpt_has_the_state_of_adamw_for_all_weights():
-    validate.same_run(options('train.py'), {}, 'x/ckpt.pt')
+    start.same_run(options('train.py'), {}, 'x/ckpt.pt')
     for option, before in (('--optimizer=muon', "optimizer='adamw'"), ('--freeze=wte', "freeze=''"),
                            ('--lora_rank=2', 'lora_rank=0')):
         with pytest.raises(UsageError, match=f'another run, of {before}: '):
-            validate.same_run(options('train.py', option), {}, 'x/ckpt.pt')
+            start.same_run(options('train.py', option), {}, 'x/ckpt.pt')
 
 
 def test_a_model_that_differs_from_its_checkpoint_is_refused_by_the_options_that_differ():
     found = {'n_layer': 2, 'n_head': 2, 'pos': 'learned'}
-    validate.same_model({'n_layer': 2, 'pos': 'learned'}, found, 'x/ckpt.pt', 'advice')
+    start.same_model({'n_layer': 2, 'pos': 'learned'}, found, 'x/ckpt.pt', 'advice')
     with pytest.raises(UsageError) as refusal:
-        validate.same_model({'n_layer': 3, 'n_head': 2, 'pos': 'rope'}, found, 'x/ckpt.pt', 'advice')
+        start.same_model({'n_layer': 3, 'n_head': 2, 'pos': 'rope'}, found, 'x/ckpt.pt', 'advice')
     assert str(refusal.value) == "x/ckpt.pt has n_layer=2, not 3, pos='learned', not 'rope': advice"
 
 

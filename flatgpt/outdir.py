@@ -1,0 +1,253 @@
+"""
+The output folder of a run: one run at a time, checkpoints written in the background, the log.
+
+    out_dir/ckpt.pt          everything that a run needs to go on: weights, optimizer, step, ...
+    out_dir/ckpt-1000.pt     the same at an earlier step, if keep_last asks for it
+    out_dir/best.pt          the weights with the lowest validation loss
+    out_dir/log.jsonl        one JSON object per log line
+    out_dir/loss.png         the log as curves, if matplotlib is installed
+    out_dir/previous-1/      the run that was here before
+    out_dir/.lock            there while a run writes here
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import filelock
+
+from flatgpt import plots
+from flatgpt.checkpoint import older_states, save
+from flatgpt.dataset import write_atomically
+from flatgpt.errors import UserError
+from flatgpt.runtime import Runtime, exit_callbacks
+
+RESUME_ONLY = ('optimizer', 'scaler', 'machine', 'planned', 'evaluated', 'bad_evals', 'seconds')   # not in best.pt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run at a time
+
+def claim(out_dir):
+    """Make out_dir and lock it until this process ends or calls the function that is returned, which also removes the
+    lock file, and folders that were made here and are empty. UserError if another run holds it or it is not writable.
+    """
+    folder = Path(out_dir).absolute()
+    lock = filelock.FileLock(folder / '.lock')
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / '.lock').touch()
+    except OSError as error:
+        raise UserError(f'cannot write to out_dir={str(out_dir)!r}: {error.strerror}; choose another') from None
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f'another run writes to out_dir={str(out_dir)!r}: stop it, or choose another folder') from None
+    except OSError:   # a file system without locks
+        pass
+
+    def release():
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                (folder / '.lock').unlink()   # before the release: afterwards it may be another run's
+                lock.release()
+                for path in made:
+                    path.rmdir()   # fails, and ends this, if something is in it
+
+    atexit.register(release)
+    exit_callbacks.append(release)
+    return release
+
+
+def claim_for_all(out_dir, rt: Runtime):
+    """Claim out_dir for all processes of a run, each of which must call this. UserError, besides those of claim(), if
+    the hosts see different folders."""
+    if rt.master:
+        claim(out_dir)
+    rt.any_process(False)   # wait until the master has made the lock file
+    lock = Path(out_dir) / '.lock'
+    seen = lock.stat() if lock.exists() else None
+    number = zlib.crc32(repr(seen and (seen.st_ino, seen.st_mtime_ns)).encode())
+    same_file = rt.same_everywhere(number)
+    if not same_file:
+        raise UserError(f'out_dir={out_dir!r} must be a folder that all hosts share')
+
+
+def set_aside(out_dir):
+    """Move the files of an earlier run to out_dir/previous-1, or the next number. Returns that folder, or None."""
+    out_dir = Path(out_dir)
+    names = ['ckpt.pt', 'best.pt', 'log.jsonl', *(path.name for path in older_states(out_dir))]
+    names = [name for name in names if (out_dir / name).exists()]
+    if not names:
+        return None
+    names += [name for name in ('loss.png', 'tensorboard') if (out_dir / name).exists()]
+    number = next(n for n in itertools.count(1) if not (out_dir / f'previous-{n}').exists())
+    previous = out_dir / f'previous-{number}'
+    try:
+        previous.mkdir()
+        for name in names:
+            os.replace(out_dir / name, previous / name)
+    except OSError as error:
+        raise UserError(f'cannot move the run that is in {out_dir} to {previous}: {error.strerror}; choose another '
+                        f'out_dir') from None
+    return previous
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+class Writer:
+    """Writes the states of a run into out_dir in the background, one at a time. A failed write does not end the run: it
+    is reported, the older files stay, and the next write may find room.
+
+    keep_last: number of earlier states to keep. step: of the state in ckpt.pt; None: there is none.
+    .error: why the latest write failed, or None. .seconds: how long the latest write took.
+    """
+
+    def __init__(self, out_dir, keep_last=0, step=None):
+        self.out_dir = Path(out_dir)
+        self.keep_last = keep_last
+        self.step = step
+        self.best = None       # the best weights, until they are on the disk
+        self.error = None
+        self.seconds = 0.0
+        self.thread = None
+        exit_callbacks.insert(0, self.wait)   # before the lock of the folder is released
+
+    def put(self, state: dict, best: bool):
+        """Begin to write a state, which must not change any more, to ckpt.pt, and its weights to best.pt if they are
+        the best so far. Waits for the write before it."""
+        self.wait()
+        if best:
+            self.best = {key: value for key, value in state.items() if key not in RESUME_ONLY}
+        self.thread = threading.Thread(target=self.write, args=(state,))
+        self.thread.start()
+
+    def wait(self):
+        """Wait for the write that is under way. Returns why the latest one failed, or None."""
+        if self.thread:
+            self.thread.join()
+        return self.error
+
+    def write(self, state):
+        self.error = 'the write was cut short'
+        begun = time.perf_counter()
+        try:
+            if self.best:
+                save(self.out_dir / 'best.pt', self.best)
+                self.best = None
+            if self.keep_last and self.step not in (None, state['iter_num']):
+                self.keep_earlier_state()
+            save(self.out_dir / 'ckpt.pt', state)
+            self.step = state['iter_num']
+            self.error = None
+            self.seconds = time.perf_counter() - begun
+        except UserError as error:
+            self.error = error
+            print(error, file=sys.stderr, flush=True)
+
+    def keep_earlier_state(self):
+        """Keep the state in ckpt.pt as ckpt-<step>.pt, and remove all but the latest keep_last of these. It is a hard
+        link, so that there is a ckpt.pt at every moment."""
+        earlier = self.out_dir / f'ckpt-{self.step}.pt'
+        try:
+            earlier.unlink(missing_ok=True)
+            os.link(self.out_dir / 'ckpt.pt', earlier)
+            for path in older_states(self.out_dir)[:-self.keep_last]:
+                path.unlink()
+        except FileNotFoundError:   # somebody has removed it
+            pass
+        except OSError as error:
+            print(f'cannot keep {earlier}: {error.strerror}', file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the log
+
+class Log:
+    """Where the records of a run go: log.jsonl and, if the options ask for them, Weights & Biases and TensorBoard. It
+    does nothing in processes other than the master; with eval_only it writes no file.
+
+    step: of the checkpoint that the run goes on from; None: a new run.
+    """
+
+    def __init__(self, out_dir, options: dict, rt: Runtime, step: int | None = None):
+        self.rt = rt
+        self.out_dir = Path(out_dir)
+        self.writes = rt.master and not options['eval_only']
+        self.started = step is not None
+        self.wandb = None
+        self.board = None
+        if rt.master and options['wandb_log']:
+            name = options['wandb_run_name'] or str(out_dir)
+            self.wandb = plots.start_wandb(options['wandb_project'], name, dict(options))
+        if self.writes and self.started:
+            rewind_log(out_dir, step)
+        if self.writes and options['tensorboard']:
+            self.board = plots.Board(out_dir, step)
+
+    def start(self):
+        """Move the files of an earlier run out of the way, before a new run writes for the first time."""
+        if not self.started:
+            self.started = True
+            previous = set_aside(self.out_dir)
+            if previous:
+                self.rt.notice(f'the run that was in {self.out_dir} is now in {previous}')
+
+    def add(self, **record):
+        """Add a record, {name: value}, of a step: 'step' or 'iter' has its number."""
+        step = record.get('step', record.get('iter'))
+        if self.writes:
+            self.start()
+            append_log(self.out_dir, record)
+        if self.wandb:
+            self.wandb.log(record, step=step)
+        if self.board:
+            self.board.show(record, step)
+
+    def close(self):
+        """End the run in Weights & Biases."""
+        if self.wandb:
+            with contextlib.redirect_stdout(sys.stderr):   # its summary is a notice
+                self.wandb.finish()
+
+
+def append_log(out_dir, record: dict):
+    """Add a record to log.jsonl; numbers that are not finite become null. A full disk costs the line, not the run."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    path = Path(out_dir) / 'log.jsonl'
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, 'ab') as f:
+            f.write(json.dumps(plain).encode() + b'\n')
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)   # half a line would spoil the next one
+        print(f'cannot write to {path}: {error.strerror}', file=sys.stderr)
+
+
+def rewind_log(out_dir, step: int):
+    """Remove from log.jsonl what a run wrote after the checkpoint of a step, because it will be written again: losses
+    of this step and later ones, evaluations of later ones, and a line that was cut off. UserError if that fails."""
+    path = Path(out_dir) / 'log.jsonl'
+    if not path.exists():
+        return
+    valid = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError, AttributeError, TypeError):   # what a power cut left
+            record = json.loads(line)
+            if record.get('iter', -1) < step and record.get('step', -1) <= step and line.endswith(b'\n'):
+                valid.append(line)
+    try:
+        write_atomically(path, b''.join(valid))
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror}; it is as it was, make room') from None
