@@ -3,11 +3,13 @@
 import code
 import contextlib
 import io
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_one_line, run
@@ -16,29 +18,39 @@ from in_process import call
 TEXT = (ROOT / 'LEARN.md').read_text(encoding='utf-8')
 
 # Python code, and the block of output that follows it directly, if any
-PYTHON = re.findall(r'^```python\n(.*?)^```$(?:\n\n^```\n(.*?)^```$)?', TEXT, re.MULTILINE | re.DOTALL)
+BLOCK = r'^```python\n(.*?)^```$(?:\n\n^```\n(.*?)^```$)?'
+PYTHON = re.findall(BLOCK, TEXT, re.MULTILINE | re.DOTALL)
 FILES = {content.split()[1]: content for content, _ in PYTHON if re.match(r'# \w+\.py\n', content)}
 TYPED = [(content, output) for content, output in PYTHON if content not in FILES.values()]
-ALONE = [(content, output) for content, output in TYPED if not re.search(r'python_char|out-', content)]
+ALONE = [(content, output) for content, output in TYPED if not re.search(r"Dataset\(|data/|out-", content)]
 
 
-def test_the_page_walks_through_the_files_in_order():
-    named = re.findall(r'^## (\d+)\. .*`([\w/]+\.py)`$', TEXT, re.MULTILINE)
-    assert [path for _, path in named] == [
-        'config/train_python_char.py', 'configurator.py', 'flatgpt/tokenizer.py', 'flatgpt/dataset.py', 'model.py',
-        'model.py', 'train.py', 'flatgpt/optim.py', 'flatgpt/checkpoint.py', 'flatgpt/engine.py', 'sample.py',
-        'eval.py', 'flatgpt/lora.py', 'export.py', 'bench.py']
-    assert all((ROOT / path).is_file() for _, path in named)
-    assert [int(number) for number, _ in named] == list(range(1, 16))
+def test_the_page_walks_through_files_that_exist_and_numbers_them_in_order():
+    headings = re.findall(r'^## (\d+)\. .*$', TEXT, re.MULTILINE)
+    named = re.findall(r'^## \d+\. .*`([\w/]+\.py)`$', TEXT, re.MULTILINE)
+    assert [int(number) for number in headings] == list(range(1, len(headings) + 1))
+    assert all((ROOT / path).is_file() for path in named)
+    assert named[0] == 'sample.py' and named.index('configurator.py') > named.index('train.py')
 
 
-def test_the_page_names_every_part():
-    assert {path.stem for path in ROOT.glob('flatgpt/*.py')} - {'__init__'} <= set(re.findall(r'(\w+)\.py`', TEXT))
+def test_the_page_names_every_script_and_part():
+    named = set(re.findall(r'(\w+)\.py`', TEXT))
+    parts = {path.stem for path in ROOT.glob('flatgpt/*.py')} - {'__init__'}
+    assert parts | {'train', 'sample', 'eval', 'export', 'bench', 'model', 'configurator'} <= named
 
 
-def test_every_file_of_the_walk_has_something_to_do():
-    for section in re.split(r'^## ', TEXT, flags=re.MULTILINE)[1:-1]:
-        assert '\n    python ' in section or '```python' in section
+@pytest.mark.parametrize('section', re.split(r'^## ', TEXT, flags=re.MULTILINE)[1:-1], ids=lambda s: s.split('.')[0])
+def test_a_section_has_something_to_do_and_answers_what_it_asks(section):
+    assert '\n    python ' in section or '```python' in section
+    questions = re.sub(r'<details>.*?</details>|```.*?```', '', section, flags=re.DOTALL)
+    assert '?' not in questions or '<details><summary>Answer</summary>\n\n' in section
+
+
+def test_the_chinese_page_has_the_same_sections_commands_code_and_number_of_answers():
+    chinese = (ROOT / 'LEARN.zh-CN.md').read_text(encoding='utf-8')
+    blocks = re.compile(r'^```.*?^```$|^    [^\n]*$|^## \d+\.', re.MULTILINE | re.DOTALL)
+    assert blocks.findall(chinese) == blocks.findall(TEXT)
+    assert chinese.count('<details>') == TEXT.count('<details>')
 
 
 def same(printed, expected):
@@ -57,7 +69,7 @@ def test_python_that_is_typed_line_by_line_prints_the_output_below_it(source, ou
         for line in (*source.splitlines(), ''):   # one more return ends a block
             console.push(line)
     assert errors.getvalue() == ''
-    assert same(printed.getvalue(), output)
+    assert output and same(printed.getvalue(), output)
 
 
 def test_the_script_to_write_prints_the_greeting_and_the_errors_of_the_page(tmp_path):
@@ -82,26 +94,27 @@ eval_interval, eval_iters, warmup_iters = 30, 2, 2
 def test_all_exercises_work_in_their_order(tmp_path):
     for folder in ('config', 'data', 'assets', 'flatgpt'):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns(
-            '*.bin', '*.mask', 'meta.json', '*.parquet', '__pycache__'))
+            '*.bin', '*.mask', '*.jsonl', 'meta.json', '*.parquet', '__pycache__'))
     for path in (*ROOT.glob('*.py'), *ROOT.glob('*.md')):
         shutil.copy(path, tmp_path)
-    for name in ('train_python_char', 'finetune_code'):
+    for name in ('train_python_char', 'finetune_code', 'finetune_sql'):
         with open(tmp_path / 'config' / f'{name}.py', 'a') as f:
             f.write(SMALLER)
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
-    steps = re.findall(r'^    python ([^\n]*)$|^```python\n(.*?)^```$(?:\n\n^```\n(.*?)^```$)?', TEXT,
-                       re.MULTILINE | re.DOTALL)
+    env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
     commands = 0
-    for command, source, output in steps:
-        if command:
-            script, *args = shlex.split(command)
-            done = run(tmp_path / script, *args, cwd=tmp_path, timeout=300)
-            commands += 1
-        elif source in FILES.values():
+    for command, source, output in re.findall(rf'^    ((?:python|head) [^\n]*)$|{BLOCK}', TEXT.replace('\\\n', ''),
+                                              re.MULTILINE | re.DOTALL):
+        if source in FILES.values():
             continue
+        commands += bool(command)
+        if command.startswith('python ') and '$(' not in command:
+            script, *args = shlex.split(command)[1:]
+            done = run(tmp_path / script, *args, cwd=tmp_path, timeout=300)
         else:
-            done = subprocess.run([sys.executable, '-c', source], cwd=tmp_path, capture_output=True, text=True)
+            done = subprocess.run(['bash', '-c', command] if command else [sys.executable, '-c', source], cwd=tmp_path,
+                                  env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f'{command or source}\n{done.stderr}'
         assert not output or same(done.stdout, output)
     assert commands > 25

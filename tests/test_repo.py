@@ -37,7 +37,7 @@ MODULES = {**{name: f'{name}.py' for name in ('configurator', 'model', *SCRIPTS)
            **{f'flatgpt.{part}': f'flatgpt/{part}.py' for part in PARTS}}
 RUNNABLE = [f'{name}.py' for name in SCRIPTS] + ['flatgpt/sweep.py'] + PREPARES   # what has options
 DOCS = sorted(f'docs/{path.name}' for path in ROOT.glob('docs/*.md'))
-TOURS = ['README.md', 'README.zh-CN.md', 'LEARN.md']   # pages that walk through the whole project
+TOURS = ['README.md', 'README.zh-CN.md', 'LEARN.md', 'LEARN.zh-CN.md']   # pages that walk through the whole project
 PAGES = [*TOURS, 'CONTRIBUTING.md', 'CHANGELOG.md', *DOCS]
 
 
@@ -385,7 +385,7 @@ def test_every_option_that_a_page_names_belongs_to_a_script(name, tmp_path):
 # Names that stand for a reader's own files, for files that are made, and for files of other projects
 OTHER_FILES = {'prompts.txt', 'prompt.txt', 'book.txt', 'book-gbk.txt', 'my.txt', 'samples.txt', 'input.txt', 'i.txt',
                'de.txt', 'zh-cn.txt', 'de/reference.txt', 'zh/reference.txt', 'prepare.py', 'my_finetune.py',
-               'llama.cpp/convert_hf_to_gguf.py'}
+               'topics.txt', 'llama.cpp/convert_hf_to_gguf.py'}
 FORMER_FILES = {'CHANGELOG.md': {'RESULTS.md'}}
 
 
