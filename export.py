@@ -42,7 +42,7 @@ path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of, merged=not adapter)
 if adapter and 'base' not in ckpt:
     raise UserError(f'{path} is not an adapter, it has all its weights: remove --adapter')
-kind = pretrained.kind_of(model.config)
+kind = pretrained.hf_architecture(model.config)
 model.to(runtime.DTYPES[dtype]).float()   # what the folder will hold
 
 

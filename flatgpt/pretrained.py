@@ -1,6 +1,8 @@
 """
-Folders of Hugging Face, in both directions: config.json and GPTConfig, model.safetensors and our parameters, by tables
-that are read both ways. The classes that a GPT of ours can be are GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM.
+Folders of Hugging Face, both ways: config.json and GPTConfig, model.safetensors and our parameters, tokenizers.
+
+The tables below give the names of Hugging Face, hf, for ours. They are read in both directions. An architecture is what
+config.json calls model_type.
 """
 
 import json
@@ -14,9 +16,9 @@ from flatgpt import hub, tokenizer
 from flatgpt.errors import UserError
 from model import ARCHS, GPT, GPTConfig
 
-CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}   # by model_type
+CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
 
-# Their modules, by ours; # is the number of a layer. Several of theirs are one of ours, one below the other
+# {module of ours: modules of hf}; # is the number of a layer. Several are rows of ours, one below the other
 GPT2 = {name: [name] for name in ('transformer.wte', 'transformer.wpe', 'transformer.ln_f', 'lm_head', *(
     f'transformer.h.#.{part}' for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')))}
 LLAMA = {
@@ -32,10 +34,10 @@ LLAMA = {
 }
 MODULES = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': {
     **LLAMA, **{f'transformer.h.#.attn.{part}_norm': [f'model.layers.#.self_attn.{part}_norm'] for part in 'qk'}}}
-TURNED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')   # in GPT-2 these lie input by output
+TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')   # in GPT-2 these are stored input by output
 BUFFERS = r'(^|\.)attn\.(masked_)?bias$|rotary_emb\.inv_freq$'   # constants that old files hold
 
-# Their fields, by ours, and the values that they have where config.json is silent
+# {field of GPTConfig: field of config.json}
 FIELDS = {
     'gpt2': {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_embd': 'n_embd',
              'n_head': 'n_head', 'n_inner': 'n_inner', 'norm_eps': 'layer_norm_epsilon',
@@ -46,177 +48,169 @@ FIELDS = {
               'rope_base': 'rope_theta', 'bias': 'attention_bias', 'tie_weights': 'tie_word_embeddings'},
 }
 FIELDS['qwen3'] = FIELDS['llama']
-SILENT = {
+DEFAULTS = {   # what a config.json means that is silent
     'gpt2': {'n_inner': None, 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
              'activation_function': 'gelu_new'},
     'llama': {'num_key_value_heads': None, 'head_dim': None, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0,
-              'attention_bias': False, 'mlp_bias': False, 'tie_word_embeddings': False, 'hidden_act': 'silu'},
+              'attention_bias': False, 'mlp_bias': False, 'tie_word_embeddings': False},
     'qwen3': {'num_key_value_heads': 32, 'head_dim': 128, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0,
-              'attention_bias': False, 'tie_word_embeddings': False, 'hidden_act': 'silu'},
+              'attention_bias': False, 'tie_word_embeddings': False},
 }
-GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}   # their activation_function, ours
+GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}   # {activation_function: gelu}
+SUPPORTED = {   # fields that change the result, with the values that we can compute, the usual one first
+    'gpt2': {'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
+             'add_cross_attention': (False,), 'activation_function': (*GELUS,)},
+    'llama': {'hidden_act': ('silu',), 'rope_type': ('default', 'llama3')},
+    'qwen3': {'hidden_act': ('silu',), 'rope_type': ('default', 'llama3'), 'use_sliding_window': (False,),
+              'attention_bias': (False,)},
+}
+LLAMA3 = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'   # GPTConfig.rope_scaling
 SMALL_FILES = '*.json', 'merges.txt'   # of a repository: all but its weights
-EXPECTED = {   # what changes the result and must be as it is here
-    'gpt2': {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False},
-    'llama': {'hidden_act': 'silu'},
-    'qwen3': {'hidden_act': 'silu', 'use_sliding_window': False, 'attention_bias': False},
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration
 
-def config_from_hf(theirs, folder):
-    """The fields of GPTConfig, {name: value}, that a config.json means; UserError names what it has and we do not."""
+def config_from_hf(hf_config: dict, source) -> dict:
+    """The fields of GPTConfig, {name: value}, for the config.json of a source, a folder or repository. UserError names
+    what it asks for and we cannot compute."""
     try:
-        return meant(theirs, folder)
-    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
-        what = f'does not say its {error.args[0]}' if isinstance(error, KeyError) else f'says what cannot be: {error}'
-        raise UserError(f'{folder}/config.json {what}') from None
+        architecture = hf_config.get('model_type')
+        if architecture not in CLASSES:
+            raise UserError(f'{source} is a model of type {architecture!r}: expected one of '
+                            f'{", ".join(map(repr, CLASSES))}')
+        rope = {**(hf_config.get('rope_parameters') or {}), **(hf_config.get('rope_scaling') or {})}
+        rope.setdefault('rope_type', rope.get('type', 'default'))   # its name before transformers 4.43
+        values = {**DEFAULTS[architecture], **hf_config, **rope}
+        supported = {**SUPPORTED[architecture], 'quantization_config': (None,)}
+        if architecture == 'llama':
+            supported['mlp_bias'] = (values['attention_bias'],)
+        refused = [f'{name}={values[name]!r}' for name, allowed in supported.items()
+                   if values.get(name, allowed[0]) not in allowed]
+        if refused:
+            raise UserError(f'{source}: our {architecture} cannot compute {", ".join(refused)}')
+        config = {**ARCHS[architecture], **{name: values[field] for name, field in FIELDS[architecture].items()}}
+        if architecture == 'gpt2':
+            config |= {'bias': True, 'gelu': GELUS[values['activation_function']]}
+        elif values['rope_type'] == 'llama3':
+            config['rope_scaling'] = tuple(float(values[name]) for name in LLAMA3)
+        with torch.device('meta'):
+            c = GPT(GPTConfig(**config)).config
+    except KeyError as error:
+        raise UserError(f'{source}/config.json does not say its {error.args[0]}') from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f'{source}/config.json says what cannot be: {error}') from None
+    # What an open field means is left open: nanoGPT, which has not these fields, reads a finetuned GPT-2 too
+    usual = {'norm_eps': 1e-5 if architecture == 'gpt2' else 1e-6, 'n_kv_head': c.n_head,
+             'head_dim': c.n_embd / c.n_head, 'n_inner': 4 * c.n_embd if architecture == 'gpt2' else None}
+    return {name: None if value == usual.get(name) else value for name, value in config.items()}
 
 
-def meant(theirs, folder):
-    """The fields of GPTConfig for a config.json; missing fields and wrong types may raise anything."""
-    kind = theirs.get('model_type')
-    if kind not in CLASSES:
-        raise UserError(f'{folder} is a model of type {kind!r}: expected one of {", ".join(map(repr, CLASSES))}')
-    rope = {**(theirs.get('rope_parameters') or {}), **(theirs.get('rope_scaling') or {})}
-    theirs = {**SILENT[kind], **theirs, **{name: rope[name] for name in ('rope_theta',) if name in rope}}
-    odd = [f'{name}={theirs[name]!r}' for name, value in EXPECTED[kind].items() if theirs.get(name, value) != value]
-    odd += [f'{name}={theirs[name]!r}' for name in ('quantization_config',) if theirs.get(name)]
-    if theirs.get('mlp_bias', theirs.get('attention_bias')) != theirs.get('attention_bias'):
-        odd.append(f'mlp_bias={theirs["mlp_bias"]!r} and attention_bias={theirs["attention_bias"]!r}')
-    scaling, kept = None, rope.get('rope_type', rope.get('type', 'default'))
-    if kept == 'llama3':
-        scaling = tuple(float(rope[name]) for name in ('factor', 'low_freq_factor', 'high_freq_factor',
-                                                       'original_max_position_embeddings'))
-    elif kept != 'default':
-        odd.append(f'rope_type={kept!r}')
-    if kind == 'gpt2' and theirs['activation_function'] not in GELUS:
-        odd.append(f'activation_function={theirs["activation_function"]!r}')
-    if odd:
-        raise UserError(f'{folder}: {", ".join(odd)} is nothing that our {kind} can do')
-    ours = {**ARCHS[kind], **{name: theirs[field] for name, field in FIELDS[kind].items()}}
-    for name, value in ours.items():
-        kinds = {'norm_eps': float, 'rope_base': (int, float), 'tie_weights': bool, 'bias': bool}.get(name, int)
-        optional = value is None and name in ('n_kv_head', 'head_dim', 'n_inner')
-        if name in FIELDS[kind] and not optional and (not isinstance(value, kinds)
-                                                      or isinstance(value, bool) and kinds is not bool):
-            raise TypeError(f'{FIELDS[kind][name]}={value!r}')
-    if kind == 'gpt2':
-        ours |= {'bias': True, 'gelu': GELUS[theirs['activation_function']]}
-    else:
-        ours |= {'rope_scaling': scaling}
-    c = GPTConfig(**ours)   # what a field left open would mean is left open: nanoGPT reads a finetuned GPT-2 too
-    usual = {'norm_eps': 1e-5 if kind == 'gpt2' else 1e-6, 'n_kv_head': c.n_head, 'head_dim': c.n_embd / c.n_head,
-             'n_inner': 4 * c.n_embd if kind == 'gpt2' else None}
-    return {name: None if value == usual.get(name) else value for name, value in ours.items()}
-
-
-def kind_of(config):
-    """The model_type whose class computes what a GPTConfig says; UserError names the switches that none has."""
-    odd = {}
-    for kind in CLASSES:
-        wanted = {**ARCHS[kind], 'tie_weights': config.tie_weights, 'window': None, 'layer_scale': None}
-        if kind == 'gpt2':
+def hf_architecture(config: GPTConfig) -> str:
+    """The architecture whose class computes what a GPTConfig says. UserError names the fields that no class has."""
+    unsupported = {}
+    for architecture in CLASSES:
+        wanted = {**ARCHS[architecture], 'tie_weights': config.tie_weights, 'window': None, 'layer_scale': None}
+        if architecture == 'gpt2':
             wanted |= {'n_kv_head': config.n_head if config.n_kv_head else None, 'head_dim': None}
-        if kind == 'qwen3':
+        if architecture == 'qwen3':
             wanted |= {'bias': False}
-        odd[kind] = [f'{name}={getattr(config, name)!r}' for name, value in wanted.items()
-                     if getattr(config, name) != value]
-        if not odd[kind]:
-            return kind
-    nearest = min(reversed(odd.values()), key=len)
+        unsupported[architecture] = [f'{name}={getattr(config, name)!r}' for name, value in wanted.items()
+                                     if getattr(config, name) != value]
+        if not unsupported[architecture]:
+            return architecture
+    nearest = min(reversed(unsupported.values()), key=len)
     raise UserError(f'no class of Hugging Face has {", ".join(nearest)}: what can be exported is what '
                     f'--arch={", --arch=".join(CLASSES)} make, without these')
 
 
-def config_json(config, kind, dtype, eot):
-    """The config.json of a GPTConfig, as a dictionary."""
-    c = {**vars(config), 'n_kv_head': config.n_kv_head or config.n_head, 'head_dim': config.head_width,
-         'n_inner': config.n_inner if kind == 'gpt2' else config.inner_width,
-         'norm_eps': config.norm_eps or (1e-5 if kind == 'gpt2' else 1e-6)}
-    theirs = {'architectures': [CLASSES[kind]], 'model_type': kind, 'dtype': str(dtype).removeprefix('torch.'),
-              'bos_token_id': eot, 'eos_token_id': eot, **{field: c[name] for name, field in FIELDS[kind].items()}}
-    if kind == 'gpt2':
-        theirs |= {'activation_function': next(name for name, gelu in GELUS.items() if gelu == config.gelu),
-                   'attn_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'resid_pdrop': config.dropout}
-        return theirs
-    theirs |= {'hidden_act': 'silu', 'attention_dropout': config.dropout}
-    if kind == 'llama':
-        theirs |= {'mlp_bias': config.bias}
+def config_to_hf(config: GPTConfig, architecture: str, dtype: torch.dtype, eot: int | None) -> dict:
+    """The config.json of a model. eot: id of its end-of-text token."""
+    values = {**vars(config), 'n_kv_head': config.n_kv_head or config.n_head, 'head_dim': config.head_width,
+              'n_inner': config.n_inner if architecture == 'gpt2' else config.inner_width,
+              'norm_eps': config.norm_eps or (1e-5 if architecture == 'gpt2' else 1e-6)}
+    hf_config = {'architectures': [CLASSES[architecture]], 'model_type': architecture,
+                 'dtype': str(dtype).removeprefix('torch.'), 'bos_token_id': eot, 'eos_token_id': eot,
+                 **{field: values[name] for name, field in FIELDS[architecture].items()}}
+    if architecture == 'gpt2':
+        activation = next(name for name, gelu in GELUS.items() if gelu == config.gelu)
+        return {**hf_config, 'activation_function': activation,
+                **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout)}
+    hf_config |= {'hidden_act': 'silu', 'attention_dropout': config.dropout}
+    if architecture == 'llama':
+        hf_config['mlp_bias'] = config.bias
     if config.rope_scaling:
-        names = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
-        theirs |= {'rope_scaling': {'rope_type': 'llama3', **dict(zip(names, config.rope_scaling))}}
-        theirs['rope_scaling']['original_max_position_embeddings'] = int(config.rope_scaling[3])
-    return theirs
+        hf_config['rope_scaling'] = {'rope_type': 'llama3', **dict(zip(LLAMA3, config.rope_scaling))}
+        hf_config['rope_scaling'][LLAMA3[3]] = int(config.rope_scaling[3])
+    return hf_config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # weights
 
-def hf_names(name, kind):
-    """Their names of a parameter of ours."""
+def hf_names(name: str, architecture: str) -> list[str]:
+    """The names that a parameter of ours has in an architecture: several if it is made of several of theirs."""
     module, leaf = name.rsplit('.', 1)
     layer = re.search(r'\.h\.(\d+)\.', name)
-    parts = MODULES[kind][re.sub(r'\.h\.\d+\.', '.h.#.', module)]
-    return [f'{part.replace("#", layer[1]) if layer else part}.{leaf}' for part in parts]
+    number = layer[1] if layer else ''
+    return [f'{part.replace("#", number)}.{leaf}'
+            for part in MODULES[architecture][re.sub(r'\.h\.\d+\.', '.h.#.', module)]]
 
 
-def hf_rows(name, config):
-    """How many rows of a parameter of ours belong to each of theirs that it is made of."""
+def hf_rows(name: str, config: GPTConfig) -> list[int]:
+    """How many rows of a parameter that is made of several belong to each of them."""
     D, K = config.head_width, config.n_kv_head or config.n_head
     return [config.n_head * D, K * D, K * D] if '.c_attn.' in name else [config.inner_width] * 2
 
 
-def ours(tensors, config, kind, folder):
-    """Our parameters, {name: tensor}, out of theirs; UserError if one is missing, left over or of another shape."""
-    prefix = 'transformer.' if kind == 'gpt2' else 'model.'
-    tensors = {name if name.startswith((prefix, 'lm_head.')) else prefix + name: tensor
-               for name, tensor in tensors.items() if not re.search(BUFFERS, name)}
+def weights_from_hf(hf_tensors: dict, config: GPTConfig, architecture: str, source) -> dict:
+    """Our parameters, {name: tensor}, from those of an architecture, of a source, a folder or repository. UserError if
+    one is missing, left over or of another shape."""
+    prefix = 'transformer.' if architecture == 'gpt2' else 'model.'
+    hf_tensors = {name if name.startswith((prefix, 'lm_head.')) else prefix + name: tensor
+                  for name, tensor in hf_tensors.items() if not re.search(BUFFERS, name)}
+    head = hf_tensors.pop('lm_head.weight', None) if config.tie_weights else None
     with torch.device('meta'):
-        wanted = GPT(config).state_dict()
-    head = tensors.pop('lm_head.weight', None) if config.tie_weights else None
-    found = {}
-    for name, empty in wanted.items():
-        if name == 'lm_head.weight' and config.tie_weights:
-            found[name] = found['transformer.wte.weight']
-            continue
-        theirs = hf_names(name, kind)
-        missing = [other for other in theirs if other not in tensors]
+        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+    tensors = {}
+    for name, shape in shapes.items():
+        names = hf_names(name, architecture)
+        missing = [other for other in names if other not in hf_tensors]
         if missing:
-            raise UserError(f'{folder} has no weights {missing[0]}: it is not complete')
-        try:
-            tensor = torch.cat([tensors.pop(other) for other in theirs])
-        except RuntimeError:   # of different widths
-            raise UserError(f'{folder}: {", ".join(theirs)} do not belong together') from None
-        found[name] = tensor.T if kind == 'gpt2' and name.endswith(TURNED) else tensor
-        if found[name].shape != empty.shape:
-            raise UserError(f'{folder}: {theirs[0]} has shape {tuple(found[name].shape)}, and config.json means '
-                            f'{tuple(empty.shape)}: they do not belong together')
-    if head is not None and not torch.equal(head, found['transformer.wte.weight']):
-        raise UserError(f'{folder}: config.json says tie_word_embeddings, and lm_head.weight is another matrix')
-    if tensors:
-        raise UserError(f'{folder} has weights that a {kind} has not: {", ".join(sorted(tensors)[:3])}')
-    return found
-
-
-def theirs(model, kind):
-    """Their parameters, {name: tensor}, out of a model of ours."""
-    config, found = model.config, {}
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+            raise UserError(f'{source} has no weights {missing[0]}: it is not complete')
+        parts = [hf_tensors.pop(other) for other in names]
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise UserError(f'{source}: {", ".join(names)} have different widths')
+        tensor = torch.cat(parts)
+        if architecture == 'gpt2' and name.endswith(TRANSPOSED):
+            tensor = tensor.T
+        if tensor.shape != shape:
+            raise UserError(f'{source}: {names[0]} has shape {tuple(tensor.shape)}, and its config.json means {shape}')
+        tensors[name] = tensor
     if config.tie_weights:
-        del weights['lm_head.weight']
-    for name, tensor in list(weights.items()):
-        module, leaf = name.rsplit('.', 1)   # biases of nothing, where their class has one and we do not
-        if kind == 'gpt2' and not config.bias and leaf == 'weight' and not module.endswith(('wte', 'wpe', 'lm_head')):
-            weights[f'{module}.bias'] = tensor.new_zeros(tensor.size(0))
-    for name, tensor in weights.items():
-        names = hf_names(name, kind)
-        tensor = tensor.T if kind == 'gpt2' and name.endswith(TURNED) else tensor
-        parts = [tensor] if len(names) == 1 else tensor.split(hf_rows(name, config))
-        found.update(zip(names, (part.contiguous() for part in parts)))
-    return found
+        tensors['lm_head.weight'] = tensors['transformer.wte.weight']
+    if head is not None and not torch.equal(head, tensors['lm_head.weight']):
+        raise UserError(f'{source}: config.json says tie_word_embeddings, and lm_head.weight is another matrix')
+    if hf_tensors:
+        raise UserError(f'{source} has weights that a {architecture} has not: {", ".join(sorted(hf_tensors)[:3])}')
+    return tensors
+
+
+def weights_to_hf(model: GPT, architecture: str) -> dict:
+    """The parameters of a model, {name: tensor}, as an architecture has them."""
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    if architecture == 'gpt2' and not model.config.bias:   # its class always has biases
+        for name, tensor in list(tensors.items()):
+            if not name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')):
+                tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(tensor.size(0))
+    hf_tensors = {}
+    for name, tensor in tensors.items():
+        names = hf_names(name, architecture)
+        if architecture == 'gpt2' and name.endswith(TRANSPOSED):
+            tensor = tensor.T
+        parts = tensor.split(hf_rows(name, model.config)) if len(names) > 1 else [tensor]
+        hf_tensors |= {other: part.contiguous() for other, part in zip(names, parts)}
+    return hf_tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,43 +231,38 @@ def fetch_config(name: str) -> Path:
     return folder
 
 
-def load(folder):
-    """A checkpoint, as checkpoint.load() gives it, of a folder of Hugging Face: weights, configuration, tokenizer."""
-    theirs = read_json(folder / 'config.json')
-    fields = config_from_hf(theirs, folder)
-    ckpt = {'model': ours(read_weights(folder), GPTConfig(**fields), theirs['model_type'], folder),
-            'model_args': GPTConfig(**fields).to_dict()}
+def load(folder: Path) -> dict:
+    """A checkpoint, as checkpoint.load() gives it, from a folder: weights, configuration, tokenizer if it has one."""
+    hf_config = read_json(folder / 'config.json')
+    config = GPTConfig(**config_from_hf(hf_config, folder))
+    ckpt = {'model': weights_from_hf(read_weights(folder), config, hf_config['model_type'], folder),
+            'model_args': config.to_dict()}
     tok = tokenizer_in(folder)
     return {**ckpt, 'tokenizer': tok.to_dict()} if tok else ckpt
 
 
-def read_json(path):
+def read_json(path: Path) -> dict:
+    """The content of a JSON file that holds an object. Raises UserError."""
     try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
-        if not isinstance(content, dict):
-            raise ValueError('it is no JSON object')
-        return content
+        content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read {path}: {getattr(error, "strerror", None) or error}') from None
+    if not isinstance(content, dict):
+        raise UserError(f'cannot read {path}: expected a JSON object')
+    return content
 
 
-def shards(index):
-    """The files that an index names."""
-    named = read_json(index).get('weight_map')
-    files = set(map(str, named.values())) if isinstance(named, dict) else set()
-    odd = [file for file in files if not re.fullmatch(r'[\w.-]+\.safetensors', file)]
-    if odd or not files:
-        raise UserError(f'{index} names {odd[:1] or "no file"}: expected files of weights, *.safetensors')
-    return sorted(files)
-
-
-def read_weights(folder):
-    """All tensors in the *.safetensors files of one folder: {name: tensor}."""
+def read_weights(folder: Path) -> dict:
+    """All tensors of model.safetensors, or of the files that its index names: {name: tensor}. Raises UserError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index = folder / 'model.safetensors.index.json'
-    files = shards(index) if index.exists() and not (folder / 'model.safetensors').exists() else ['model.safetensors']
+    files, index = ['model.safetensors'], folder / 'model.safetensors.index.json'
+    if index.exists() and not (folder / files[0]).exists():
+        named = read_json(index).get('weight_map')
+        files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+        if not files or not all(re.fullmatch(r'[\w.-]+\.safetensors', file) for file in files):
+            raise UserError(f'{index} names {files[:1] or "no file"}: expected files of weights, *.safetensors')
     tensors = {}
     for file in files:
         try:
@@ -287,7 +276,33 @@ def read_weights(folder):
     return tensors
 
 
-def tokenizer_in(folder):
+def save(folder: Path, model: GPT, architecture: str, dtype: torch.dtype, tok: tokenizer.Tokenizer):
+    """Write a folder that transformers loads: config.json, generation_config.json, model.safetensors in dtype, and the
+    tokenizer."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    tensors = {name: tensor.to(dtype) for name, tensor in weights_to_hf(model, architecture).items()}
+    save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})   # which transformers asks for
+    write_json(folder / 'config.json', config_to_hf(model.config, architecture, dtype, tok.eot))
+    write_json(folder / 'generation_config.json', {'bos_token_id': tok.eot, 'eos_token_id': tok.eot})
+    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
+    (folder / 'tokenizer.json').write_text(tokenizer_json(tok), encoding='utf-8')
+    names = {} if tok.eot is None else dict.fromkeys(('bos_token', 'eos_token'), tok.token_bytes(tok.eot).decode())
+    write_json(folder / 'tokenizer_config.json', {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+        'model_max_length': model.config.block_size, **names})
+
+
+def write_json(path: Path, content: dict):
+    """Write a dictionary as a JSON file that a person can read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+def tokenizer_in(folder: Path) -> tokenizer.Tokenizer | None:
     """The tokenizer in a folder: tokenizer.json, or GPT-2's vocab.json with merges.txt; None if it has neither."""
     eot = read_json(folder / 'config.json').get('eos_token_id')
     eot = eot[0] if isinstance(eot, list) and eot else eot
@@ -299,31 +314,6 @@ def tokenizer_in(folder):
         return None
     return tokenizer.BpeTokenizer.of_files(read_json(vocab), tokenizer.read_text(merges), eot)
 
-
-def save(folder, model, kind, dtype, tok):
-    """Make a folder of Hugging Face of a model: config.json, generation_config.json, model.safetensors in dtype, and a
-    tokenizer that AutoTokenizer loads."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    tensors = {name: tensor.to(dtype) for name, tensor in theirs(model, kind).items()}
-    save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})   # which transformers asks for
-    write_json(folder / 'config.json', config_json(model.config, kind, dtype, tok.eot))
-    write_json(folder / 'generation_config.json', {'bos_token_id': tok.eot, 'eos_token_id': tok.eot})
-    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
-    (folder / 'tokenizer.json').write_text(tokenizer_json(tok), encoding='utf-8')
-    names = {} if tok.eot is None else dict.fromkeys(('bos_token', 'eos_token'), tok.token_bytes(tok.eot).decode())
-    write_json(folder / 'tokenizer_config.json', {
-        'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-        'model_max_length': model.config.block_size, **names})
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizers
 
 def tokenizer_json(tok):
     """The text of a tokenizer.json that encodes as one of our tokenizers does."""

@@ -215,8 +215,8 @@ def test_what_cannot_be_read_back_is_not_exported(models, tmp_path, monkeypatch)
         tensors['transformer.h.0.ln_1.weight'] = tensors['transformer.h.0.ln_1.weight'] + 1
         return tensors
 
-    theirs = pretrained.theirs
-    monkeypatch.setattr(pretrained, 'theirs', wrong)
+    theirs = pretrained.weights_to_hf
+    monkeypatch.setattr(pretrained, 'weights_to_hf', wrong)
     done = call('export.py', f'--out_dir={models["gpt2"]}', f'--to={tmp_path / "to"}')
     assert_one_line(done, 1, 'the exported model does not give what', 'nothing was exported')
     assert not list(tmp_path.iterdir())
