@@ -10,7 +10,6 @@ The architectures 'gpt2', 'llama' and 'qwen3' of train.py have a class there, ot
 """
 
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -31,77 +30,74 @@ dtype = 'float32'                     # of the weights in it: 'float32', 'bfloat
 adapter = False                       # an adapter alone instead of what it makes of its base
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
-
-# refusals
-
 validate.export_options(config)
 
-# model
+# the model, with the weights that the folder will hold
 
 path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of, merged=not adapter)
 if adapter and 'base' not in ckpt:
     raise UserError(f'{path} is not an adapter, it has all its weights: remove --adapter')
-kind = pretrained.hf_architecture(model.config)
-model.to(runtime.DTYPES[dtype]).float()   # what the folder will hold
+architecture = pretrained.hf_architecture(model.config)
+model.to(runtime.DTYPES[dtype]).float()
 
+# what the folder must give again: the ids of a text, and the logits of random ids
 
 probe = ''.join(tok.chars) if isinstance(tok, tokenizer.CharTokenizer) else tokenizer.PROBE
-shape = 1, min(model.config.block_size, 1024)
+shape = (1, min(model.config.block_size, 1024))
 ids = torch.randint(tok.vocab_size, shape, generator=torch.Generator().manual_seed(1))   # (B, T)
 
 
-def check(what, text_ids, logits):
-    """Raise UserError unless the exported files give the ids of the probe and the logits of the model here."""
+def compare(reader, text_ids, logits):
+    """Raise UserError unless a reader of the folder gives the ids and the logits that the model here gives."""
     with torch.inference_mode():
-        ours = model(ids, ids)[0]
-    close = torch.allclose(logits, ours, rtol=1e-4, atol=1e-4)
-    if list(text_ids) != tok.encode(probe).tolist() or not close:
-        raise UserError(f'{what} does not give what {path} gives: nothing was exported')
+        expected = model(ids, ids)[0]
+    same_logits = torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    if list(text_ids) != tok.encode(probe).tolist() or not same_logits:
+        raise UserError(f'{reader} does not give what {path} gives: nothing was exported')
 
 
-def check_with_transformers(folder):
-    """The same by the library that the folder is for, if it is installed. Returns its name and version, or None."""
+def compare_with_transformers(folder):
+    """Compare by the library that the folder is for, if it is installed. Returns its name and version, or None."""
     try:
         import transformers
     except ImportError:
         return None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reader = f'transformers {transformers.__version__}'
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text_ids = transformers.AutoTokenizer.from_pretrained(folder).encode(probe, add_special_tokens=False)
     with torch.inference_mode():
-        check(f'transformers {transformers.__version__}', text_ids, theirs(ids).logits)
-    return f'transformers {transformers.__version__}'
+        compare(reader, text_ids, other(ids).logits)
+    return reader
 
 
-# write beside the place, read back, compare, and only then let it appear
+# write to a temporary folder beside it, read back, compare, and only then let it appear
 
-to, scratch = Path(to).expanduser().resolve(), None
+to = Path(to).expanduser().resolve()
+reader = None
 try:
     to.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f'.{to.name}-', dir=to.parent))
-    new = scratch / to.name
-    if adapter:
-        lora.save_peft(new, model, kind, ckpt['lora'], str(ckpt['base']['path']))
-        if not lora.same_peft(new, model, kind):
-            raise UserError(f'the adapter that was read back is not that of {path}: nothing was exported')
-        reader = None
-    else:
-        pretrained.save(new, model, kind, runtime.DTYPES[dtype], tok)
-        again, text, _ = checkpoint.load_model(new)
-        with torch.inference_mode():
-            check('the exported model', text.encode(probe), again(ids, ids)[0])
-        reader = check_with_transformers(new)
-    if to.is_dir():
-        to.rmdir()
-    os.rename(new, to)
+    with tempfile.TemporaryDirectory(prefix=f'.{to.name}-', dir=to.parent) as scratch:
+        new = Path(scratch) / to.name
+        if adapter:
+            lora.save_peft(new, model, architecture, ckpt['lora'], str(ckpt['base']['path']))
+            if not lora.same_peft(new, model, architecture):
+                raise UserError(f'the adapter that was read back is not that of {path}: nothing was exported')
+        else:
+            pretrained.save(new, model, architecture, runtime.DTYPES[dtype], tok)
+            again, again_tok, _ = checkpoint.load_model(new)
+            with torch.inference_mode():
+                compare('the exported model', again_tok.encode(probe), again(ids, ids)[0])
+            reader = compare_with_transformers(new)
+        if to.is_dir():
+            to.rmdir()
+        os.rename(new, to)
 except (OSError, SafetensorError) as error:
     raise UserError(f'cannot write {to}: {getattr(error, "strerror", None) or error}') from None
-finally:
-    if scratch:
-        shutil.rmtree(scratch, ignore_errors=True)
-size = sum(file.stat().st_size for file in to.iterdir())
-print(f'{path} as {pretrained.CLASSES[kind]}, {size / 1e6:,.1f} MB, read back and compared'
-      f'{f", by {reader} too" if reader else ""}', file=sys.stderr)
+
+size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
+also = f', by {reader} too' if reader else ''
+print(f'{path} as {pretrained.CLASSES[architecture]}, {size:,.1f} MB, read back and compared{also}', file=sys.stderr)
 print(to)
