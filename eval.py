@@ -109,7 +109,7 @@ def read_ids(name):
         text = tokenizer.read_text(name)
         with evaluation.naming(name):
             ids = tok.encode(text)
-        return np.concatenate((tok.beginning(), ids)) if tok.eot is not None else ids, name, None
+        return np.concatenate((tok.encode_prompt(''), ids)) if tok.eot is not None else ids, name, None
     else:
         dataset = Dataset(name)
         ids, made_with, name = dataset.data[split], dataset.tokenizer, f'{dataset.folder}/{split}.bin'
@@ -130,7 +130,7 @@ if data:
     if not learnt[1:].any():
         raise UserError(f'{where} has no token to score: expected two, or one of text if the model knows ends of texts')
     loss, error, n = evaluation.rolling_loss(model, rt, ids, stride, batch_size, learnt)
-    n_bytes, n_chars = tokenizer.text_size(tok, ids[1:][learnt[1:]])
+    n_chars, n_bytes = tok.count(ids[1:][learnt[1:]])
     bits = loss / math.log(2)
     report['data'] = {'of': where, 'tokens': n, 'bytes': n_bytes, 'characters': n_chars, 'stride': stride,
                       'loss': loss, 'loss_stderr': error, 'perplexity': evaluation.perplexity(loss),
@@ -175,7 +175,7 @@ if generate:
     texts, prompts = contexts('generate', shots), []
     for item, context in texts:
         with evaluation.naming(item.where):
-            prompts.append(tok.encode(context, special=True) if context else tok.beginning())
+            prompts.append(tok.encode_prompt(context))
     stops += [evaluation.SEPARATOR] * (shots > 0)   # where the next example would begin
     answers = evaluation.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size)
     answers = [answer.strip() for answer in answers]

@@ -113,8 +113,8 @@ elif not quantize:
 class Sample:
     def __init__(self, prompt):
         self.prompt, self.text, self.ids, self.logprob, self.finish = prompt, '', [], 0.0, None
-        self.piece, self.shown = tok.stream(), 0   # whole characters out of tokens; how many are out
-        ids = tok.encode(prompt, special=True) if prompt else tok.beginning()
+        ids = tok.encode_prompt(prompt)
+        self.piece, self.shown = tok.stream(ids), 0   # whole characters out of tokens; how many are out
         self.start = torch.from_numpy(ids.astype('int64'))
 
     def add(self, token, logprob):
@@ -124,7 +124,7 @@ class Sample:
         before = len(self.text)
         self.logprob += logprob
         self.ids.append(token)
-        if token == tok.eot:
+        if token in tok.ends:
             self.finish = 'stop'
         else:
             self.text += self.piece(token)

@@ -104,11 +104,11 @@ def encode_pair(tok, context, continuation):
     the end of the context belong to it, because words are encoded with the space before them. An empty context
     becomes the end of a text before it."""
     bare = context.rstrip()
-    alone, whole = tok.encode(bare, special=True), tok.encode(context + continuation, special=True)
+    alone, whole = tok.encode_prompt(bare), tok.encode_prompt(context + continuation)
     n = min(len(alone), len(whole))
     same = int((alone[:n] == whole[:n]).cumprod().sum())
-    if same == 0:
-        return tok.beginning().astype(whole.dtype), whole
+    if same == 0 or not (bare or tok.begin):
+        return tok.encode_prompt(''), whole
     return whole[:same], whole[same:]
 
 

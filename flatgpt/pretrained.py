@@ -312,7 +312,7 @@ def tokenizer_in(folder: Path) -> tokenizer.Tokenizer | None:
     vocab, merges = folder / 'vocab.json', folder / 'merges.txt'
     if not vocab.exists() or not merges.exists():
         return None
-    return tokenizer.BpeTokenizer.of_files(read_json(vocab), tokenizer.read_text(merges), eot)
+    return tokenizer.BpeTokenizer(tokenizer.of_files(vocab, merges), eot)
 
 
 def tokenizer_json(tok):
@@ -326,13 +326,14 @@ def tokenizer_json(tok):
         encoding.decoder = decoders.Fuse()
         return encoding.to_str()
     shown = {byte: char for char, byte in tokenizer.byte_alphabet().items()}
-    ranks, special = tok.encoding._mergeable_ranks, tok.encoding._special_tokens
+    ranks = tok.parts['mergeable_ranks']
+    special = tok.parts['special_tokens']
     vocab = {''.join(shown[byte] for byte in token): i for token, i in ranks.items()}
     pairs = [pair_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     merges = [tuple(''.join(shown[byte] for byte in part) for part in pair) for pair in pairs]
     encoding = Tokenizer(models.BPE({**vocab, **special}, merges, ignore_merges=True))
     encoding.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(tok.encoding._pat_str), 'isolated'),
+        pre_tokenizers.Split(Regex(tok.parts['pat_str']), 'isolated'),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     encoding.decoder = decoders.ByteLevel()
     encoding.add_special_tokens(sorted(special, key=special.get))

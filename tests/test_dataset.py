@@ -34,7 +34,7 @@ GOLDEN_X = [[[459, 460, 461], [640, 641, 642]], [[393, 394, 395], [584, 585, 586
 
 def sized(vocab_size):
     """What dataset.write needs of a tokenizer."""
-    return SimpleNamespace(vocab_size=vocab_size, eot=None, token_bytes=lambda i: b'x',
+    return SimpleNamespace(vocab_size=vocab_size, eot=None, count=lambda ids: (len(ids), len(ids)),
                            to_dict=lambda: {'kind': 'a test'})
 
 

@@ -23,7 +23,7 @@ from flatgpt.tokenizer import BpeTokenizer, CharTokenizer
 
 WORDS = '''the of and to in is that for it was on are as with his they at be this from have or by one had not but what
 all were when we there can an your which their said if do will each about how up out them then she many some so these
-would 你好 世界 今天 北京 朋友 学习 语言 模型 größe naïve café <|endoftext|> 12 345 def return( self.x )'''.split()
+would 你好 世界 今天 北京 朋友 学习 语言 模型 größe naïve café <|end|> 12 345 def return( self.x )'''.split()
 
 
 def prose(seed, words):

@@ -1,8 +1,9 @@
-"""Text to ids and back: nothing is lost, tiktoken agrees, and a stream never shows half a character."""
+"""Text to ids and back: nothing is lost, other libraries agree, and a stream never shows half a character."""
 
 import json
 import socket
 import threading
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,40 +15,314 @@ from properties import quick
 
 from flatgpt import tokenizer
 from flatgpt.errors import UserError
-from flatgpt.tokenizer import CharTokenizer, TiktokenTokenizer, Tokenizer, from_dict, id_type, read_text
+from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, from_dict, id_type, same
 
 characters = st.characters(exclude_categories=['Cs'])
 texts = st.text(characters)   # any Unicode text
 MIXED = 'Grüße, 世界! 👩‍👩‍👧 🇺🇦 e\u0301 \u0000\r\n\t𝔘\U0010ffff'
+LINES = [f'the {i}th line says: 你好 world, naïve café! def f(x): return {i}\n' for i in range(300)]
 
 
 @pytest.fixture(scope='module')
 def gpt2():
-    """GPT-2's encoding, from files that lie ready."""
+    """GPT-2's encoding, from files that are already here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
         return TiktokenTokenizer('gpt2')
 
 
+FEW = {'name': 'few', 'pat_str': tokenizer.GPT2_WORDS,
+       'mergeable_ranks': {bytes([i]): i for i in range(256)} | {b'ab': 256, b'abc': 257},
+       'special_tokens': {'<|endoftext|>': 258, '<|fim|>': 300}}
+
+
 @pytest.fixture(scope='module')
 def few():
     """An encoding of tiktoken's kind that has few tokens, another special one after a gap, and needs no file."""
-    import tiktoken
+    return TiktokenTokenizer('few', FEW)
 
-    ranks = {bytes([i]): i for i in range(256)} | {b'ab': 256, b'abc': 257}
-    encoding = tiktoken.Encoding('few', pat_str=tokenizer.GPT2_WORDS, mergeable_ranks=ranks,
-                                 special_tokens={'<|endoftext|>': 258, '<|fim|>': 300})
-    with pytest.MonkeyPatch.context() as patch:
-        real = tiktoken.get_encoding
-        patch.setattr(tiktoken, 'get_encoding', lambda name: encoding if name == 'p50k_base' else real(name))
-        yield TiktokenTokenizer('p50k_base')
+
+@pytest.fixture(scope='module')
+def trained():
+    return BpeTokenizer.train(LINES, 400)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the kinds of tokenizers that come with models
+
+BYTES = [f'<0x{byte:02X}>' for byte in range(256)]
+PIECES = ['▁', *'helo世', 'he', 'll', '▁he', 'llo', '▁hello']
+
+
+def as_json(model, normalizer=None, pre_tokenizer=None, decoder=None, template='$A', special=()):
+    """The text of a tokenizer.json of these parts."""
+    import tokenizers
+    from tokenizers import processors
+
+    made = tokenizers.Tokenizer(model)
+    made.add_special_tokens(list(special))
+    for name, part in (('normalizer', normalizer), ('pre_tokenizer', pre_tokenizer), ('decoder', decoder)):
+        if part is not None:
+            setattr(made, name, part)
+    named = [(name, made.token_to_id(name)) for name in template.split() if name != '$A']
+    if named:
+        made.post_processor = processors.TemplateProcessing(single=template, special_tokens=named)
+    return made.to_str()
+
+
+def sentencepiece(template='<s> $A'):
+    """As Llama 2's: spaces are part of the words, unknown characters become bytes, a text has a beginning."""
+    from tokenizers import decoders, models, normalizers
+
+    tokens = ['<unk>', '<s>', '</s>', *BYTES, *PIECES]
+    merges = [('h', 'e'), ('l', 'l'), ('▁', 'he'), ('ll', 'o'), ('▁he', 'llo')]
+    return as_json(models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token='<unk>', fuse_unk=True,
+                              byte_fallback=True),
+                   normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]), None,
+                   decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(' ', 1, 0)]), template, ('<s>', '</s>'))
+
+
+def unigram(template='$A </s>'):
+    """As Gemma's or T5's: Unigram, Metaspace, unknown characters become bytes."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocab = [('<unk>', 0.0), ('</s>', 0.0), *((token, -9.0) for token in BYTES), *((piece, -2.0) for piece in PIECES)]
+    return as_json(models.Unigram(vocab, 0, byte_fallback=True), None,
+                   pre_tokenizers.Metaspace('▁', prepend_scheme='first'),
+                   decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace('▁', prepend_scheme='first')]),
+                   template, ('</s>',))
+
+
+def byte_level(add_prefix_space=False, normalizer=None, template='$A', special=()):
+    """As GPT-2's or RoBERTa's, from another trainer: the vocabulary begins with the bytes in their order."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    alphabet = [char for char, _ in sorted(tokenizer.byte_alphabet().items(), key=lambda item: item[1])]
+    tokens = [*alphabet, 'he', 'll', 'Ġhe', 'llo', *special]
+    return as_json(models.BPE({token: i for i, token in enumerate(tokens)},
+                              [('h', 'e'), ('l', 'l'), ('Ġ', 'he'), ('ll', 'o')]),
+                   normalizers.NFC() if normalizer else None, pre_tokenizers.ByteLevel(add_prefix_space),
+                   decoders.ByteLevel(), template, special)
+
+
+def wordpiece():
+    """As BERT's: lower case, words, and what continues them after ##."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    tokens = ['[UNK]', '[CLS]', '[SEP]', *'helowrd', *(f'##{char}' for char in 'helowrd'), 'hello', '世', '.', '##ll']
+    return as_json(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token='[UNK]'),
+                   normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(),
+                   '[CLS] $A [SEP]', ('[CLS]', '[SEP]', '[UNK]'))
+
+
+def without_first_space(text):
+    return text.removeprefix(' ')
+
+
+def composed(text):
+    return unicodedata.normalize('NFC', text)
+
+
+# name: (tokenizer.json, the text that comes back of a text)
+KINDS = {
+    'byte-level': (byte_level, str), 'NFC': (lambda: byte_level(normalizer=True), composed),
+    'byte-level with a template': (lambda: byte_level(template='<s> $A </s>', special=('<s>', '</s>')), str),
+    'prefix space': (lambda: byte_level(add_prefix_space=True), str),
+    'SentencePiece': (sentencepiece, str), 'SentencePiece with an end': (lambda: sentencepiece('<s> $A </s>'), str),
+    'Unigram': (unigram, without_first_space), 'trained': (lambda: BpeTokenizer.train(LINES, 300).json, str),
+}
+
+
+@pytest.fixture(scope='module')
+def kinds():
+    return {name: BpeTokenizer(make()) for name, (make, _) in KINDS.items()} | {'WordPiece': BpeTokenizer(wordpiece())}
+
+
+some_texts = texts | st.text(st.sampled_from('hello 世界 é😀\n')) | st.sampled_from(['hello', ' hello hello', 'x  y '])
+
+
+@pytest.mark.parametrize('name', KINDS)
+@quick
+@given(text=some_texts)
+def test_every_text_comes_back_whole_and_streamed_and_its_size_is_counted(kinds, name, text):
+    if name == 'prefix space':
+        text = text.lstrip()   # it puts a space before a text that has none
+    text = text.replace('▁', '')   # which means a space to SentencePiece
+    tok, expected = kinds[name], KINDS[name][1](text)
+    ids = tok.encode(text)
+    assert tok.decode(ids).removeprefix(tok.lead) == expected and ids.dtype == np.uint16
+    piece = tok.stream()
+    assert ''.join([piece(i) for i in ids]) + piece(None) == tok.decode(ids)
+    document = tok.encode_document(text)
+    assert document.tolist() == [*tok.begin, *ids, *([] if tok.eot is None else [tok.eot])]
+    for times in (1, 2):
+        assert tok.count(np.tile(document if tok.eot is not None else ids, times)) == (
+            times * len(expected), times * len(expected.encode())) or tok.eot is None
+
+
+@pytest.mark.parametrize('name', [*KINDS, 'WordPiece'])
+@quick
+@given(data=st.data())
+def test_any_ids_after_any_prompt_are_streamed_as_they_are_decoded_together(kinds, name, data):
+    tok = kinds[name]
+    ids = st.lists(st.integers(0, tok.vocab_size) | st.sampled_from(tok.encode('hello 世').tolist()), max_size=60)
+    prompt, answer = data.draw(ids), data.draw(ids)
+    piece = tok.stream(prompt)
+    shown = ''.join([piece(i) for i in answer]) + piece(None)
+    assert shown == tok.decode_after(prompt, answer)
+    start = tok.decode(prompt)
+    if not start.endswith('\ufffd'):   # it may be completed by the answer
+        assert start + shown == tok.decode(prompt + answer)
+
+
+def test_an_answer_is_the_text_after_the_prompt(kinds):
+    tok = kinds['SentencePiece']
+    hello = tok.encoding.token_to_id('▁hello')
+    assert tok.decode_after(tok.encode_prompt('hello'), [hello]) == ' hello' and tok.decode([hello]) == 'hello'
+
+
+@pytest.mark.parametrize('name', ['SentencePiece', 'Unigram'])
+def test_stray_bytes_become_replacement_characters_and_the_stream_goes_on(kinds, name):
+    tok = kinds[name]
+    h, lone, first, second, third = (tok.encoding.token_to_id(token) for token in (
+        'h', '<0xFF>', '<0xE4>', '<0xBD>', '<0xA0>'))
+    piece = tok.stream([h])
+    assert [piece(i) for i in (lone, h, first, second, third, first, h, first, None)] == [
+        '', '\ufffdh', '', '', '你', '', '\ufffdh', '', '\ufffd']
+    assert tok.decode([h, first, second, third, lone, h]) == 'h你\ufffdh'
+
+
+def test_half_a_character_at_the_end_is_shown(kinds):
+    for name, tok in kinds.items():
+        if name != 'WordPiece':
+            half = tok.encode('😀')[-2:-1].tolist()
+            assert tok.decode_after(tok.encode_prompt('h'), half) == '\ufffd'
+
+
+@pytest.mark.parametrize('name, begin, eot', [
+    ('byte-level', [], None), ('byte-level with a template', ['<s>'], '</s>'), ('SentencePiece', ['<s>'], None),
+    ('SentencePiece with an end', ['<s>'], '</s>'), ('Unigram', [], '</s>'), ('trained', [], '<|endoftext|>'),
+    ('WordPiece', ['[CLS]'], '[SEP]')])
+def test_what_stands_before_and_after_a_text_is_asked_of_the_template(kinds, name, begin, eot):
+    tok = kinds[name]
+    number = tok.encoding.token_to_id
+    assert tok.begin == tuple(map(number, begin)) and tok.eot == (eot and number(eot))
+    assert tok.ends == (() if eot is None else (tok.eot,))
+    ids = tok.encode('hello').tolist()
+    assert tok.encode_prompt('hello').tolist() == [*tok.begin, *ids]   # and not what ends a text
+    assert tok.encode_document('hello').tolist() == [*tok.begin, *ids, *tok.ends]
+    two = tok.encode_texts(['hello', 'hello']).tolist()
+    assert two == [*tok.begin, *ids, *tok.ends] * 2
+    pieces = tok.encode_texts(['hello'], end=False).tolist(), tok.encode_texts(['hello'], begin=False).tolist()
+    assert pieces == ([*tok.begin, *ids], [*ids, *tok.ends])
+
+
+def test_a_beginning_that_a_text_has_already_is_not_put_before_it_again(kinds):
+    tok = kinds['SentencePiece with an end']
+    once = tok.encode_prompt('hello').tolist()
+    assert tok.encode_prompt('<s>hello').tolist() == once
+    assert tok.encode_document('<s>hello').tolist() == [*once, tok.eot]
+    assert tok.encode_prompt('hello<s>').tolist()[-1] == tok.begin[0]
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_text(kinds, few):
+    assert kinds['SentencePiece with an end'].encode_prompt('').tolist() == [1]
+    assert kinds['trained'].encode_prompt('').tolist() == [0]
+    assert few.encode_prompt('').tolist() == [258]
+    assert CharTokenizer('\na').encode_prompt('').tolist() == [0]
+    assert CharTokenizer('ab\n').encode_prompt('').tolist() == [2]
+    assert CharTokenizer.of('ba').encode_prompt('').tolist() == [0]
+    with pytest.raises(UserError, match='give a prompt'):
+        kinds['byte-level'].encode_prompt('')
+
+
+def test_special_tokens_are_read_in_prompts_and_in_documents_alike():
+    tok = BpeTokenizer.train(LINES, 300, special=('<|endoftext|>', '<|user|>'))
+    assert tok.ranks
+    library = BpeTokenizer(json.dumps({**json.loads(tok.json), 'normalizer': {'type': 'NFC'}}))
+    assert not library.ranks
+    text = '<|user|>hello<|endoftext|>x'
+    for each in (tok, library):
+        ids = [1, *each.encode('hello').tolist(), 0, *each.encode('x').tolist()]
+        assert each.encode_prompt(text).tolist() == ids and each.encode_document(text).tolist() == [*ids, 0]
+        plain = each.encode(text)
+        assert not {0, 1} & set(plain.tolist()) and each.decode(plain) == each.decode(ids) == text
+
+
+@pytest.mark.parametrize('name', ['SentencePiece', 'byte-level', 'WordPiece'])
+def test_keys_that_a_tokenizer_json_may_lack_are_those_of_the_library(kinds, name):
+    tok = kinds[name]
+    d = json.loads(tok.json)
+    for key in ('truncation', 'padding'):
+        del d[key]
+    if name == 'byte-level':
+        del d['pre_tokenizer']['use_regex'], d['normalizer'], d['post_processor'], d['added_tokens']
+        for key in ('dropout', 'unk_token', 'fuse_unk', 'byte_fallback', 'ignore_merges'):
+            del d['model'][key]
+    again = BpeTokenizer(json.dumps(d))
+    assert again.encode_document('hello').tolist() == tok.encode_document('hello').tolist()
+    assert again.decode(again.encode('hello')) == 'hello' and same(again, tok)
+
+
+@pytest.mark.parametrize('name', ['trained', 'SentencePiece'])
+@pytest.mark.parametrize('setting', [
+    {'truncation': {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0}},
+    {'padding': {'strategy': {'Fixed': 50}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0,
+                 'pad_type_id': 0, 'pad_token': '<unk>'}}], ids=['truncation', 'padding'])
+def test_texts_are_encoded_whole_and_without_padding_whatever_a_tokenizer_json_sets(kinds, name, setting):
+    tok = kinds[name]
+    other = BpeTokenizer(json.dumps(json.loads(tok.json) | setting), tok.eot)
+    text = 'hello hello hello hello'
+    assert len(tok.encode(text)) > 3
+    for special in (False, True):
+        assert other.encode(text, special=special).tolist() == tok.encode(text, special=special).tolist()
+    assert other.encode_texts([text, 'h']).tolist() == tok.encode_texts([text, 'h']).tolist()
+
+
+def test_a_token_outside_the_byte_alphabet_is_its_own_text():
+    d = json.loads(byte_level())
+    d['model']['vocab']['你好'] = len(d['model']['vocab'])
+    tok = BpeTokenizer(json.dumps(d))
+    assert tok.token_bytes(tok.vocab_size - 1) == '你好'.encode()
+    assert tok.decode([tok.vocab_size - 1]) == '你好' == tok.encoding.decode([tok.vocab_size - 1])
+
+
+def test_characters_that_would_be_lost_are_refused():
+    from tokenizers import decoders, models, pre_tokenizers
+    plain = BpeTokenizer(as_json(models.BPE({'a': 0, 'b': 1}, []), decoder=decoders.Fuse()))
+    metaspace = BpeTokenizer(as_json(models.BPE({'▁': 0, 'a': 1, 'b': 2}, []), None, pre_tokenizers.Metaspace(),
+                                     decoders.Metaspace()))
+    alphabet = [char for char in tokenizer.byte_alphabet() if char != '©']   # which é needs
+    partial = BpeTokenizer(as_json(models.BPE({char: i for i, char in enumerate(alphabet)}, []), None,
+                                   pre_tokenizers.ByteLevel(False), decoders.ByteLevel()))
+    for tok in (plain, metaspace):
+        assert tok.unknown('ab x你a') == ['x', '你'] and tok.decode(tok.encode('ab')) == 'ab'
+        with pytest.raises(UserError, match="^2 characters that this model has never seen: 'x你'$"):
+            tok.encode('ab x你a')
+    assert partial.unknown('aé你') == ['é'] and partial.decode(partial.encode('a你')) == 'a你'
+
+
+def test_what_is_removed_or_has_a_token_for_all_unknown_ones_is_not_refused(kinds):
+    assert kinds['WordPiece'].unknown('Hello \x00\u200b 世 ☃') == []
+    assert all(tok.unknown(MIXED) == [] for tok in kinds.values())
+
+
+def test_ends_are_given_with_the_tokenizer_and_travel_with_it(kinds):
+    tok = BpeTokenizer(sentencepiece(), eot=2, ends=(2, 260))
+    assert tok.eot == 2 and tok.ends == (2, 260) and from_dict(json.loads(json.dumps(tok.to_dict()))).ends == (2, 260)
+    assert BpeTokenizer(sentencepiece(), eot=2).ends == (2,) and BpeTokenizer(sentencepiece(), eot=10**6).eot is None
+    assert tok.count(np.array([1, 269, 260, 2])) == (5, 5)
+    assert 'ends' not in kinds['trained'].to_dict()   # as descriptions were before
 
 
 class Pieces(Tokenizer):
     """A tokenizer whose id i stands for the i-th of some pieces of bytes."""
 
     def __init__(self, pieces):
-        self.pieces, self.eot, self.vocab_size = pieces, None, len(pieces)
+        self.pieces = pieces
+        self.eot = None
+        self.vocab_size = len(pieces)
 
     def token_bytes(self, i):
         return self.pieces[i]
@@ -91,7 +366,7 @@ def test_the_alphabet_of_a_text_is_in_the_order_of_code_points(text):
 def test_the_alphabet_of_many_texts_is_that_of_the_whole(many, more):
     for whole in (many + more, more + many):
         if ''.join(whole):
-            assert CharTokenizer.of_all(iter(whole)).chars == ''.join(sorted(set(''.join(whole))))
+            assert CharTokenizer.of(iter(whole)).chars == ''.join(sorted(set(''.join(whole))))
 
 
 def test_a_large_alphabet_has_the_same_ids_for_plain_text():
@@ -109,8 +384,8 @@ def test_characters_outside_the_alphabet_are_listed(alphabet, text):
         return
     with pytest.raises(UserError) as error:
         tok.encode(text)
-    assert str(error.value).endswith(f'{"".join(missing)[:40]!r}; it knows {alphabet!r}')
-    assert '\n' not in str(error.value)
+    assert str(error.value) == (f'{len(missing):,} characters that this model has never seen: '
+                                f'{"".join(missing[:20])!r}{" ..." if len(missing) > 20 else ""}')
 
 
 def test_an_alphabet_past_uint16_has_wider_ids():
@@ -145,7 +420,7 @@ def test_ids_take_two_bytes_as_long_as_they_fit(vocab_size, dtype):
 @given(text=texts | st.text(st.sampled_from('abc \n1é世👩‍👧'), max_size=40))
 def test_ids_are_tiktokens_own_and_decode_to_the_text(few, text):
     ids = few.encode(text)
-    assert ids.tolist() == few.encoding.encode_ordinary(text) and ids.dtype == np.uint16
+    assert ids.tolist() == few.ranks.encoding.encode_ordinary(text) and ids.dtype == np.uint16
     assert few.decode(ids) == text
     if '<|' not in text:
         assert np.array_equal(few.encode(text, special=True), ids)
@@ -163,22 +438,16 @@ def test_gpt2_golden_ids(gpt2, text, ids):
 @quick
 @given(ids=st.lists(st.integers(0, 258), max_size=20))
 def test_any_ids_are_decoded_as_tiktoken_does(few, ids):
-    assert few.decode(ids) == few.encoding.decode(ids)
+    assert few.decode(ids) == few.ranks.encoding.decode(ids)
 
 
-def test_end_of_text_is_a_token_only_when_it_is_asked_for(few):
-    text = 'a<|endoftext|>b'
-    assert few.encode(text, special=True).tolist() == [97, 258, 98]
-    assert few.encode(text).tolist() == few.encoding.encode_ordinary(text) and 258 not in few.encode(text)
-    assert few.decode(few.encode(text)) == few.decode([97, 258, 98]) == text
+def test_special_tokens_are_tokens_only_when_it_is_asked_for(few):
+    text = 'a<|endoftext|>b<|fim|>'
+    assert few.encode(text, special=True).tolist() == [97, 258, 98, 300]
+    assert few.encode(text).tolist() == few.ranks.encoding.encode_ordinary(text) and 258 not in few.encode(text)
+    assert few.decode(few.encode(text)) == few.decode([97, 258, 98, 300]) == text
     assert few.encode(text, special=True).dtype == np.uint16
-    assert (few.eot, few.vocab_size) == (258, 301)
-
-
-@pytest.mark.parametrize('special', [False, True])
-def test_other_special_tokens_are_read_as_text(few, special):
-    ids = few.encode('a<|fim|>b', special=special)
-    assert ids.tolist() == few.encoding.encode_ordinary('a<|fim|>b') and 300 not in ids
+    assert (few.eot, few.ends, few.begin, few.vocab_size) == (258, (258,), (), 301)
 
 
 def test_an_id_that_no_token_has_decodes_to_a_replacement_character(few):
@@ -188,7 +457,7 @@ def test_an_id_that_no_token_has_decodes_to_a_replacement_character(few):
 @pytest.mark.parametrize('special', [False, True])
 def test_lone_surrogates_are_encoded_as_tiktoken_does(few, special):
     text = 'a\udcff'   # what a command line makes of a byte that is no UTF-8
-    assert few.encode(text, special=special).tolist() == few.encoding.encode_ordinary(text)
+    assert few.encode(text, special=special).tolist() == few.ranks.encoding.encode_ordinary(text)
 
 
 @quick
@@ -197,32 +466,25 @@ def test_lone_surrogates_are_encoded_as_tiktoken_does(few, special):
 @example(many=['abc<|fim|>', 'abc'])
 @example(many=['a\ud83d', '\ude00b'])   # a surrogate pair, cut in two
 def test_many_texts_have_the_ids_that_they_have_alone(few, many):
-    each = [few.encode(text).tolist() for text in many]
+    each = [few.encode_prompt(text).tolist() if text else [] for text in many]
     assert few.encode_texts(many).tolist() == [i for ids in each for i in [*ids, few.eot]]
-    assert few.encode_texts(many, end=False).tolist() == [i for ids in each for i in ids]
 
 
-def test_each_thread_encodes_many_texts_with_an_encoding_of_its_own(few, monkeypatch):
-    import tiktoken
-
-    used, barrier = [], threading.Barrier(2)
-    for name in 'encode', 'encode_ordinary', 'encode_to_numpy':
-        real = getattr(tiktoken.Encoding, name)
-        monkeypatch.setattr(tiktoken.Encoding, name, lambda self, *args, real=real, **how: (
-            used.append((threading.get_ident(), self)), real(self, *args, **how))[1])
+def test_each_thread_encodes_with_an_encoding_of_its_own(few):
+    barrier = threading.Barrier(2)
 
     def encode(_):
         barrier.wait()   # so that each thread does one
-        return [few.encode_texts(['abc', 'ab']).tolist() for _ in range(3)]
+        return few.encode_texts(['abc', 'ab']).tolist(), few.ranks.encoding, few.ranks.encoding
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(encode, range(2))) == [[[257, 258, 256, 258]] * 3] * 2
-        encodings = [{encoding for thread, encoding in used if thread == one} for one in {thread for thread, _ in used}]
-    assert [len(of) for of in encodings] == [1, 1] and encodings[0] != encodings[1]   # made once
+        (ids, one, again), (more, other, _) = pool.map(encode, range(2))
+    assert ids == more == [257, 258, 256, 258] and one is again   # made once
+    assert len({one, other, few.ranks.encoding}) == 3
 
 
 def test_an_unknown_encoding_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="^no encoding 'gpt-2', expected one of gpt2, .*cl100k_base"):
+    with pytest.raises(UserError, match="^tokenizer 'gpt-2': expected 'char', .*tiktoken's: gpt2, .*cl100k_base"):
         TiktokenTokenizer('gpt-2')
 
 
@@ -284,9 +546,9 @@ def test_a_stream_of_characters_shows_each_at_once():
 # ---------------------------------------------------------------------------------------------------------------------
 # the same face for all
 
-@pytest.fixture(params=['char', 'tiktoken'])
+@pytest.fixture(params=['char', 'trained'])
 def tok(request):
-    return CharTokenizer.of(MIXED) if request.param == 'char' else request.getfixturevalue('few')
+    return CharTokenizer.of(MIXED) if request.param == 'char' else request.getfixturevalue('trained')
 
 
 def test_a_description_makes_the_same_tokenizer_again_through_json_too(tok):
@@ -312,16 +574,9 @@ def test_all_ids_are_in_the_vocabulary(tok):
 def test_the_size_of_ids_is_that_of_their_text_wherever_it_is_cut_and_without_its_ends(case):
     text, pieces = case
     tok = Pieces([*pieces, b'<end>'])
-    tok.eot = len(pieces)
-    ids = np.array([tok.eot, *range(len(pieces)), tok.eot, *range(len(pieces))], np.uint16)
-    assert tokenizer.text_size(tok, ids) == (2 * len(text.encode()), 2 * len(text))
-
-
-def test_a_text_begins_after_the_end_of_another_or_after_a_line_break(few):
-    assert few.beginning().tolist() == [258]
-    assert CharTokenizer('\na').beginning().tolist() == [0]
-    assert CharTokenizer('ab\n').beginning().tolist() == [2]
-    assert CharTokenizer.of('ba').beginning().tolist() == [0]
+    tok.ends = (len(pieces),)
+    ids = np.array([*tok.ends, *range(len(pieces)), *tok.ends, *range(len(pieces))], np.uint16)
+    assert tok.count(ids) == (2 * len(text), 2 * len(text.encode()))
 
 
 @pytest.mark.parametrize('description', [
@@ -336,7 +591,7 @@ def test_a_damaged_description_is_refused(description):
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=f"'kind': 'bpe'.*expected .* of kind {' or '.join(tokenizer.KINDS)}$"):
+    with pytest.raises(UserError, match="'kind': 'bpe'.*expected .* of kind char, tiktoken or bpe$"):
         from_dict({'kind': 'bpe'})
 
 
@@ -348,14 +603,14 @@ def test_an_unknown_kind_is_refused_with_the_known_ones():
 def test_a_text_file_is_read_as_it_is(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / 'text.txt'
     path.write_bytes(('\ufeff\r\n' + text).encode())
-    assert read_text(path) == read_text(str(path)) == '\ufeff\r\n' + text
+    assert tokenizer.read_text(path) == tokenizer.read_text(str(path)) == '\ufeff\r\n' + text
 
 
 @pytest.mark.parametrize('name, reason', [('gone.txt', 'No such file'), ('.', 'Is a directory'), ('a\0b', 'null byte'),
                                           ('x' * 300, 'File name too long'), ('\ud800', 'encode')])
 def test_a_text_file_that_cannot_be_read_is_named(tmp_path, name, reason):
     with pytest.raises(UserError) as error:
-        read_text(f'{tmp_path}/{name}')
+        tokenizer.read_text(f'{tmp_path}/{name}')
     assert str(error.value).startswith(f'cannot read {tmp_path}/{name}: ') and reason in str(error.value)
 
 
@@ -367,7 +622,179 @@ def test_a_text_file_that_is_not_utf8_is_refused_with_the_line_and_the_offset(tm
     path = tmp_path / 'text.txt'
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_text(path)
+        tokenizer.read_text(path)
     line, byte, value = place
     assert str(error.value) == (f'{path}, line {line}: not UTF-8 text, byte {byte} of the file is {value}; convert it, '
                                 f'for instance with iconv')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trained here
+
+def test_what_is_frequent_takes_few_tokens(trained):
+    assert trained.vocab_size == 400 and trained.encode('').tolist() == []
+    assert len(trained.encode(LINES[0])) < len(LINES[0].encode()) / 2
+    assert len(BpeTokenizer.train(LINES, 300).encode(LINES[0])) > len(trained.encode(LINES[0]))
+
+
+def test_a_pair_must_be_frequent_enough():
+    assert BpeTokenizer.train(LINES, 10_000, min_frequency=10**6).vocab_size == 257   # bytes alone
+    rare = [*LINES, 'uncommon']
+    assert 'uncommon' in BpeTokenizer.train(rare, 10_000, min_frequency=1).encoding.get_vocab()
+    assert 'uncommon' not in BpeTokenizer.train(rare, 10_000).encoding.get_vocab()
+
+
+def test_transformers_reads_the_same_tokenizer(trained, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+    path = tmp_path / 'tokenizer.json'
+    path.write_text(trained.json, encoding='utf-8')
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    for text in (*LINES[:5], '世界 😀\r\n\t  x', ''):
+        assert theirs(text)['input_ids'] == trained.encode(text).tolist()
+        assert theirs.decode(trained.encode(text), clean_up_tokenization_spaces=False) == text
+
+
+def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused():
+    with pytest.raises(UserError, match='vocabulary of 256: expected 257 or more'):
+        BpeTokenizer.train(LINES, 256)
+
+
+@pytest.mark.parametrize('text', ['', '{', '{"model": 1}', 'null'])
+def test_a_damaged_tokenizer_json_is_refused(text):
+    with pytest.raises(UserError, match=r'no tokenizer\.json'):
+        BpeTokenizer(text)
+
+
+def test_the_same_tokenizer_in_another_form_is_the_same(trained):
+    d = trained.to_dict()
+    assert same(d, d) and same(d, {**d, 'json': json.dumps(json.loads(d['json']))})
+    assert not same(d, BpeTokenizer.train(LINES, 401).to_dict())
+    assert not same(d, BpeTokenizer.train(LINES[:150], 400).to_dict())
+    assert not same(CharTokenizer('ab').to_dict(), CharTokenizer('ba').to_dict())
+    other = json.loads(d['json'])
+    other['pre_tokenizer']['add_prefix_space'] = True   # the same tokens, found differently
+    assert not same(d, {**d, 'json': json.dumps(other)})
+
+
+def test_every_byte_has_a_character_of_its_own():
+    from tokenizers import pre_tokenizers
+    alphabet = tokenizer.byte_alphabet()
+    assert sorted(alphabet.values()) == list(range(256))
+    assert set(alphabet) == set(pre_tokenizers.ByteLevel.alphabet())
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for text in ('~', 'é', '\n', '世', ' '):
+        ((shown, _),) = splitter.pre_tokenize_str(text)
+        assert bytes(alphabet[char] for char in shown) == text.encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many texts at once, and by ranks
+
+def alone(tok, texts):
+    """The ids of texts as the tokenizers library gives them one by one, the end of text behind each."""
+    tok.encoding.encode_special_tokens = False
+    return [i for text in texts for i in [*tok.encoding.encode(text, add_special_tokens=False).ids, tok.eot]]
+
+
+@pytest.fixture(scope='module')
+def wordy():
+    """An encoding of long tokens, with runs, repetitions and overlaps."""
+    lines = [*LINES, 'aaaa aaaaaaaa abababab bababa aab baa abcabcabc cabcab  \n\n\n', '你好世界你好好世世界'] * 3
+    return BpeTokenizer.train(lines, 600, special=('<|endoftext|>', '<pad>'))
+
+
+some = st.sampled_from([*LINES, '<|endoftext|>', 'aaab<|endoftext|> '])
+
+
+@quick
+@given(st.lists(texts | st.text(st.sampled_from('abc 你好世界the\n')) | some, min_size=1))
+def test_texts_encoded_together_ranks_have_the_ids_that_they_have_alone(wordy, many):
+    assert wordy.ranks is not None
+    ids = wordy.encode_texts(many)
+    assert ids.tolist() == alone(wordy, many) and ids.dtype == np.uint16
+
+
+def test_ranks_is_what_the_library_does_on_source_code():
+    import inspect
+    import json.decoder
+    import typing
+    source = inspect.getsource(typing)
+    tok = BpeTokenizer.train([source], 3000)
+    pieces = [source, inspect.getsource(json.decoder), inspect.getsource(np.linalg)]
+    assert tok.ranks is not None and tok.encode_texts(pieces).tolist() == alone(tok, pieces)
+
+
+def other(d, change):
+    """A tokenizer.json with something changed."""
+    d = json.loads(json.dumps(d))
+    change(d)
+    return BpeTokenizer(json.dumps(d))
+
+
+def test_texts_must_not_be_cut_where_blanks_are_put_before_them(trained, kinds):
+    assert trained.cuttable and not kinds['SentencePiece'].cuttable
+    assert not other(json.loads(trained.json), lambda d: d['pre_tokenizer'].update(add_prefix_space=True)).cuttable
+    assert not other(json.loads(trained.json), lambda d: d['pre_tokenizer'].update(use_regex=False)).cuttable
+    split = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}
+    by_bytes = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+    after = {'type': 'Sequence', 'pretokenizers': [split, by_bytes]}   # blanks belong to the word before them
+    assert not other(json.loads(trained.json), lambda d: d.update(pre_tokenizer=after)).cuttable
+    prepend = {'type': 'Prepend', 'prepend': 'x'}
+    assert not other(json.loads(trained.json), lambda d: d.update(normalizer=prepend)).cuttable
+    assert other(json.loads(trained.json), lambda d: d.update(normalizer={'type': 'NFC'})).cuttable
+
+
+@pytest.mark.full
+def test_every_character_is_of_the_same_kind_to_both_libraries():
+    """Else words might end in other places: seen by whether a character makes a word with 'a', '1' and '!'."""
+    import tiktoken
+    from tokenizers import pre_tokenizers
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    points = [*range(0xd800), *range(0xe000, 0x32000), *range(0x32000, 0x110000, 101)]   # the rest is hardly assigned
+    for start in range(0, len(points), 4000):
+        chars = [chr(point) for point in points[start:start + 4000]]
+        tokens = {char.encode()[:n] for char in chars for n in range(2, len(char.encode()) + 1)}
+        tokens |= {(first + char).encode() for char in chars for first in 'a1!'}
+        ranks = {bytes([i]): i for i in range(256)}
+        ranks |= {token: 256 + i for i, token in enumerate(sorted(tokens, key=lambda token: (len(token), token)))}
+        ours = tiktoken.Encoding('x', pat_str=tokenizer.GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
+        for char in chars:
+            for first in 'a1!':
+                together = len(words.pre_tokenize_str(first + char)) == 1
+                assert (len(ours.encode_ordinary(first + char)) == 1) == together, hex(ord(char))
+
+
+def test_a_tokenizer_is_made_by_its_name(trained, tmp_path):
+    (tmp_path / 'tokenizer.json').write_text(trained.json, encoding='utf-8')
+    assert tokenizer.make('char', ['ba', 'c']).chars == 'abc'
+    assert tokenizer.make(f'{tmp_path}/tokenizer.json').to_dict() == trained.to_dict()
+    made = tokenizer.make('bpe:400', LINES)
+    assert made.json == trained.json
+    more = tokenizer.make('bpe:400', LINES, 10**6, ['<pad>', '<|endoftext|>', '<unk>'])
+    assert more.vocab_size == 259 and more.eot == 0 and more.encode('<unk>', special=True).tolist() == [2]
+
+
+@pytest.mark.parametrize('spec, words', [
+    ('gpt5', "expected 'char', 'bpe:5000', the path of a tokenizer.json, or one of tiktoken's: gpt2,"),
+    ('', "tokenizer ''"), ('bpe', 'expected a number of tokens'), ('bpe:-5', 'expected a number of tokens'),
+    ('nowhere.json', 'cannot read nowhere.json'), ('a/folder', 'cannot read a/folder')])
+def test_a_tokenizer_by_another_name_is_refused(spec, words):
+    with pytest.raises(UserError) as refusal:
+        tokenizer.make(spec, LINES)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize('names, config, eot', [
+    (['</s>', '<x>'], None, '</s>'), (['<eos>', '<|endoftext|>'], None, '<|endoftext|>'), (['<x>'], None, None),
+    (['</s>', '<x>'], {'eos_token': '<x>'}, '<x>'), (['</s>', '<x>'], {'eos_token': {'content': '<x>'}}, '<x>'),
+    (['</s>', '<x>'], {'eos_token': '<y>'}, '</s>'), (['</s>', '<x>'], {'eos_token': None}, '</s>'),
+    (['</s>'], 7, '</s>')])
+def test_the_end_of_text_of_a_tokenizer_json_is_found(trained, tmp_path, names, config, eot):
+    d = json.loads(trained.json.replace('<|endoftext|>', 'nothing'))
+    first = d['added_tokens'][0]
+    d['added_tokens'] += [{**first, 'content': name, 'id': 400 + i} for i, name in enumerate(names)]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(d), encoding='utf-8')
+    if config is not None:
+        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+    tok = tokenizer.make(f'{tmp_path}/tokenizer.json')
+    assert tok.eot == (None if eot is None else 400 + names.index(eot))

@@ -120,7 +120,7 @@ if others or rate:
 num_bytes = sum(len(text.encode()) for text in texts)
 if others:
     for spec, other in {tokenizer: tok, **others}.items():
-        num_tokens = sum(len(other.encode_texts([text], end=False)) for text in texts)
+        num_tokens = sum(len(other.encode(text)) for text in texts)
         print(f'{spec}: {num_bytes / max(num_tokens, 1):.3f} bytes per token')
 if rate:
     start = time.perf_counter()
