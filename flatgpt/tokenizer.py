@@ -372,13 +372,14 @@ class Encodings(threading.local):
 def tiktoken_parts(name: str) -> dict:
     """The arguments of tiktoken.Encoding for one of its encodings. UserError if the name is unknown, or the file of the
     encoding cannot be downloaded."""
-    from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
+    import tiktoken
 
-    if name not in ENCODING_CONSTRUCTORS:
+    names = tiktoken.list_encoding_names()
+    if name not in names:
         raise UsageError(f"tokenizer {name!r}: expected 'char', 'bpe:5000', the path of a tokenizer.json, or one of "
-                         f"tiktoken's: {', '.join(ENCODING_CONSTRUCTORS)}")
+                         f"tiktoken's: {', '.join(names)}")
     try:
-        return ENCODING_CONSTRUCTORS[name]()
+        return tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
     except Exception as error:   # requests' and tiktoken's many ways of not getting or not reading the file
         raise UserError(f'cannot load the encoding {name!r} ({type(error).__name__}): it is downloaded once; '
                         f'without network set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept it') from None
