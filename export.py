@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import configure
-from flatgpt import checkpoint, lora, pretrained, runtime, tokenizer, validate
+from flatgpt import checkpoint, lora, machine, pretrained, tokenizer, validate
 from flatgpt.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ model, tok, ckpt = checkpoint.load_model(path, tokenizer_of, merged=not adapter)
 if adapter and 'base' not in ckpt:
     raise UserError(f'{path} is not an adapter, it has all its weights: remove --adapter')
 architecture = pretrained.hf_architecture(model.config)
-model.to(runtime.DTYPES[dtype]).float()
+model.to(machine.DTYPES[dtype]).float()
 
 # what the folder must give again: the ids of a text, and the logits of random ids
 
@@ -86,7 +86,7 @@ try:
             if not lora.same_peft(new, model, architecture):
                 raise UserError(f'the adapter that was read back is not that of {path}: nothing was exported')
         else:
-            pretrained.save(new, model, architecture, runtime.DTYPES[dtype], tok)
+            pretrained.save(new, model, architecture, machine.DTYPES[dtype], tok)
             again, again_tok, _ = checkpoint.load_model(new)
             with torch.inference_mode():
                 compare('the exported model', again_tok.encode(probe), again(ids, ids)[0])

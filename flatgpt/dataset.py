@@ -359,7 +359,7 @@ class Dataset:
         dimension of block_size more. Targets are one token ahead, and -1 where the mask is 0."""
         import torch
 
-        from flatgpt.runtime import to_device
+        from flatgpt.machine import to_device
 
         positions = starts[..., None] + np.arange(block_size + 1)
         tokens = to_device(torch.from_numpy(self.data[split][positions].astype(np.int64)), device)   # (..., T + 1)

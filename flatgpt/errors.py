@@ -1,7 +1,8 @@
 """
-The errors that a user can correct, and how a script shows them: one line on stderr and an exit status.
+The errors that a user can correct, how a script shows them (one line on stderr and an exit status), and its end.
 """
 
+import contextlib
 import os
 import sys
 
@@ -36,3 +37,16 @@ def show_error(error_type, error, trace, to_lower=()):
     # __stderr__: past the hook of torch.distributed, which collects what is printed until a normal return
     print(os.path.basename(sys.argv[0]), ' '.join(line.splitlines()), sep=': ', file=sys.__stderr__)
     raise SystemExit(status)
+
+
+exit_callbacks = []   # functions that finish work in the background, such as writing a checkpoint
+
+
+def exit_now(status: int):
+    """End this process after exit_callbacks, without waiting for other threads: torch's pools never end."""
+    for finish in list(exit_callbacks):
+        finish()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):   # closed by its reader
+            stream.flush()
+    os._exit(status)

@@ -27,8 +27,8 @@ import filelock
 from flatgpt import plots
 from flatgpt.checkpoint import older_states, save
 from flatgpt.dataset import write_atomically
-from flatgpt.errors import UserError
-from flatgpt.runtime import Runtime, exit_callbacks
+from flatgpt.errors import UserError, exit_callbacks
+from flatgpt.runtime import Runtime
 
 RESUME_ONLY = ('optimizer', 'scaler', 'machine', 'planned', 'evaluated', 'bad_evals', 'seconds')   # not in best.pt
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt.errors import UserError
-from flatgpt.runtime import exit_callbacks
+from flatgpt.errors import UserError, exit_callbacks
 
 SCALES = {'step': 'step', 'tokens': 'tokens', 'seconds': 'seconds', 'flops': 'FLOPs'}   # what runs along the bottom
 PANELS = {'loss': 'loss, nats per token', 'lr': 'learning rate', 'grad_norm': 'norm of the gradient',

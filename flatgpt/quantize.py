@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from flatgpt.runtime import works
+from flatgpt.machine import works
 
 KERNEL_ROWS = 32   # up to so many rows torch's 8-bit kernel for CPUs is faster than converting the weights to bfloat16
 

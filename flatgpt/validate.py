@@ -9,7 +9,7 @@ is wrong, the value, and what is expected.
 import math
 import os
 
-from flatgpt import engine, optim, runtime
+from flatgpt import engine, machine, optim, runtime
 from flatgpt.errors import UsageError, UserError
 from model import ALLOWED, ARCHS
 
@@ -124,7 +124,7 @@ def export_options(options):
     to = os.path.expanduser(options['to'])
     if not to:
         raise UsageError('to: give the folder to make, as in --to=my-model')
-    one_of(runtime.DTYPES, options, 'dtype')
+    one_of(machine.DTYPES, options, 'dtype')
     if options['adapter'] and options['dtype'] != 'float32':
         raise UsageError(f'dtype={options["dtype"]!r}: adapters are kept in float32')
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from conftest import ROOT
 
 import configurator
-from flatgpt.runtime import exit_callbacks
+from flatgpt.errors import exit_callbacks
 
 
 def defaults_of(script):

@@ -34,3 +34,9 @@ class OneDevice(TorchDispatchMode):
             assert operator in MIXED or all(value.dim() == 0 for value in others), (
                 f'{operator} gets tensors on {self.device} and others: {others}')
         return operator(*args, **kwargs or {})
+
+
+def no_fused_adamw(monkeypatch):
+    """Build AdamW in its plain form: the fused one works on real devices only."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda *args, fused, **options: adamw(*args, **options))

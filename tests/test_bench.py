@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import assert_one_line, run
 from in_process import call
-from one_device import OneDevice
+from one_device import OneDevice, no_fused_adamw
 
-from flatgpt import runtime
+from flatgpt import machine, runtime
 from model import GPT, GPTConfig
 
 TINY_MODEL = ('--device=cpu', '--dtype=float32', '--block_size=16', '--n_layer=2', '--n_head=2', '--n_embd=32',
@@ -183,10 +183,11 @@ def test_data_measures_batches_of_a_dataset(bench, char_dataset):
                                      ['attention', '--window=5'], ['attention', '--pos=alibi']], ids=' '.join)
 def test_all_tensors_of_a_mode_are_on_its_device(bench, monkeypatch, options):
     meta = torch.device('meta')
-    monkeypatch.setattr(runtime, 'pick_device', lambda *_: meta)
+    monkeypatch.setattr(machine, 'pick_device', lambda *_: meta)
     monkeypatch.setattr(runtime.Runtime, 'sync', lambda rt: None)
     monkeypatch.setattr(runtime.Runtime, 'autocast', lambda rt: torch.autocast('cpu', enabled=False))
     monkeypatch.setattr(runtime.Runtime, 'peak_memory', lambda rt: None)
+    no_fused_adamw(monkeypatch)
     with OneDevice(meta) as mode:
         done = bench(*TINY_MODEL, f'--mode={options[0]}', *options[1:])
     result = result_of(done)

@@ -4,7 +4,7 @@ torch.compile will make one graph of is one graph."""
 
 import pytest
 import torch
-from one_device import OneDevice
+from one_device import OneDevice, no_fused_adamw
 
 from flatgpt import optim
 from flatgpt.engine import generate
@@ -33,7 +33,8 @@ def test_the_rehearsal_finds_a_tensor_that_was_left_behind():
 
 
 @with_each
-def test_a_training_step_stays_on_the_device_and_never_waits(changes):
+def test_a_training_step_stays_on_the_device_and_never_waits(monkeypatch, changes):
+    no_fused_adamw(monkeypatch)
     rt, model = Runtime(META, torch.float32, False, 0, 1), a_model(dropout=0.1, loss_chunks=2, **changes)
     optimizer = 'muon' if changes == ARCHS['speedrun'] else 'adamw'
     opt = optim.build(optimizer, model, 1e-3, (0.9, 0.95), 0.1, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from conftest import needs
 from test_model import ALL, CASES, FEW, METHODS, full, logits_of, make, tokens, with_each
 
-from flatgpt import engine, runtime
+from flatgpt import engine, machine, runtime
 from flatgpt.engine import (
     KVCache,
     cache_bytes,
@@ -373,7 +373,7 @@ def test_a_compiled_step_serves_all_prompts_of_a_size(monkeypatch):
 
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '')
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
-    runtime.set_compile_cache()
+    machine.set_compile_cache()
     torch._dynamo.reset()
     counters.clear()
     model, plain = (make(torch.float32, block_size=1024, pos='rope', n_kv_head=2) for _ in range(2))

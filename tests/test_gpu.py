@@ -11,7 +11,7 @@ import torch.distributed as dist
 from conftest import log_of, needs, run
 from in_process import call
 
-from flatgpt import checkpoint, lora, optim, quantize, runtime
+from flatgpt import checkpoint, lora, machine, optim, quantize, runtime
 from flatgpt.dataset import Dataset
 from flatgpt.engine import generate
 from model import ARCHS, GPT, GPTConfig
@@ -66,7 +66,7 @@ def one_step(rt, model):
     if rt.compile:
         rt.compile_model(model)
     opt, scaler = optim.build('adamw', model, LR, (0.9, 0.95), 0.1, rt.dtype), rt.grad_scaler()
-    tokens = runtime.to_device(ids_of(8, 33), rt.device)
+    tokens = machine.to_device(ids_of(8, 33), rt.device)
     with rt.autocast():
         loss = model(tokens[:, :-1], tokens[:, 1:])[1]
     scaler.scale(loss).backward()

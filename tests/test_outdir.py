@@ -11,8 +11,7 @@ from conftest import ROOT, needs, run
 from test_checkpoint import file_size_limit, small_model, state_of, steps_in
 
 from flatgpt import checkpoint, outdir
-from flatgpt.errors import UserError
-from flatgpt.runtime import exit_callbacks
+from flatgpt.errors import UserError, exit_callbacks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one run per folder

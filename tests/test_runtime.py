@@ -1,4 +1,4 @@
-"""flatgpt/runtime.py: choice of the machine, refusals, two processes, and which files may name an accelerator."""
+"""flatgpt/runtime.py, flatgpt/machine.py: choice of the machine, refusals, two processes."""
 
 import ast
 import ctypes
@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT, needs, run, torchrun
 from torch.nn.attention import SDPBackend
 
-from flatgpt import runtime
+from flatgpt import machine, runtime
 from flatgpt.engine import generate
 from flatgpt.errors import UsageError
-from flatgpt.runtime import Runtime, pick_compile, pick_device, pick_dtype
+from flatgpt.machine import pick_compile, pick_device, pick_dtype
+from flatgpt.runtime import Runtime
 from model import GPT, GPTConfig
 
 CPU = torch.device('cpu')
@@ -55,6 +56,7 @@ def test_auto_takes_an_apple_gpu_that_works_if_there_is_no_other(gpus, monkeypat
     ones = torch.ones
     monkeypatch.setattr(torch, 'ones', lambda *shape, device: ones(*shape))
     assert pick_device('auto', None) == pick_device('mps', None) == torch.device('mps')
+    assert pick_device('auto', 1) == CPU   # several processes cannot share it
 
 
 def test_an_apple_gpu_that_fails_is_not_used_by_auto_and_refused_by_name(gpus, monkeypatch, capsys):
@@ -71,7 +73,7 @@ def test_an_apple_gpu_that_fails_is_not_used_by_auto_and_refused_by_name(gpus, m
     (0, 'cuda', None, ["device='cuda:0'", '0 GPUs', "try device='auto'"]),
     (1, 'cuda:1', None, ["device='cuda:1'", '1 GPUs', "try device='auto'"]),
     (1, 'auto', 1, ["device='cuda:1'", '1 GPUs', "try device='auto'"]),   # more processes than GPUs
-    (0, 'mps', None, ["device='mps'", "try device='auto'"]),
+    *((0, 'mps', rank, ["device='mps'", "try device='auto'"]) for rank in (None, 1)),
     *((2, name, None, [f'device={name!r}', "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"])
       for name in ('gpu', '', 'cuda:x', 'cuda:-1', 'cuda:1:1', 'CUDA', 'cuda:²')),
 ])
@@ -113,45 +115,35 @@ def test_auto_dtype_on_a_cpu_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch
     assert pick_dtype('auto', CPU) == expected
 
 
-@pytest.mark.parametrize(('seconds', 'expected'), [((1.0, 0.5), torch.bfloat16), ((1.0, 0.9), torch.float32),
-                                                   ((1.0, 2.0), torch.float32)])
-def test_training_on_a_cpu_is_in_bfloat16_only_if_its_products_are_faster(monkeypatch, seconds, expected):
-    times = iter(seconds)
-    monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda: True)
-    monkeypatch.setattr(Runtime, 'best_time', lambda self, work: next(times))
+@pytest.mark.parametrize(('speedup', 'expected'), [(2, torch.bfloat16), (1.1, torch.float32), (0.5, torch.float32)])
+def test_training_on_a_cpu_is_in_bfloat16_only_if_its_products_are_faster(monkeypatch, speedup, expected):
+    monkeypatch.setattr(machine, 'cpu_multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(Runtime, 'measured_flops', lambda rt: 1e9 * (speedup if rt.dtype == torch.bfloat16 else 1))
     assert runtime.setup('cpu', training=True).dtype == expected
 
 
 def test_what_is_not_to_be_measured_is_not(monkeypatch):
-    monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda: True)
-    monkeypatch.setattr(Runtime, 'best_time', lambda self, work: pytest.fail('measured'))
+    monkeypatch.setattr(machine, 'cpu_multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(Runtime, 'measured_flops', lambda rt: pytest.fail('measured'))
     assert runtime.setup('cpu').dtype == torch.bfloat16   # to decode, memory decides
     assert runtime.setup('cpu', 'bfloat16', training=True).dtype == torch.bfloat16
     assert runtime.setup('cpu', training=True, earlier=('cpu', 'bfloat16')).dtype == torch.bfloat16
-    monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda: False)
+    monkeypatch.setattr(machine, 'cpu_multiplies_bfloat16', lambda: False)
     assert runtime.setup('cpu', training=True).dtype == torch.float32
 
 
 def test_a_resumed_run_keeps_its_dtype_on_the_same_kind_of_device_only(monkeypatch):
     monkeypatch.setattr(runtime, 'bfloat16_is_faster', lambda world_size: True)
-    monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(machine, 'cpu_multiplies_bfloat16', lambda: True)
     assert runtime.setup('cpu', training=True, earlier=('cpu', 'float32')).dtype == torch.float32
     assert runtime.setup('cpu', 'bfloat16', training=True, earlier=('cpu', 'float32')).dtype == torch.bfloat16
     assert runtime.setup('cpu', training=True, earlier=('cuda', 'float32')).dtype == torch.bfloat16
 
 
-def test_the_faster_type_of_this_cpu_is_found_by_products(monkeypatch):
-    best_time = Runtime.best_time
-    monkeypatch.setattr(Runtime, 'best_time', lambda self, work: best_time(self, work, times=2))   # half a second each
-    assert runtime.bfloat16_is_faster() in (True, False)
-    if not runtime.cpu_multiplies_bfloat16():   # where they are emulated
-        assert not runtime.bfloat16_is_faster()
-
-
 @pytest.mark.full
 def test_a_process_that_is_limited_to_avx2_is_one_of_a_cpu_with_avx2():
-    code = ('import torch; from flatgpt import quantize, runtime; '
-            'print(runtime.pick_dtype("auto", torch.device("cpu")), quantize.can_pack())')
+    code = ('import torch; from flatgpt import machine, quantize; '
+            'print(machine.pick_dtype("auto", torch.device("cpu")), quantize.can_pack())')
     limits = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2'}
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **limits}, capture_output=True,
                           text=True, check=True)
@@ -383,9 +375,8 @@ def test_peak_of_an_apple_gpu_is_unknown():
     assert a_runtime('mps').peak_flops() is None
 
 
-@pytest.mark.parametrize(('dtype', 'used'), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
-                                             (torch.float16, torch.float32)])
-def test_peak_of_a_cpu_is_what_a_matrix_product_reaches(monkeypatch, dtype, used):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_peak_of_a_cpu_is_what_a_matrix_product_reaches(monkeypatch, dtype):
     from torch._subclasses import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
     counts, results = [], []
@@ -397,13 +388,9 @@ def test_peak_of_a_cpu_is_what_a_matrix_product_reaches(monkeypatch, dtype, used
         return 0.5
 
     monkeypatch.setattr(Runtime, 'best_time', timed)
-    for native in (True, False):
-        monkeypatch.setattr(runtime, 'cpu_multiplies_bfloat16', lambda native=native: native)
-        with FakeTensorMode():   # whose products take no time
-            assert a_runtime(dtype=dtype).peak_flops() == counts[-1] / 0.5 > 0
-        assert results[-1].dtype == used
-    n = [result.size(0) for result in results]
-    assert n == [1024, 256 if dtype == torch.bfloat16 else 1024]   # a large one would take seconds where it is emulated
+    with FakeTensorMode():   # whose products take no time
+        assert a_runtime(dtype=dtype).peak_flops() == counts[0] / 0.5 > 0
+    assert results[0].dtype == dtype
 
 
 def test_bandwidth_is_that_of_the_faster_of_two_ways_to_read_memory(monkeypatch):
@@ -419,17 +406,16 @@ def test_bandwidth_is_that_of_the_faster_of_two_ways_to_read_memory(monkeypatch)
     assert read == [2 ** 28, 2 ** 28]
 
 
-def test_best_time_is_the_shortest_of_ten(monkeypatch):
-    took = iter([0.5, 0.3, 0.7, 0.2, 0.9, 0.4, 0.6, 0.8, 0.25, 0.35])
-    now, calls = [100.0], []
+@pytest.mark.parametrize('seconds, calls', [([0.05, 0.03, 0.07, 0.02] + [0.09] * 9, 10), ([0.6, 0.5, 0.4], 2)])
+def test_best_time_is_the_shortest_of_ten_that_begin_within_a_second(monkeypatch, seconds, calls):
+    took, now = iter(seconds), [100.0]
 
     def work():
-        calls.append(1)
         now[0] += next(took)
 
     monkeypatch.setattr(runtime.time, 'perf_counter', lambda: now[0])
-    assert a_runtime().best_time(work) == pytest.approx(0.2)
-    assert len(calls) == 10
+    assert a_runtime().best_time(work) == pytest.approx(min(seconds[:calls]))
+    assert len(list(took)) == len(seconds) - calls
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,7 +431,7 @@ def kernels():
 
     before = now()
     yield now
-    runtime.kernel_priority.close()
+    machine.kernel_priority.close()
     assert now() == before
 
 
@@ -459,9 +445,9 @@ def kernels():
 ])
 def test_the_fastest_attention_kernel_that_works_goes_first_and_is_named(monkeypatch, kernels, capability, good, order):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    monkeypatch.setattr(runtime, 'attention_kernel_works',
+    monkeypatch.setattr(machine, 'attention_kernel_works',
                         lambda kernel, device, dtype: kernel.name.removesuffix('_ATTENTION') in good)
-    first = runtime.prioritize_attention_kernels(CPU, torch.bfloat16)
+    first = machine.prioritize_attention_kernels(CPU, torch.bfloat16)
     assert first == order[0].lower()
     assert kernels() == order
     line = Runtime(CPU, torch.float32, False, 0, 1, first).describe()
@@ -471,7 +457,7 @@ def test_the_fastest_attention_kernel_that_works_goes_first_and_is_named(monkeyp
 
 def test_the_trial_of_an_attention_kernel_runs_it(monkeypatch):
     """On a CPU: torch has one fused kernel for it, and none of cuDNN's."""
-    trial, attend = runtime.attention_kernel_works.__wrapped__, torch.nn.functional.scaled_dot_product_attention
+    trial, attend = machine.attention_kernel_works, torch.nn.functional.scaled_dot_product_attention
     assert trial(SDPBackend.MATH, CPU, torch.float32) and trial(SDPBackend.FLASH_ATTENTION, CPU, torch.bfloat16)
     assert not trial(SDPBackend.CUDNN_ATTENTION, CPU, torch.bfloat16)
 
@@ -488,44 +474,20 @@ def test_the_trial_of_an_attention_kernel_runs_it(monkeypatch):
         assert not trial(SDPBackend.FLASH_ATTENTION, CPU, torch.float32)
 
 
-@pytest.fixture
-def allocator(monkeypatch):
-    """A function that gives the environment variables for the GPU's allocator and what it does when it is set; returns
-    the list of what it is set to."""
-    def pretend(environ, act):
-        seen = []
-        monkeypatch.setattr(torch._C, '_accelerator_setAllocatorSettings', lambda text: seen.append(text) or act(text))
-        monkeypatch.setattr(runtime.sys, 'platform', 'linux')
-        for name in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environ.items():
-            monkeypatch.setenv(name, value)
-        return seen
-    return pretend
-
-
-@pytest.mark.parametrize(('environ', 'act', 'expected'), [
-    ({}, len, [True]), ({'PYTORCH_ALLOC_CONF': 'x'}, len, []), ({'PYTORCH_CUDA_ALLOC_CONF': 'x'}, len, []),
-    ({}, broken, [True, False]),
-])
-def test_segments_grow_unless_the_environment_or_torch_says_no(allocator, capsys, environ, act, expected):
-    seen = allocator(environ, act)
-    runtime.use_expandable_segments(CPU)
-    assert seen == [f'expandable_segments:{grow}' for grow in expected]
-    assert capsys.readouterr() == ('', '')
-
-
-def test_segments_that_cannot_grow_are_as_they_were(allocator, monkeypatch):
-    seen = allocator({}, len)
-    monkeypatch.setattr(torch, 'ones', broken)   # what an allocator does that has promised too much
-    runtime.use_expandable_segments(CPU)
-    assert seen == ['expandable_segments:True', 'expandable_segments:False']
-
-
-def test_without_the_setting_of_the_allocator_nothing_happens(allocator, monkeypatch):
-    allocator({}, len)
+@pytest.mark.parametrize('environ, expected', [({}, ['expandable_segments:True']), ({'PYTORCH_ALLOC_CONF': 'x'}, []),
+                                               ({'PYTORCH_CUDA_ALLOC_CONF': 'x'}, [])])
+def test_segments_grow_unless_the_environment_or_torch_says_no(monkeypatch, capsys, environ, expected):
+    for name in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    monkeypatch.setattr(torch._C, '_accelerator_setAllocatorSettings', seen.append)
+    machine.use_expandable_segments()
+    assert seen == expected
     monkeypatch.delattr(torch._C, '_accelerator_setAllocatorSettings')
-    runtime.use_expandable_segments(CPU)
+    machine.use_expandable_segments()
+    assert capsys.readouterr() == ('', '')
 
 
 class Malloc:
@@ -541,37 +503,37 @@ class Malloc:
 def test_malloc_keeps_freed_memory_if_it_can(monkeypatch):
     library = Malloc(1, 1)
     monkeypatch.setattr(ctypes, 'CDLL', lambda name: library)
-    assert runtime.keep_freed_memory() is True
+    assert machine.keep_freed_memory() is True
     assert library.calls == [(-1, 2 ** 31 - 1), (-4, 0)]
     for other in (Malloc(0), Malloc(1, 0), object()):   # of another C library: no such option, no such function
         monkeypatch.setattr(ctypes, 'CDLL', lambda name, other=other: other)
-        assert runtime.keep_freed_memory() is False
+        assert machine.keep_freed_memory() is False
     monkeypatch.setattr(ctypes, 'CDLL', broken)   # Windows
-    assert runtime.keep_freed_memory() is False
+    assert machine.keep_freed_memory() is False
 
 
 def test_warnings_of_a_trial_are_not_shown(recwarn, capsys):
     def trial():
-        runtime.warnings.warn('Flash attention was not compiled', stacklevel=1)
+        machine.warnings.warn('Flash attention was not compiled', stacklevel=1)
         return torch.tensor(True)
 
-    assert runtime.works(trial) is True
+    assert machine.works(trial) is True
     assert not recwarn.list and capsys.readouterr() == ('', '')
 
 
 def test_compiled_code_is_kept_in_the_users_cache_unless_the_environment_says_where(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', 'elsewhere')
-    runtime.set_compile_cache()
+    machine.set_compile_cache()
     assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == 'elsewhere'
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
-    runtime.set_compile_cache()
+    machine.set_compile_cache()
     folder = os.environ['TORCHINDUCTOR_CACHE_DIR']
     assert os.path.dirname(folder) == str(tmp_path / 'flatgpt' / 'compiled')
     assert os.path.basename(folder).startswith(torch.backends.cpu.get_cpu_capability())
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'is not there'))
-    runtime.set_compile_cache()
+    machine.set_compile_cache()
     assert 'TORCHINDUCTOR_CACHE_DIR' not in os.environ
 
 
@@ -584,7 +546,7 @@ def test_each_kind_of_cpu_has_compiled_code_of_its_own(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda used=used: used)
         monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda can=can: can)
         with torch.compiler.config.patch(cache_key_tag=''):
-            runtime.set_compile_cache()
+            machine.set_compile_cache()
             assert os.path.basename(os.environ['TORCHINDUCTOR_CACHE_DIR']) == torch.compiler.config.cache_key_tag
         folders.append(os.environ['TORCHINDUCTOR_CACHE_DIR'])
     assert len(set(folders)) == 3 and folders[0] == folders[3]   # the size of a cache changes no code
@@ -610,7 +572,7 @@ def test_a_model_compiled_block_by_block_gives_the_same_loss_and_gradients(monke
     from torch._dynamo.utils import counters
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '')
     monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
-    runtime.set_compile_cache()
+    machine.set_compile_cache()
     monkeypatch.setattr(runtime, 'DEEP', 0)
     torch._dynamo.reset()
     counters.clear()   # of what earlier tests have compiled
@@ -662,12 +624,12 @@ def test_peak_memory_is_not_that_of_the_process_that_started_this_one(tmp_path):
     assert max(map(int, done.stdout.split())) < held.nbytes
 
 
-def test_where_proc_is_not_there_peak_memory_is_asked_of_the_process(monkeypatch):
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
     def no_proc(path):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr('builtins.open', no_proc)
-    assert a_runtime().peak_memory() is None or a_runtime().peak_memory() > 2**20
+    assert a_runtime().peak_memory() is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -691,10 +653,10 @@ MACHINE = re.compile(r'(?<![a-z])(cuda|mps|nccl|gloo)(?![a-z])|\b(LOCAL_)?RANK\b
 
 
 @pytest.mark.parametrize('path', sorted([*ROOT.glob('*.py'), *ROOT.glob('flatgpt/*.py')]), ids=lambda path: path.name)
-def test_only_runtime_names_accelerators_and_the_variables_of_torchrun(path):
+def test_only_runtime_and_machine_name_accelerators_and_the_variables_of_torchrun(path):
     found = sorted({name for name in names_in_code(path) if MACHINE.search(name)})
-    if path.name == 'runtime.py':
-        assert {'cuda', 'mps', 'cpu:gloo,cuda:nccl', 'RANK'} <= set(found)   # so the search works
+    if path.name in ('runtime.py', 'machine.py'):
+        assert {'cuda', 'LOCAL_RANK'} <= set(found)   # so the search works
     else:
         assert found == []
 

@@ -635,7 +635,7 @@ def test_a_compiled_run_has_the_same_losses_and_parameter_names(tmp_path, tiny, 
 
 @pytest.mark.parametrize('first, later', [('True', 'False'), ('False', 'True')])
 def test_a_resumed_run_keeps_the_dtype_that_auto_has_chosen(tmp_path, tiny, first, later):
-    patch = 'from flatgpt import runtime\nruntime.cpu_multiplies_bfloat16 = lambda: True\n'
+    patch = 'from flatgpt import machine, runtime\nmachine.cpu_multiplies_bfloat16 = lambda: True\n'
     for name, faster in (('first', first), ('later', later)):
         (tmp_path / f'{name}.py').write_text(f'{patch}runtime.bfloat16_is_faster = lambda world_size: {faster}\n')
     args = (tiny, '--dtype=auto', f'--out_dir={tmp_path / "out"}')
