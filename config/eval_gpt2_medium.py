@@ -1,4 +1,4 @@
-# The loss of the pretrained gpt2-medium (350M) on OpenWebText.
+# The loss of the pretrained gpt2-medium (355M) on OpenWebText.
 #
 #   python train.py config/eval_gpt2_medium.py
 #
