@@ -1,32 +1,43 @@
 """
-Documents from files, in pieces, so that memory holds a few megabytes of text however large the files are.
+Documents and records from files, in bounded memory.
 
-A document is a text file, a line of a .jsonl or a row of a .parquet; files may be compressed with gzip or Zstandard.
-Invalid UTF-8 is an error that names the file and the byte, or it is replaced, or its document is left out.
+A text file is a document, or several with a separator between them. A line of .jsonl or .ndjson, an entry of the list
+in a .json and a row of .csv, .tsv or .parquet is a record: its text is a field of it, or a template that is filled with
+its fields. Files may be compressed with gzip or Zstandard. Text is UTF-8; byte order marks are removed, and line ends
+are \\n.
 """
 
-import codecs
 import contextlib
+import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
+import re
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from flatgpt import tokenizer
 from flatgpt.errors import UserError
 
-SUFFIXES = ('.txt', '.md', '.py', '.jsonl', '.parquet')   # of the files that are read in a folder
-COMPRESSED = ('.gz', '.zst')                              # may follow
-BLOCK = 2**18          # bytes that are read at a time
-PIECE = 2**18          # characters that are encoded at a time
-LONGEST_LINE = 2**28   # bytes of a line of .jsonl
+SUFFIXES = ('.txt', '.md', '.py', '.jsonl', '.ndjson', '.parquet')   # of the files that are read in a folder
+TABLES = ('.json', '.csv', '.tsv')                                   # are read if they are named
+RECORDS = ('.jsonl', '.ndjson', '.parquet', *TABLES)
+MARKUP = ('.html', '.htm', '.xhtml', '.xml')
+COMPRESSED = ('.gz', '.zst')                                         # may follow
+BLOCK = 2**18     # characters that are read at a time
+PIECE = 2**18     # characters that are encoded at a time
+LONGEST = 2**28   # characters of a line, and of a list in a .json
+FIELD = re.compile(r'\{([^{}]+)\}')          # in a template
+INVALID = re.compile('[\0\ud800-\udfff]')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,13 +50,18 @@ def find_files(paths: str) -> list[Path]:
     for path in [paths] if os.path.exists(paths) else filter(None, map(str.strip, paths.split(','))):
         path = os.path.expanduser(path)
         if os.path.isdir(path):
-            files = [file for file in Path(path).rglob('*') if text_suffix(file) in SUFFIXES
-                     and not any(part.startswith('.') for part in file.relative_to(path).parts)]
+            files = [file for file in Path(path).rglob('*')
+                     if not any(part.startswith('.') for part in file.relative_to(path).parts)]
+            tables = sum(text_suffix(file) in TABLES for file in files)
+            if tables:
+                print(f'{path}: {tables:,} files that end in {", ".join(TABLES)} are not read: to read them, name them '
+                      f'with a glob', file=sys.stderr)
+            files = [file for file in files if text_suffix(file) in SUFFIXES]
         else:
             files = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
         files = sorted(Path(file) for file in files if os.path.isfile(file))
         if not files:
-            raise UserError(f'no file {path}: expected comma-separated files (no pipes), globs such as "x/*.log", or '
+            raise UserError(f'no file {path}: expected comma-separated files (no pipes), globs such as "x/*.json", or '
                             f'folders with {" ".join(SUFFIXES)} files, which may end in {" or ".join(COMPRESSED)} too')
         for file in files:
             found.setdefault(file.resolve(), file)
@@ -71,17 +87,18 @@ def reading(path, *exceptions):
 
 
 @contextlib.contextmanager
-def open_file(path):
-    """(f, raw): a file opened for reading bytes, decompressed, and the same as it is on the disk."""
+def open_text(path):
+    """(f, raw): a file opened for reading text, decompressed, and the same file as it is on the disk. Bytes that are
+    not UTF-8 are read as lone surrogates, and line ends as they are."""
     suffix = Path(path).suffix.lower()
     with reading(path), open(path, 'rb') as raw:
+        f = raw
         if suffix == '.gz':
-            yield gzip.GzipFile(fileobj=raw), raw
+            f = gzip.GzipFile(fileobj=raw)
         elif suffix == '.zst':
             pa = import_pyarrow(path)
-            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode='r'), 'zstd'), BLOCK), raw
-        else:
-            yield raw, raw
+            f = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode='r'), 'zstd'), BLOCK)
+        yield io.TextIOWrapper(f, encoding='utf-8', errors='surrogateescape', newline='\n'), raw
 
 
 def import_pyarrow(path):
@@ -100,29 +117,47 @@ def progress(title: str, sizes: list, done: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# documents
+# records and documents
 
-@dataclass
-class Piece:
+class Record(NamedTuple):
+    """A record of a file."""
+    where: str        # the file, and the line, row or number in it
+    value: object     # an object of JSON, a row as {column: cell}, or a text; None: left out
+    fault: str = ''   # why it is left out or was repaired
+
+
+class Piece(NamedTuple):
     """A part of the text of a document."""
-    text: str           # '' if the document is empty or left out
-    start: int          # number of its first character in the document
-    last: bool          # whether the document ends here
-    fault: str = ''     # in the last piece: why the document is left out or, if it has text, was repaired
+    text: str         # '' if the document is empty or left out
+    start: int        # number of its first character in the document
+    last: bool        # whether the document ends here
+    fault: str = ''   # in the last piece: why the document is left out or, if it has text, was repaired
+
+
+def read_records(path) -> Iterator[Record]:
+    """The records of a file; the lines of a text file that are not blank, as texts. UserError with the place of what
+    is invalid."""
+    corpus = Corpus([path])
+    if text_suffix(path) in RECORDS:
+        yield from corpus.records(path)
+    else:
+        yield from (Record(where, line.rstrip('\r\n')) for where, line, _ in corpus.lines(path) if line.strip())
 
 
 @dataclass
 class Corpus:
     """Files of documents, and how to read them."""
     files: list                 # paths, or names from which fetch makes paths
-    field: str = 'text'         # the key of the text in a line of .jsonl
+    field: str = 'text'         # the key of the text in a record
     column: str = 'text'        # the column of the text in a .parquet
     errors: str = 'strict'      # invalid text: 'strict' (UserError), 'replace' (by U+FFFD), 'skip' (the document)
+    template: str = ''          # the text of a record, such as '{title}\n{text}'; empty: its field or column
+    separator: str = ''         # what ends the documents of a .txt; empty: the file is one document
     sizes: list = None          # bytes of each file, and what changes when it does; default: as on the disk
     versions: list = None
     fetch: object = None        # function: number of a file -> its path
-    release: object = None      # function: called with the number of a file that will not be read again
     duplicates: list = None     # for each file booleans, one per document: whether it is not read
+    longest: int | None = None  # characters of a piece; None: PIECE
     position = 0                # bytes read so far of the current file
 
     def __post_init__(self):
@@ -131,28 +166,24 @@ class Corpus:
             self.versions = [os.stat(file).st_mtime_ns for file in self.files]
 
     def is_one_text(self) -> bool:
-        """Whether the corpus is a single text file, and so a single document."""
-        return len(self.files) == 1 and text_suffix(self.files[0]) not in ('.jsonl', '.parquet')
+        """Whether the corpus is a single text file without a separator, and so a single document."""
+        if len(self.files) > 1 or text_suffix(self.files[0]) in RECORDS:
+            return False
+        return sum(1 for _ in itertools.islice((piece for piece in self.pieces(0) if piece.last), 2)) == 1
 
     def pieces(self, i: int, bar=None) -> Iterator[Piece]:
         """The pieces of the documents of file i. bar: a progress bar, which advances by the bytes read."""
         path = self.fetch(i) if self.fetch else self.files[i]
-        suffix = text_suffix(path)
-        if suffix == '.jsonl':
-            documents = ([line] for line in self.lines(path))
-        elif suffix == '.parquet':
-            documents = ([row] for row in self.rows(path))
-        else:
-            documents = [self.text(path)]
-        self.position = reported = 0
-        for number, document in enumerate(documents):
-            if self.duplicates is not None and self.duplicates[i][number]:
-                continue
-            for piece in in_pieces(document):
+        self.position = reported = number = 0
+        parts = self.texts(path) if text_suffix(path) in RECORDS else self.parts(path)
+        for piece in in_pieces(parts, self.longest):
+            if self.duplicates is None or not self.duplicates[i][number]:
                 yield piece
-                if bar is not None:
-                    bar.update(self.position - reported)
-                    reported = self.position
+            if piece.last:
+                number += 1
+            if bar is not None:
+                bar.update(self.position - reported)
+                reported = self.position
 
     def all(self, title: str) -> Iterator[Piece]:
         """The pieces of all documents, with a progress bar."""
@@ -160,128 +191,242 @@ class Corpus:
             for i in range(len(self.files)):
                 yield from self.pieces(i, bar)
 
-    def decode(self, content, where, start=0, final=True):
-        """(text, number of bytes decoded, fault) of UTF-8 that begins at byte `start` of `where`."""
-        try:
-            return *codecs.utf_8_decode(content, 'strict', final), ''
-        except UnicodeDecodeError as error:
-            fault = f'{where} is not UTF-8: byte {start + error.start:,} is 0x{content[error.start]:02x}'
-            if self.errors == 'replace':
-                return *codecs.utf_8_decode(content, 'replace', final), fault
-            self.leave_out(fault, 'convert it, for instance from UTF-16 or GBK with iconv, or give --errors=replace or '
-                                  '--errors=skip')
-            return '', len(content), fault
-
-    def leave_out(self, fault, advice):
-        """UserError unless documents with a fault are left out."""
-        if self.errors != 'skip':
+    def refuse(self, fault, advice, unless):
+        """UserError, unless this is how to treat errors."""
+        if self.errors not in unless:
             raise UserError(f'{fault}; {advice}')
 
-    def text(self, path):
-        """(text, fault) of each part of a text file; ('', fault) alone if it is left out."""
+    def repair(self, text, where, start=0):
+        """(text, fault) of what open_text() reads at byte `start` of `where`, with U+FFFD for what is invalid."""
+        match = INVALID.search(text)
+        if match is None:
+            return text, ''
+        at = start + len(text[:match.start()].encode())
+        if match[0] == '\0':
+            fault = f'{where} is not text: byte {at:,} is 0x00'
+        else:
+            fault = f'{where} is not UTF-8: byte {at:,} is 0x{ord(match[0]) - 0xdc00:02x}'
+        self.refuse(fault, 'convert it, for instance from UTF-16 or GBK with iconv, remove it from --input, or give '
+                           '--errors=replace or --errors=skip', ('replace', 'skip'))
+        return text.encode(errors='surrogateescape').decode(errors='replace').replace('\0', '\ufffd'), fault
+
+    # text files
+
+    def parts(self, path):
+        """(text, fault, whether the document ends) of each part of a text file."""
+        if text_suffix(path) in MARKUP:
+            raise UserError(f'{path} is markup, not text: convert it, for instance with pandoc -t plain; to learn the '
+                            f'markup itself, let its name end in .txt, or use data/my_code')
+        fault = ''
         if self.errors == 'skip':
             fault = next((fault for _, fault in self.blocks(path) if fault), '')
-            if fault:
-                return [('', fault)]
-        return self.blocks(path)
+        if fault:
+            yield '', fault, True
+        else:
+            yield from split_documents(self.blocks(path), self.separator if text_suffix(path) == '.txt' else '')
 
     def blocks(self, path):
-        """(text, fault) of each block of a text file, without a byte order mark."""
-        start = 0    # of the bytes that are not decoded yet
-        rest = b''
-        block = None
-        with open_file(path) as (f, raw):
-            while block != b'':
-                block = f.read(BLOCK)
-                content = rest + block
-                text, used, fault = self.decode(content, path, start, final=not block)
-                if '\0' in text and not fault:
-                    fault = f'{path} is not text: byte {start + content.index(0):,} is 0x00'
-                    if self.errors != 'replace':
-                        self.leave_out(fault, 'remove it from --input, or give --errors=skip or --errors=replace')
-                    text = text.replace('\0', '\ufffd')
+        """(text, fault) of each block of a text file."""
+        start = 0   # of the block, in bytes
+        with open_text(path) as (f, raw):
+            while block := f.read(BLOCK):
+                if block.endswith('\r'):
+                    block += f.read(1)   # a line end is not cut
+                text, fault = self.repair(block, path, start)
                 self.position = raw.tell()
+                text = text.replace('\r\n', '\n')
                 yield text.removeprefix('\ufeff') if start == 0 else text, fault
-                rest = content[used:]
-                start += used
+                start += len(block.encode(errors='surrogateescape'))
 
-    def lines(self, path):
-        """(text, fault) of each document of a .jsonl."""
-        number = 0
-        with open_file(path) as (f, raw):
-            while line := f.readline(LONGEST_LINE):
-                number += 1
-                where = f'{path}, line {number:,}'
-                if len(line) == LONGEST_LINE:
-                    raise UserError(f'{where} is longer than {LONGEST_LINE:,} bytes')
-                self.position = raw.tell()
-                if line.strip():
-                    text, _, fault = self.decode(line, where)
-                    if text:
-                        text, json_fault = self.parse(text.removeprefix('\ufeff'), where)
-                        fault = fault or json_fault
-                    yield text, fault
+    # records
 
-    def parse(self, line, where):
-        """(text, fault) of a JSON object."""
-        record = None
+    def texts(self, path):
+        """(text, fault, True) of each record of a file."""
+        names = FIELD.findall(self.template) or [self.column if text_suffix(path) == '.parquet' else self.field]
+        for where, record, fault in self.records(path, names):
+            text, wrong = ('', '') if record is None else self.text_of(record, names, where)
+            fault = fault or wrong
+            yield '' if fault and self.errors == 'skip' else text, fault, True
+
+    def text_of(self, record, names, where):
+        """(text, fault) of a record: its field, or the template with its fields. A list of texts is lines of text."""
+        record = {self.field: record} if isinstance(record, str) else record
+        template = self.template.replace('\\n', '\n').replace('\\t', '\t')
         try:
-            record = json.loads(line)
-            text = record[self.field]
-            valid = tokenizer.no_surrogates(text)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            fault = f'{where}: expected a JSON object with a text under {self.field!r}'
-            has = f'; it has {", ".join(map(repr, record))}'[:100] if isinstance(record, dict) else ''
-            self.leave_out(fault + has, 'give --field=NAME, or --errors=skip')
+            cells = {name: cell(record[name], numbers=template != '') for name in names}
+        except (KeyError, TypeError):
+            fault = f'{where}: expected a text under {" and ".join(map(repr, names))}'
+            has = f'; it has {", ".join(map(repr, record))}'[:100] if isinstance(record, dict) and record else ''
+            self.refuse(fault + has, 'give --field=NAME, --template={NAME}, or --errors=skip', ('skip',))
             return '', fault
+        text = FIELD.sub(lambda match: cells[match[1]], template) if template else cells[names[0]]
+        text = text.replace('\r\n', '\n')
+        valid = tokenizer.no_surrogates(text)
         if valid == text:
             return text, ''
         fault = f'{where} has half a surrogate pair'   # written as \ud800
-        if self.errors != 'replace':
-            self.leave_out(fault, 'give --errors=replace or --errors=skip')
-            valid = ''
+        self.refuse(fault, 'give --errors=replace or --errors=skip', ('replace', 'skip'))
         return valid, fault
 
-    def rows(self, path):
-        """(text, fault) of each document of a .parquet."""
+    def records(self, path, names=None) -> Iterator[Record]:
+        """The records of a file. names: columns of a .parquet; None: all."""
+        suffix = text_suffix(path)
+        if suffix == '.parquet':
+            yield from self.rows(path, names)
+        elif suffix in ('.csv', '.tsv'):
+            yield from self.table(path, suffix)
+        elif suffix == '.json' and self.is_list(path):
+            with open_text(path) as (f, raw):
+                content = f.read(LONGEST)
+                self.position = raw.tell()
+            if len(content) == LONGEST:
+                raise UserError(f'{path} has {LONGEST:,} characters or more: convert it to .jsonl, a record per line')
+            records, fault = self.parse(*self.repair(content.removeprefix('\ufeff'), path), path)
+            for i, record in enumerate([None] if records is None else records, 1):
+                yield Record(f'{path}, record {i:,}', record, fault)
+        else:
+            for where, line, fault in self.lines(path):
+                if line.strip():
+                    yield Record(where, *self.parse(line, fault, where))
+
+    def is_list(self, path):
+        """Whether a .json is a list of records, and not an object per line."""
+        with open_text(path) as (f, _):
+            return f.read(BLOCK).lstrip('\ufeff \t\r\n').startswith('[')
+
+    def parse(self, text, fault, where):
+        """(value, fault) of a text in JSON, which may have a fault already; None if it is not JSON."""
+        try:
+            return json.loads(text), fault
+        except (ValueError, RecursionError) as error:
+            fault = fault or f'{where} is not JSON: {" ".join(str(error).split())[:80]}'
+            self.refuse(fault, 'correct it, or give --errors=skip', ('skip',))
+            return None, fault
+
+    def lines(self, path) -> Iterator[Record]:
+        """The lines of a file, with their ends, as records."""
+        with open_text(path) as (f, raw):
+            for number in itertools.count(1):
+                line = f.readline(LONGEST)
+                where = f'{path}, line {number:,}'
+                if line == '':
+                    return
+                if len(line) == LONGEST:
+                    raise UserError(f'{where} has {LONGEST:,} characters or more')
+                self.position = raw.tell()
+                text, fault = self.repair(line, where)
+                yield Record(where, text.removeprefix('\ufeff') if number == 1 else text, fault)
+
+    def table(self, path, suffix):
+        """The rows of a .csv or .tsv as records."""
+        faults = []   # in the lines of a row
+
+        def read_lines():
+            for _, line, fault in self.lines(path):
+                faults.extend([fault] if fault else [])
+                yield line
+
+        lines = read_lines()
+        header = next(lines, '')
+        delimiter = '\t' if suffix == '.tsv' else max(',;\t', key=header.count)
+        csv.field_size_limit(LONGEST)
+        with reading(path, csv.Error):
+            reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+            for row in reader:
+                yield Record(f'{path}, line {reader.line_num:,}', row, faults[0] if faults else '')
+                faults.clear()
+
+    def rows(self, path, names):
+        """The rows of a .parquet as records, with these columns."""
         pa = import_pyarrow(path)
         number = 0
         with reading(path, pa.ArrowException, UnicodeDecodeError):
             with pa.parquet.ParquetFile(path, pre_buffer=False) as table:
-                names = table.schema_arrow.names
-                if self.column not in names:
-                    raise UserError(f'{path} has no column {self.column!r}: it has {", ".join(names)[:100]}; '
+                has = table.schema_arrow.names
+                missing = [name for name in names or () if name not in has]
+                if missing:
+                    raise UserError(f'{path} has no column {missing[0]!r}: it has {", ".join(has)[:100]}; '
                                     f'give --column=NAME')
-                for batch in table.iter_batches(batch_size=128, columns=[self.column]):
-                    for content in batch.column(0).cast(pa.large_binary()).to_pylist():
+                for batch in table.iter_batches(batch_size=128, columns=names):
+                    columns = {name: as_bytes(batch.column(name), pa).to_pylist() for name in names or has}
+                    for i in range(batch.num_rows):
                         number += 1
                         self.position = os.path.getsize(path) * number // table.metadata.num_rows
-                        text, _, fault = self.decode(content or b'', f'{path}, row {number:,}')
-                        yield text, fault
+                        record = {name: cells[i] for name, cells in columns.items()}
+                        faults = []
+                        for name, value in record.items():
+                            if isinstance(value, bytes):
+                                record[name], fault = self.repair(value.decode(errors='surrogateescape'),
+                                                                  f'{path}, row {number:,}')
+                                faults.append(fault)
+                        yield Record(f'{path}, row {number:,}', record, next(filter(None, faults), ''))
 
 
-def in_pieces(parts) -> Iterator[Piece]:
-    """The pieces of one document, given as (text, fault) of its parts. Where they end depends on its text alone."""
+def as_bytes(column, pa):
+    """A column of a .parquet as bytes, which need not be UTF-8, if it is of text."""
+    try:
+        return column.cast(pa.large_binary())
+    except pa.ArrowException:
+        return column
+
+
+def cell(value, numbers):
+    """The text of a field: a text, nothing, or a list of them; TypeError for other values, but numbers if so asked."""
+    if isinstance(value, list):
+        return '\n'.join(cell(part, numbers) for part in value)
+    if value is None:
+        return ''
+    if not isinstance(value, (str, int, float) if numbers else str):
+        raise TypeError
+    return str(value)
+
+
+def split_documents(blocks, separator):
+    """(text, fault, whether the document ends) of the parts of documents, from (text, fault) of blocks. A line break
+    after a separator belongs to it."""
+    pattern = re.compile(re.escape(separator) + '\n?')
+    text = ''
+    for block, fault in blocks:
+        text += block
+        end = max(len(text) - len(separator), 0)   # a separator that begins there or later may go on in the next block
+        start = 0
+        for match in pattern.finditer(text) if separator else ():
+            if match.start() >= end:
+                break
+            yield text[start:match.start()], fault, True
+            start = match.end()
+        yield text[start:max(start, end)], fault, False
+        text = text[max(start, end):]
+    *documents, text = pattern.split(text) if separator else [text]
+    yield from ((document, '', True) for document in [*documents, text])
+
+
+def in_pieces(parts, longest=None) -> Iterator[Piece]:
+    """The pieces of documents, given as (text, fault, whether the document ends) of their parts. Where they end depends
+    on the text of the document alone."""
+    longest = longest or PIECE
     held = ''
     held_start = 0   # in the document
     first_fault = ''
-    for text, fault in parts:
+    for text, fault, last in parts:
         first_fault = first_fault or fault
         held += text
         start = 0
-        while len(held) - start > PIECE:
-            end = last_border(held, start)
+        while len(held) - start > longest:
+            end = last_border(held, start, longest)
             yield Piece(held[start:end], held_start + start, False)
             start = end
         held = held[start:]
         held_start += start
-    yield Piece(held, held_start, True, first_fault)
+        if last:
+            yield Piece(held, held_start, True, first_fault)
+            held, held_start, first_fault = '', 0, ''
 
 
-def last_border(text, start):
-    """Where a piece that begins at start ends: at the last border before start + PIECE, or there, if it has none."""
-    for width in (2**6, 2**12, PIECE):   # it is usually close to the end
-        first = start + max(PIECE - width, 2)   # a border shows by two characters before it
-        for match in reversed(list(tokenizer.BORDER.finditer(text, first, start + PIECE))):
+def last_border(text: str, start: int, length: int) -> int:
+    """Where a piece that begins at start ends: at the last border before start + length, or there, if it has none."""
+    for width in (2**6, 2**12, length):   # it is usually close to the end
+        first = start + max(length - width, 2)   # a border shows by two characters before it
+        for match in reversed(list(tokenizer.BORDER.finditer(text, first, start + length))):
             return match.start()
-    return start + PIECE
+    return start + length

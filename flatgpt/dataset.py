@@ -67,6 +67,9 @@ def open_writer(folder, key: str | None = None, max_bytes: int = MAX_BYTES):
         raise UserError(f'another process is writing the dataset {folder}: wait for it, or stop it') from None
     except OSError as error:
         raise UserError(f'cannot write the dataset {folder}: {error.strerror}') from None
+    finally:
+        with contextlib.suppress(OSError):   # it is not empty
+            folder.rmdir()
 
 
 class Writer:
@@ -83,7 +86,6 @@ class Writer:
         self.max_bytes = max_bytes
         self.num_tokens = dict.fromkeys(SPLITS, 0)
         self.state = None
-        self.unsynced = set()   # paths
         try:
             saved = json.loads((folder / RESUME).read_bytes())
         except (OSError, ValueError):   # there is none
@@ -112,14 +114,14 @@ class Writer:
 
     def trim(self):
         """Remove from the files what is after num_tokens ids."""
-        paths = []
+        names = []
         for split in SPLITS:
             sizes = self.file_sizes(split)
-            paths += [self.path(split, i) for i in range(len(sizes))]
+            paths = [self.path(split, i) for i in range(len(sizes))]
             with open(paths[-1], 'ab') as f:
                 f.truncate(sizes[-1] * self.dtype.itemsize)
-        self.unsynced |= set(paths)
-        remove_files(self.folder, UNFINISHED, [path.name for path in paths])
+            names += [path.name for path in paths]
+        remove_files(self.folder, UNFINISHED, names)
 
     def append(self, split: str, ids: np.ndarray):
         """Append ids to a split."""
@@ -130,7 +132,9 @@ class Writer:
             part = ids[:self.per_file - used]
             with open(self.path(split, i), 'ab') as f:
                 f.write(part.data)
-            self.unsynced.add(self.path(split, i))
+                if used + len(part) == self.per_file:
+                    f.flush()
+                    os.fsync(f.fileno())
             self.num_tokens[split] += len(part)
             ids = ids[len(part):]
 
@@ -149,10 +153,9 @@ class Writer:
 
     def sync(self):
         """Put what was appended on the disk."""
-        for path in sorted(self.unsynced):
-            with open(path, 'r+b') as f:
+        for split in SPLITS:   # a full file is there already
+            with open(self.path(split, len(self.file_sizes(split)) - 1), 'r+b') as f:
                 os.fsync(f.fileno())
-        self.unsynced.clear()
 
     def rewind(self, num_tokens: dict, state: dict):
         """Commit with fewer ids in some splits, {split: number}."""
@@ -305,11 +308,12 @@ class JoinedArrays:
     def __len__(self):
         return int(self.starts[-1])
 
+    def max(self):
+        return max(array.max() for array in self.arrays if len(array))
+
     def __getitem__(self, index):
         if isinstance(index, slice):
-            start, stop, _ = index.indices(len(self))
-            return np.concatenate([array[max(start - first, 0):max(stop - first, 0)]
-                                   for first, array in zip(self.starts.tolist(), self.arrays)])
+            index = np.arange(*index.indices(len(self)))
         file = np.searchsorted(self.starts, index, side='right') - 1
         ids = np.empty(np.shape(index), self.dtype)
         for i in np.unique(file).tolist():

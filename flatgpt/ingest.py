@@ -2,7 +2,8 @@
 Documents to a dataset of any size, encoded on all cores and written piece by piece.
 
 The bytes depend neither on the number of cores nor on interruptions: a killed process continues at its last commit.
-A document belongs to training or to validation as a whole, by the hash of its first piece.
+A document belongs to training or to validation as a whole, by the hash of its first piece. If that gives a share of
+validation far from the one that is asked for, as with few documents, the end of the whole text is for validation.
 """
 
 import hashlib
@@ -22,17 +23,16 @@ from pathlib import Path
 import numpy as np
 
 from flatgpt import hub, tokenizer
-from flatgpt.corpus import PIECE, Corpus, progress
+from flatgpt.corpus import PIECE, Corpus, last_border, progress
 from flatgpt.dataset import SPLITS, open_writer
 from flatgpt.errors import UsageError, UserError
 
-FORMAT = 3   # of the state
-# Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces between words. A vocabulary is trained on the texts between
-# spaces, most of which occur only once there: a character needs about a hundred times as much memory.
+FORMAT = 4   # of the state
+AHEAD = 16   # batches per thread that are read before they are written
+# Characters of Thai, Lao, Burmese, Khmer, Japanese and Chinese, which have no spaces between words: training a
+# vocabulary needs a hundred times as much memory for them, because the texts between spaces occur only once.
 UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
                       '\U00020000-\U0003ffff]')
-UNSPACED_WEIGHT = 100
-AHEAD = 16   # batches per thread that are read before they are written
 
 
 @dataclass
@@ -63,17 +63,16 @@ class Options:
 @dataclass
 class State:
     """How far a dataset has come, as plain data with which another process can continue."""
-    file: int = 0                     # number of the current file
-    pieces: int = 0                   # of the current file that are written
-    validation: float | None = None   # the random number of the validation documents; None: all below val_fraction
-    lowest: list = field(default_factory=list)   # the two lowest random numbers, with the bytes of their documents
+    by_hash: bool           # whether documents are drawn for validation; else the end of the text will be
+    file: int = 0           # number of the current file
+    pieces: int = 0         # of the current file that are written
     report: dict = field(default_factory=lambda: {
         'documents': dict.fromkeys(SPLITS, 0), 'bytes': dict.fromkeys(SPLITS, 0),
         'characters': dict.fromkeys(SPLITS, 0), 'empty': 0, 'left_out': 0, 'repaired': 0, 'faults': [],
         'longest': {'characters': 0, 'file': ''}, 'validation': 'documents, by their hash'})
 
-    def add(self, piece, split, random, file):
-        """Count a piece of a document, which belongs to a split, drew a random number and comes from a file."""
+    def add(self, piece, split, file):
+        """Count a piece of a document, which belongs to a split and comes from a file."""
         report = self.report
         self.pieces += 1
         if piece.fault:
@@ -81,17 +80,15 @@ class State:
         if piece.start == 0 and not piece.text:
             report['left_out' if piece.fault else 'empty'] += 1
             return
-        n_bytes = len(piece.text.encode())
-        end = piece.start + len(piece.text)
-        report['bytes'][split] += n_bytes
+        report['bytes'][split] += len(piece.text.encode())
         report['characters'][split] += len(piece.text)
-        report['documents'][split] += int(piece.last)
-        report['repaired'] += int(piece.fault != '')
+        if piece.last:
+            report['documents'][split] += 1
+        if piece.fault:
+            report['repaired'] += 1
+        end = piece.start + len(piece.text)
         if end > report['longest']['characters']:
             report['longest'] = {'characters': end, 'file': file}
-        lowest = dict(self.lowest)
-        lowest[random] = lowest.get(random, 0) + n_bytes
-        self.lowest = sorted(lowest.items())[:2]
 
 
 def build(folder, corpus: Corpus, options: Options, source: dict | None = None) -> tuple:
@@ -101,27 +98,33 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
     tok = None if made else tokenizer.make(options.tokenizer)   # before anything is read: a typo is found at once
     same = {**asdict(options), 'threads': None, 'save_mb': None}   # these two do not change the bytes
     key = json.dumps([FORMAT, same, tok and tok.to_dict(), [str(file) for file in corpus.files], corpus.sizes,
-                      corpus.versions, corpus.field, corpus.column, corpus.errors])
+                      corpus.versions, corpus.field, corpus.column, corpus.errors, corpus.template, corpus.separator])
     key = hashlib.sha256(key.encode()).hexdigest()
     with open_writer(folder, key, int(options.max_file_gb * 1e9)) as writer:
         if options.deduplicate:
             corpus.duplicates = find_duplicates(corpus)
         if writer.state is None:
-            writer.begin(tok or make_tokenizer(corpus, options))
-            state = State(validation=-1 if corpus.is_one_text() else None)
+            one_text = corpus.is_one_text()
+            writer.begin(tok or make_tokenizer(corpus, options, one_text))
+            state = State(by_hash=not one_text)
             writer.commit(vars(state))
         else:
             state = State(**writer.state)
             print(f'{folder} is unfinished, with {sum(writer.num_tokens.values()):,} tokens: continuing',
                   file=sys.stderr)
         write_documents(corpus, writer, state, options)
-        if state.validation is None and not all(state.report['documents'].values()):
-            state = State(validation=choose_validation(state))   # once more
+        fraction = options.val_fraction
+        share = writer.num_tokens['val'] / max(sum(writer.num_tokens.values()), 1)
+        if state.by_hash and not fraction / 2 <= share <= min(fraction * 2, (fraction + 1) / 2):
+            if sum(state.report['documents'].values()) > 1:
+                print(f'{share:.1%} of the tokens are in the documents for validation instead of {fraction:.1%}, so '
+                      f'validation will be the end of the whole text', file=sys.stderr)
+            state = State(by_hash=False)
             writer.rewind(dict.fromkeys(SPLITS, 0), vars(state))
             write_documents(corpus, writer, state, options)
+        if not state.by_hash and not writer.num_tokens['val']:
+            move_end_to_validation(writer, state, fraction)
         report = state.report
-        if sum(report['documents'].values()) == 1 and not writer.num_tokens['val']:
-            move_end_to_validation(writer, state, options.val_fraction)
         if min(writer.num_tokens.values()) < 2:
             raise UserError(f'too little text: {writer.num_tokens["train"]:,} tokens to train on and '
                             f'{writer.num_tokens["val"]:,} for validation, expected at least 2 of each; '
@@ -157,17 +160,17 @@ def find_duplicates(corpus: Corpus) -> list[np.ndarray]:
     return np.split(repeated & (numbers != empty), ends[:-1])
 
 
-def make_tokenizer(corpus: Corpus, options: Options):
-    """A tokenizer of all characters of the documents, or one trained on as much text as takes the memory of train_mb of
-    English."""
+def make_tokenizer(corpus: Corpus, options: Options, one_text: bool):
+    """A tokenizer of all characters of the documents, or one trained on at most train_mb of them, in which a character
+    without spaces around counts as a hundred."""
     start = time.perf_counter()
     share = 1
     if options.tokenizer != 'char':
-        weight = sum(len(piece.text) + UNSPACED_WEIGHT * len(UNSPACED.findall(piece.text))
-                     for piece in corpus.all('measuring the text'))
-        share = options.train_mb * 1e6 / max(weight, 1)
+        size = sum(len(piece.text) + 100 * len(UNSPACED.findall(piece.text))
+                   for piece in corpus.all('measuring the text'))
+        share = options.train_mb * 1e6 / max(size, 1)
     texts = sample(corpus, share, options.seed, 'reading the vocabulary')
-    separator = [] if corpus.is_one_text() else ['\n']   # between documents, if there is no end-of-text token
+    separator = [] if one_text else ['\n']   # between documents, if there is no end-of-text token
     tok = tokenizer.make(options.tokenizer, itertools.chain(texts, separator), options.min_frequency, options.special)
     if options.tokenizer != 'char':
         print(f'{tok.vocab_size:,} tokens trained on {min(share, 1):.1%} of the text in '
@@ -196,12 +199,13 @@ def write_documents(corpus, writer, state, options):
     threads = options.threads or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     tok = writer.tok
     tok.encode_texts([''])   # the first call sets up what the threads share
-    saved = 0                  # characters
-    released = state.file
+    corpus.longest = PIECE if tok.cuttable else 16 * PIECE
+    saved = 0   # characters
 
     def encode(batch):
-        texts, complete = batch
-        return {split: tok.encode_texts(texts[split], complete) for split in SPLITS if texts[split]}
+        documents, complete = batch
+        return {split: tok.encode_texts([text for of, text in documents if of == split], complete)
+                for split in {of for of, _ in documents}}
 
     with progress('encoding', corpus.sizes, state.file) as bar, ThreadPoolExecutor(threads) as pool:
         batches = read_batches(corpus, tok, state, options, bar)
@@ -210,13 +214,10 @@ def write_documents(corpus, writer, state, options):
                 for split in ids:
                     writer.append(split, ids[split])
             characters = sum(state.report['characters'].values())   # all of which are written now
-            if characters - saved >= options.save_mb * 1e6 or (corpus.release and state.file > released):
+            if characters - saved >= options.save_mb * 1e6:
                 writer.commit(vars(state))
                 saved = characters
                 check_disk_space(writer, (sum(corpus.sizes[:state.file]) + corpus.position) / sum(corpus.sizes))
-                while corpus.release and released < state.file:
-                    corpus.release(released)
-                    released += 1
     writer.commit(vars(state))
 
 
@@ -231,56 +232,49 @@ def check_disk_space(writer, fraction):
 
 
 def read_batches(corpus, tok, state, options, bar) -> Iterator[tuple]:
-    """({split: texts}, whether their documents are complete) for texts that are encoded together: whole documents of at
-    most PIECE characters, or a piece of a longer one. Advances the state up to the last batch."""
-    batch = {of: [] for of in SPLITS}
+    """([(split, text)], whether their documents are complete) for texts that are encoded together: whole documents of
+    at most PIECE characters, or a piece of a longer one. Advances the state up to the last batch."""
+    batch = []
     length = 0
     for i in range(state.file, len(corpus.files)):
         written = state.pieces   # before an interruption
         for number, piece in enumerate(corpus.pieces(i, bar), 1):
             if piece.start == 0:
-                random = uniform(hashlib.sha256(piece.text.encode()).digest(), options.seed, 'split')
-                is_val = random < options.val_fraction if state.validation is None else random == state.validation
-                split = 'val' if is_val else 'train'
-                texts = []
+                split = split_of(piece.text, state, options)
             if number <= written:
                 continue
-            if piece.start == 0:
-                if length and (not piece.last or length + len(piece.text) > PIECE):
-                    yield batch, True
-                    batch = {of: [] for of in SPLITS}
-                    length = 0
-                if tok.eot is None and piece.text and state.report['documents'][split]:
-                    texts.append('\n')   # after the document before it
-            state.add(piece, split, random, str(corpus.files[i]))
-            texts.append(piece.text)
-            if piece.text and (piece.last or tok.cuttable):
-                batch[split].append(''.join(texts))
+            is_document = piece.start == 0 and piece.last
+            if batch and not (is_document and length + len(piece.text) <= PIECE):
+                yield batch, True
+                batch = []
+                length = 0
+            follows = tok.eot is None and piece.start == 0 and state.report['documents'][split] > 0
+            state.add(piece, split, str(corpus.files[i]))
+            if piece.text:
+                batch.append((split, '\n' + piece.text if follows else piece.text))
                 length += len(piece.text)
-                texts = []
-                if piece.start > 0 or not piece.last:
-                    yield batch, piece.last
-                    batch = {of: [] for of in SPLITS}
-                    length = 0
+            if batch and not is_document:
+                yield batch, piece.last
+                batch = []
+                length = 0
         state.file = i + 1
         state.pieces = 0
-    if length:
+    if batch:
         yield batch, True
 
 
-def choose_validation(state) -> float:
-    """The random number of the documents for validation, if val_fraction leaves one split empty: of the two lowest, the
-    first whose documents are at most half of the text; -1 if there is one document."""
-    n = sum(state.report['documents'].values())
-    if n > 1 and len(state.lowest) == 1:
-        raise UserError(f'all {n:,} documents are equal: give more text, or --deduplicate to use the end of the only '
-                        f'document for validation')
-    half = sum(state.report['bytes'].values()) / 2
-    return next((random for random, size in state.lowest if size <= half), -1)
+def split_of(text, state, options) -> str:
+    """The split of a document, by its first piece."""
+    if not state.by_hash:
+        return 'train'
+    if len(text) > PIECE:
+        text = text[:last_border(text, 0, PIECE)]
+    number = uniform(hashlib.sha256(text.encode()).digest(), options.seed, 'split')
+    return 'val' if number < options.val_fraction else 'train'
 
 
 def move_end_to_validation(writer, state, val_fraction):
-    """Make the last ids of the only document the validation split."""
+    """Make the last ids of the training split the validation split."""
     end = writer.num_tokens['train']
     start = position = int(end * (1 - val_fraction))
     while position < end:
@@ -290,7 +284,8 @@ def move_end_to_validation(writer, state, val_fraction):
         for unit, n in zip(('bytes', 'characters'), tokenizer.text_size(writer.tok, ids)):
             state.report[unit]['train'] -= n
             state.report[unit]['val'] += n
-    state.report['validation'] = 'the end of the only document'
+    only = sum(state.report['documents'].values()) == 1
+    state.report['validation'] = 'the end of the only document' if only else 'the end of the text'
     writer.rewind({'train': start}, vars(state))
 
 
@@ -324,45 +319,35 @@ def report_lines(report: dict, tok) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # corpora of the Hugging Face hub
 
-class Shards:
-    """Files of a dataset on the hub, see hub.dataset_files(): one is read while the next one is downloaded."""
+def fetcher(folder: Path, repo: str, revision: str, files: list[dict]):
+    """A function from the number of a file, see hub.dataset_files(), to its path in a folder: the file is downloaded
+    then, the next one while it is read, and those before the last one are removed."""
+    futures = {}
 
-    def __init__(self, folder: Path, repo: str, revision: str, files: list[dict]):
-        self.folder = folder
-        self.repo = repo
-        self.revision = revision
-        self.files = files
-        self.futures = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def fetch(self, i: int) -> Path:
-        """The path of file i, which is downloaded then; the download of the next one is started."""
-        for k in range(i, min(i + 2, len(self.files))):
-            if k not in self.futures:
-                self.futures[k] = Future()
-                threading.Thread(target=self.download, args=(k,), daemon=True).start()   # ends with the process
-            self.futures[i].result()
-        return self.folder / self.files[i]['path']
-
-    def download(self, i):
+    def get(i):
         try:
-            hub.dataset_file(self.repo, self.revision, self.files[i], self.folder)
-            self.futures[i].set_result(None)
+            futures[i].set_result(hub.dataset_file(repo, revision, files[i], folder))
         except BaseException as error:   # for the thread that asks for the result
-            self.futures[i].set_exception(error)
+            futures[i].set_exception(error)
 
-    def release(self, i: int):
-        """Remove file i."""
-        (self.folder / self.files[i]['path']).unlink(missing_ok=True)
-        self.futures.pop(i, None)
+    def fetch(i):
+        for done in [k for k in futures if k < i - 1]:   # the last one may have to be read again
+            futures.pop(done).result().unlink(missing_ok=True)
+        for k in range(i, min(i + 2, len(files))):
+            if k not in futures:
+                futures[k] = Future()
+                threading.Thread(target=get, args=(k,), daemon=True).start()   # ends with the process
+            path = futures[i].result()
+        return path
+
+    return fetch
 
 
 def build_from_hub(folder, config: dict):
     """Write the dataset that the options of data/openwebtext/prepare.py describe, and print its report. Its files are
     downloaded one after another and removed when they are written."""
-    shards = config['shards']
-    if shards is not None and shards < 1:
-        raise UsageError(f'shards={shards}: expected more than 0')
+    if config['shards'] is not None and config['shards'] < 1:
+        raise UsageError(f'shards={config["shards"]}: expected more than 0')
     spec = config['tokenizer']
     if spec == 'char' or spec.startswith('bpe:'):
         raise UsageError(f'tokenizer={spec!r} is made of the text, which would be downloaded twice; make it of a part '
@@ -370,12 +355,12 @@ def build_from_hub(folder, config: dict):
     names = ('tokenizer', 'val_fraction', 'seed', 'threads', 'save_mb', 'max_file_gb')
     options = Options(**{name: config[name] for name in names})
     folder = Path(config['name'] or folder)
-    files = hub.dataset_files(config['repo'], config['path'], config['revision'])[:shards]
-    stored = Shards(folder / 'shards', config['repo'], config['revision'], files)
-    corpus = Corpus([file['path'] for file in files], column=config['column'], errors='replace', fetch=stored.fetch,
-                    release=stored.release, sizes=[file['size'] for file in files],
-                    versions=[file['sha256'] for file in files])
+    shards = folder / 'shards'
+    files = hub.dataset_files(config['repo'], config['path'], config['revision'])[:config['shards']]
+    corpus = Corpus([file['path'] for file in files], column=config['column'], errors='replace',
+                    fetch=fetcher(shards, config['repo'], config['revision'], files),
+                    sizes=[file['size'] for file in files], versions=[file['sha256'] for file in files])
     source = {name: config[name] for name in ('repo', 'path', 'revision')}
     tok, report = build(folder, corpus, options, {**source, 'files': len(files)})
-    shutil.rmtree(stored.folder)   # with what other runs have left
+    shutil.rmtree(shards, ignore_errors=True)   # with what other runs have left
     print(f'{folder}:', *report_lines(report, tok), sep='\n')

@@ -499,9 +499,10 @@ def end_of_text(path):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, as it is; UserError when it cannot be read or is something else."""
+    """The text of a UTF-8 file, without a byte order mark and with \\n as line ends; UserError when it cannot be read
+    or is something else."""
     try:
-        return Path(path).read_bytes().decode('utf-8')
+        return Path(path).read_bytes().decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n')
     except (OSError, ValueError) as error:
         if isinstance(error, UnicodeDecodeError):
             line = error.object.count(b'\n', 0, error.start) + 1

@@ -244,15 +244,24 @@ def test_equal_documents_are_in_the_same_split(tmp_path, bpe_path):
     assert not set(found['train']) & set(found['val']) and sum(map(len, found.values())) == 200
 
 
-@pytest.mark.parametrize('n', [2, 3])
-def test_of_few_documents_a_whole_one_is_for_validation(tmp_path, bpe_path, n):
-    texts = [prose(i, 200) for i in range(n)]
-    for seed in range(4):
-        path = tmp_path / f'{seed}.jsonl'
-        path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
-        build(tmp_path / 'out', [path], bpe_path, seed=seed, val_fraction=0.1)
-        found = documents_of(tmp_path / 'out')
-        assert sorted(found['train'] + found['val']) == sorted(texts) and min(map(len, found.values())) >= 1
+@pytest.mark.parametrize('sizes, seed, whole', [
+    ([30] * 200, 1, True), ([100, 100, 1000, 3], 1, False), ([3, 1000], 3, False), ([1000, 3], 4, False),
+    ([100, 100], 5, False), ([1] * 30 + [3000], 6, False)])
+def test_the_share_of_validation_is_near_what_was_asked_for_whatever_the_documents_are(
+        tmp_path, bpe_path, capsys, sizes, seed, whole):
+    texts = [prose(100 * seed + i, n) for i, n in enumerate(sizes)]
+    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    _, report = build(tmp_path / 'out', [tmp_path / 'x.jsonl'], bpe_path, seed=seed, val_fraction=0.1)
+    tokens, err = report['tokens'], capsys.readouterr().err
+    assert 0.05 < tokens['val'] / sum(tokens.values()) < 0.2
+    assert (report['validation'], 'validation will be the end' in err) == (
+        ('documents, by their hash', False) if whole else ('the end of the text', True))
+    data = Dataset(f'{tmp_path / "out"}/')
+    ids = [i for split in data.data.values() for i in split.tolist()]
+    if not whole:   # in order
+        tok = tokenizer.from_dict(data.tokenizer)
+        assert tok.decode(ids) == ''.join(text + '<|endoftext|>' for text in texts)
+        assert sum(data.bytes.values()) == len(''.join(texts).encode())
 
 
 @pytest.mark.parametrize('kind', ['txt', 'jsonl'])
@@ -309,6 +318,7 @@ def test_several_files_read_as_one(files, tmp_path, bpe_path):
     for split in 'train', 'val':
         ids = one.data[split]
         assert len(many.data[split]) == len(ids) and np.array_equal(many.data[split][:], ids)
+        assert many.data[split].max() == ids.max()
         for a, b in ((0, 10), (480, 1020), (499, 500), (500, 501), (0, len(ids)), (7, 7), (len(ids) - 3, len(ids) + 9)):
             assert np.array_equal(many.data[split][a:b], ids[a:b])
     many.validate_ids(64, 400)
@@ -407,6 +417,7 @@ def test_killed_within_a_long_document_it_goes_on_there_with_the_same_bytes(tmp_
     how = {'spec': 'char' if kind == 'char' else uncuttable, 'save_bytes': 700, 'deduplicate': True, 'threads': 1}
     build(tmp_path / 'undisturbed', [path], **how)
     inside, folder, of = 0, tmp_path / 'out', Corpus([path])
+    of.longest = 300 if kind == 'char' else 16 * 300
     of.duplicates = ingest.find_duplicates(of)
     pieces = list(of.pieces(0))
     for n in range(5, 10**6, 5):
@@ -563,15 +574,11 @@ def test_an_empty_file_and_one_of_one_token_are_refused(tmp_path, bpe_path, text
         build(tmp_path / 'out', [tmp_path / 'x.txt'], 'char' if spec == 'char' else bpe_path)
 
 
-def test_documents_that_are_all_equal_are_refused_and_of_two_kinds_the_smaller_is_for_validation(tmp_path, bpe_path):
-    for seed in range(3):
-        path = tmp_path / f'{seed}.jsonl'
-        path.write_text('{"text": "the same"}\n' * 30)
-        with pytest.raises(UserError, match='all 30 documents are equal: give more text, or --deduplicate'):
-            build(tmp_path / 'out', [path], bpe_path, seed=seed)
-        path.write_text('{"text": "the same"}\n' * 29 + '{"text": "another one"}\n')
-        build(tmp_path / 'out', [path], bpe_path, seed=seed, val_fraction=0.01)
-        assert documents_of(tmp_path / 'out') == {'train': ['the same'] * 29, 'val': ['another one']}
+def test_of_equal_documents_some_are_for_validation(tmp_path, bpe_path):
+    path = tmp_path / 'x.jsonl'
+    path.write_text('{"text": "the same"}\n' * 30)
+    build(tmp_path / 'out', [path], bpe_path, val_fraction=0.1)
+    assert documents_of(tmp_path / 'out') == {'train': ['the same'] * 27, 'val': ['the same'] * 3}
 
 
 def test_a_wrong_tokenizer_is_refused_before_a_word_is_read(files, tmp_path, monkeypatch):
@@ -605,7 +612,8 @@ def test_a_vocabulary_is_trained_on_an_even_sample_that_needs_no_more_memory_tha
     drawn = []
     monkeypatch.setattr(tokenizer, 'make', lambda spec, texts, *args: drawn.append([*texts]) or CharTokenizer('a'))
     for seed in 1, 2:
-        ingest.make_tokenizer(Corpus([path]), ingest.Options('bpe:300', seed=seed, train_mb=(weight + 3) * 100 / 1e6))
+        ingest.make_tokenizer(Corpus([path]), ingest.Options('bpe:300', seed=seed, train_mb=(weight + 3) * 100 / 1e6),
+                              False)
     assert all(60 < len(texts) < 140 and texts[-1] == '\n' for texts in drawn) and drawn[0] != drawn[1]
 
 
@@ -647,10 +655,11 @@ def test_shards_of_the_hub_become_a_dataset_and_are_removed(shards, tmp_path, bp
     assert sorted(found['train'] + found['val']) == sorted(shards.texts[:40])
 
 
-def test_shards_are_fetched_again_when_no_document_was_drawn_for_validation(shards, tmp_path, bpe_path):
-    from_hub(tmp_path / 'out', bpe_path, val_fraction=1e-9)
-    found = documents_of(tmp_path / 'out')
-    assert len(found['val']) == 1 and sorted(found['train'] + found['val']) == sorted(shards.texts)
+def test_shards_are_read_again_when_the_documents_for_validation_are_too_few(shards, tmp_path, bpe_path):
+    from_hub(tmp_path / 'out', bpe_path, val_fraction=0.01, seed=3)
+    meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
+    assert meta['report']['validation'] == 'the end of the text'
+    assert sum(meta['characters'].values()) == len(''.join(shards.texts))
 
 
 def test_a_file_of_another_revision_is_not_read(shards, tmp_path, bpe_path):
@@ -663,35 +672,27 @@ def test_a_file_of_another_revision_is_not_read(shards, tmp_path, bpe_path):
 
 
 def test_the_next_shard_and_no_other_is_on_its_way_while_one_is_read(shards, tmp_path, bpe_path, monkeypatch):
-    asked, real, fetch = [threading.Event() for _ in range(3)], hub.dataset_file, ingest.Shards.fetch
+    asked, real, fetcher = [threading.Event() for _ in range(3)], hub.dataset_file, ingest.fetcher
 
     def download(repo, revision, file, folder):
         asked[int(file['path'][len('sample/')])].set()
         return real(repo, revision, file, folder)
 
-    def fetched(self, i):
-        path = fetch(self, i)
-        assert i == 2 or asked[i + 1].wait(5)
-        assert not any(event.is_set() for event in asked[i + 2:])
-        return path
+    def watched(folder, *args):
+        fetch = fetcher(folder, *args)
+
+        def fetched(i):
+            path = fetch(i)
+            assert i == 2 or asked[i + 1].wait(5)
+            assert not any(event.is_set() for event in asked[i + 2:])
+            assert (folder / 'sample' / '0.parquet').exists() == (i < 2)
+            return path
+        return fetched
 
     monkeypatch.setattr(hub, 'dataset_file', download)
-    monkeypatch.setattr(ingest.Shards, 'fetch', fetched)
+    monkeypatch.setattr(ingest, 'fetcher', watched)
     from_hub(tmp_path / 'out', bpe_path)
     assert all(event.is_set() for event in asked)
-
-
-@pytest.mark.parametrize('i', [0, 1, 2])
-def test_a_shard_that_a_killed_process_has_left_is_removed(shards, tmp_path, bpe_path, i):
-    with pytest.MonkeyPatch.context() as patch:
-        release = ingest.Shards.release
-        patch.setattr(ingest.Shards, 'release', lambda self, done: (
-            release(self, done) if done < i else (_ for _ in ()).throw(Killed())))
-        with pytest.raises(Killed):
-            from_hub(tmp_path / 'out', bpe_path)
-    assert list((tmp_path / 'out' / 'shards').rglob('*.parquet'))
-    from_hub(tmp_path / 'out', bpe_path)
-    assert set(os.listdir(tmp_path / 'out')) == {'train.bin', 'val.bin', 'meta.json', 'tokenizer.json'}
 
 
 @pytest.mark.parametrize('fault, words', [('gone', 'cannot get .*some/data'), ('other content', 'the sha256 is not'),

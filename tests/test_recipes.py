@@ -146,6 +146,18 @@ def test_ones_own_pairs_in_either_form_and_spiders_names(copy, tmp_path, kind):
         ('question: 几点?\nsql:', ' SELECT 3\n')]
 
 
+def test_pairs_with_the_same_question_are_all_there_and_in_one_split(copy, tmp_path):
+    pairs = [{'question': f'q{i % 7}\u2028', 'sql': f'SELECT {i % 14}'} for i in range(28)]   # each pair twice
+    (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps(pair, ensure_ascii=False) + '\n' for pair in pairs))
+    folder, prepare = copy('sql')
+    done = prepare(f'--input={tmp_path / "pairs.jsonl"}', '--val_fraction=0.3')
+    found = pairs_of(folder)
+    assert sorted(found['train'] + found['val']) == sorted({
+        (f'question: {pair["question"].strip()}\nsql:', f' {pair["sql"]}\n') for pair in pairs})
+    assert len(found['val']) == 4 and not {q for q, _ in found['train']} & {q for q, _ in found['val']}
+    assert 'left out: 14 pairs that occur again' in done.stdout
+
+
 def test_a_tokenizer_with_an_end_of_text_ends_answers_with_it(copy, tmp_path):
     from safetensors.torch import save_file
 
@@ -161,8 +173,8 @@ def test_a_tokenizer_with_an_end_of_text_ends_answers_with_it(copy, tmp_path):
 
 
 @pytest.mark.parametrize(('content', 'words'), [
-    ('[{"question": "a", "sql": "b"}, {"question": "c"}]', ['pair 2', '"question"']), ('[', ['not JSON']),
-    ('[1]', ['pair 1']), ('[]', ['0 distinct questions']),
+    ('[{"question": "a", "sql": "b"}, {"question": "c"}]', ['record 2', '"question"']), ('[', ['not JSON']),
+    ('[1]', ['record 1']), ('[]', ['0 distinct questions']),
     ('[{"question": "a", "sql": "b"}]', ['1 distinct questions'])])
 def test_a_file_without_pairs_is_refused(copy, tmp_path, content, words):
     (tmp_path / 'pairs.json').write_text(content)
@@ -173,7 +185,7 @@ def test_a_file_without_pairs_is_refused(copy, tmp_path, content, words):
 def test_usage(copy):
     _, prepare = copy('sql')
     assert_one_line(prepare('--n_pairs=3', status=2), 2, 'n_pairs=3')
-    assert_one_line(prepare('--tokenizer=nowhere/model', status=1), 1, 'nowhere/model: tokenizer.json is not in')
+    assert_one_line(prepare('--tokenizer=nowhere/model', status=1), 1, 'there is no folder nowhere/model here')
 
 
 def test_the_tokenizer_of_a_model_is_named_in_many_ways(trained, monkeypatch):

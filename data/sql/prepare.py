@@ -6,9 +6,10 @@ Questions and their answers in SQL, for a model that answers: it learns only the
     python data/sql/prepare.py --input=pairs.jsonl --tokenizer=gpt2    to finetune GPT-2
     python train.py config/finetune_sql.py
 
-A pair is {"question": ..., "sql": ...} (or "query"), in a JSON list or one per line. "context", such as the tables, is
-put before the question. A mask beside the ids marks the answers. val_questions.jsonl has the questions for validation,
-in the format of sample.py and eval.py.
+A pair is a record with "question" and "sql" (or "query"), of a .json, .jsonl, .csv or .parquet. "context", such as the
+tables, is put before the question. All pairs of a question are in the same split; a pair that occurs again is left out.
+A mask beside the ids marks the answers. val_questions.jsonl has the questions for validation, as sample.py and eval.py
+read them.
 """
 
 import hashlib
@@ -23,15 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, fo
 
 from configurator import configure
 from flatgpt import checkpoint
+from flatgpt.corpus import read_records
 from flatgpt.dataset import write
 from flatgpt.errors import UsageError, UserError
-from flatgpt.tokenizer import CharTokenizer, no_surrogates, read_text
+from flatgpt.tokenizer import CharTokenizer, no_surrogates
 
 # ---------------------------------------------------------------------------------------------------------------------
-input: str | None = None   # a .json or .jsonl of pairs, None: generate some
+input: str | None = None   # a file of pairs, None: generate some
 n_pairs = 20000            # how many to generate
 tokenizer = 'char'         # 'char', or that of a model: a folder, a checkpoint, a name on the hub
-val_fraction = 0.1         # the share of the pairs that are for validation
+val_fraction = 0.1         # the share of the questions that are for validation
 seed = 1337                # which ones, and what is generated
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
@@ -74,56 +76,53 @@ def generate_pair(generator):
 
 
 def read_pairs(path):
-    """[(question, SQL)] of a .json or .jsonl file. UserError names a pair that is invalid."""
-    text = read_text(path)
-    try:
-        if path.endswith('.jsonl'):
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path} is not JSON: {" ".join(str(error).split())}') from None
-    if not isinstance(records, list):
-        records = [records]
+    """[(question, SQL)] of a file of records. UserError names a pair that is invalid."""
     pairs = []
-    for i, record in enumerate(records, 1):
+    for where, record, _ in read_records(path):
         try:
             sql = record['sql'] if 'sql' in record else record['query']
             context = f'{record["context"].strip()}\n' if 'context' in record else ''
-            pairs.append((context + record['question'].strip(), sql.strip()))
+            pairs.append((no_surrogates(context + record['question'].strip()), no_surrogates(sql.strip())))
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}, pair {i}: expected {{"question": "...", "sql": "..."}}') from None
+            raise UserError(f'{where}: expected {{"question": "...", "sql": "..."}}') from None
     return pairs
 
 
 generator = random.Random(seed)
 pairs = read_pairs(input) if input else [generate_pair(generator) for _ in range(n_pairs)]
-sql_of = {no_surrogates(question): no_surrogates(sql) for question, sql in pairs}   # each question once, in one split
-pairs = sorted(sql_of.items())
-generator.shuffle(pairs)
-num_val = max(int(len(pairs) * val_fraction), 1)
-if len(pairs) < 2:
-    raise UserError(f'{input} has {len(pairs)} distinct questions: expected two or more')
+answers = {}   # {question: its SQLs}
+for question, sql in pairs:
+    answers.setdefault(question, {})[sql] = True
+num_repeated = len(pairs) - sum(map(len, answers.values()))
+questions = sorted(answers)
+generator.shuffle(questions)
+num_val = max(int(len(questions) * val_fraction), 1)
+if len(questions) < 2:
+    raise UserError(f'{input} has {len(questions)} distinct questions: expected two or more')
 
-# text, ids and masks
+# text, ids and masks: an answer begins at the first token that is not one of its prompt
 
-prompts = [(f'question: {question}\nsql:', f' {sql}\n') for question, sql in pairs]
-text = ''.join(prompt + answer for prompt, answer in prompts)
+prompts = {split: [(f'question: {question}\nsql:', f' {sql}\n') for question in part for sql in answers[question]]
+           for split, part in (('val', questions[:num_val]), ('train', questions[num_val:]))}
+text = ''.join(prompt + answer for part in prompts.values() for prompt, answer in part)
 tok = CharTokenizer.of(text) if tokenizer == 'char' else checkpoint.load_tokenizer(tokenizer)
 end = [] if tok.eot is None else [tok.eot]
 splits = {'val': [], 'train': []}
 masks = {'val': [], 'train': []}
-for i, (prompt, answer) in enumerate(prompts):
-    split = 'val' if i < num_val else 'train'
-    prompt_ids = tok.encode(prompt)
-    answer_ids = np.concatenate((tok.encode(answer), end)).astype(np.int64)
-    splits[split] += [prompt_ids, answer_ids]
-    masks[split] += [np.zeros(len(prompt_ids), bool), np.ones(len(answer_ids), bool)]
+for split, part in prompts.items():
+    for prompt, answer in part:
+        prompt_ids = tok.encode(prompt)
+        ids = np.concatenate((tok.encode(prompt + answer), end)).astype(np.int64)
+        same = prompt_ids == ids[:len(prompt_ids)]
+        splits[split].append(ids)
+        masks[split].append(np.arange(len(ids)) >= same.cumprod().sum())
 folder = Path(__file__).resolve().parent
 write(folder, {split: np.concatenate(parts) for split, parts in splits.items()}, tok,
       {'path': Path(input).name if input else 'made up', 'sha256': hashlib.sha256(text.encode()).hexdigest()},
       {split: np.concatenate(parts) for split, parts in masks.items()})
-questions = folder / 'val_questions.jsonl'
-questions.write_text(''.join(json.dumps({'prompt': prompt, 'reference': answer.strip()}, ensure_ascii=False) + '\n'
-                             for prompt, answer in prompts[:num_val]), encoding='utf-8')
-print(f'{len(pairs) - num_val:,} pairs to learn, {num_val:,} to ask in {questions}')
+path = folder / 'val_questions.jsonl'
+path.write_text(''.join(json.dumps({'prompt': prompt, 'reference': answer.strip()}, ensure_ascii=False) + '\n'
+                        for prompt, answer in prompts['val']), encoding='utf-8')
+print(f'{len(prompts["train"]):,} pairs to learn, {len(prompts["val"]):,} to ask in {path}')
+if input and num_repeated:
+    print(f'left out: {num_repeated:,} pairs that occur again')

@@ -1,16 +1,20 @@
 """
-Your own text as a dataset: .txt, .md, .py, .jsonl and .parquet files, also compressed as .gz or .zst.
+Your own text as a dataset: .txt, .md, .py, .jsonl, .ndjson, .json, .csv, .tsv and .parquet files, also compressed as
+.gz or .zst.
 
     python data/text/prepare.py --input=book.txt --name=book --tokenizer=char
     python data/text/prepare.py --input="notes,src/**/*.c" --name=my_text --tokenizer=bpe:5000 --deduplicate
     python data/text/prepare.py --input=dump.jsonl.zst --field=body --name=/big/disk/dump --tokenizer=gpt2
+    python data/text/prepare.py --input="poems/*.json" --template="{title}\\n{lines}" --name=poems --tokenizer=bpe:5000
     python data/text/prepare.py --inspect="你好 world!" --tokenizer=char,gpt2,data/my_text/tokenizer.json
     python train.py --dataset=my_text
 
-One text file, one line of .jsonl or one row of .parquet is one document. Each document is for training or for
-validation as a whole, by its hash. An end-of-text token follows each; a tokenizer that has none puts a line break
-between documents. Of a single document, the end is for validation. The same options give the same bytes. After an
-interruption, the same command continues. The report on stdout is in meta.json too.
+A document is a text file, or a record: a line of .jsonl, an entry of the list in a .json, a row of .csv, .tsv or
+.parquet. In a .txt, a separator ends a document too. Each document is for training or for validation as a whole, by its
+hash; if that gives a share of validation far from val_fraction, and of a single document, the end of the text is for
+validation. An end-of-text token follows each document; a tokenizer that has none puts a line break between documents.
+The same options give the same bytes. After an interruption, the same command continues. The report on stdout is in
+meta.json too.
 """
 
 import sys
@@ -27,13 +31,15 @@ from flatgpt.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what to read
-input = ''                       # comma-separated files, globs (** descends) and folders (their files as above)
+input = ''                       # comma-separated files, globs (** descends) and folders (.json, .csv, .tsv: by glob)
 name = ''                        # the dataset: a folder in data/, or a path, which has a slash
-field = 'text'                   # the key of the text in a line of .jsonl
+field = 'text'                   # the key of the text in a record; a list of texts is one per line
 column = 'text'                  # the column of the text in a .parquet
+template = ''                    # the text of a record made of several fields: '{title}\n{text}'
+separator = '<|endoftext|>'      # what ends a document in a .txt; empty: nothing does
 errors = 'strict'                # invalid UTF-8: 'strict' (stop), 'replace' (by U+FFFD), 'skip' (the document)
 deduplicate = False              # leave out documents that are equal to an earlier one
-val_fraction = 0.1               # the share of the documents that are for validation
+val_fraction = 0.1               # the share of validation
 seed = 1337                      # which ones, and what a vocabulary is trained on if there is more than train_mb
 # how to encode
 tokenizer = 'gpt2'               # 'char', 'bpe:5000' (trained here), the path of a tokenizer.json, or a tiktoken name
@@ -97,7 +103,7 @@ if (folder / 'prepare.py').exists():
 
 # write the dataset
 
-corpus = Corpus(find_files(input), field, column, errors)
+corpus = Corpus(find_files(input), field, column, errors, template, separator)
 others = {spec: tokenizers.make(spec) for spec in compare.split(',') if spec}
 start = time.perf_counter()
 tok, report = ingest.build(folder, corpus, options, {'input': input})
