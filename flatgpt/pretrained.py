@@ -16,7 +16,8 @@ from flatgpt import hub, tokenizer
 from flatgpt.errors import UserError
 from model import ARCHS, GPT, GPTConfig
 
-CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
+CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
+           'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
 
 # {module of ours: modules of hf}; # is the number of a layer. Several are rows of ours, one below the other
 GPT2 = {name: [name] for name in ('transformer.wte', 'transformer.wpe', 'transformer.ln_f', 'lm_head', *(
@@ -32,37 +33,40 @@ LLAMA = {
     'transformer.ln_f': ['model.norm'],
     'lm_head': ['lm_head'],
 }
-MODULES = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': {
+MODULES = {**dict.fromkeys(CLASSES, LLAMA), 'gpt2': GPT2, 'qwen3': {
     **LLAMA, **{f'transformer.h.#.attn.{part}_norm': [f'model.layers.#.self_attn.{part}_norm'] for part in 'qk'}}}
 TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')   # in GPT-2 these are stored input by output
 BUFFERS = r'(^|\.)attn\.(masked_)?bias$|rotary_emb\.inv_freq$'   # constants that old files hold
 
 # {field of GPTConfig: field of config.json}
-FIELDS = {
-    'gpt2': {'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_embd': 'n_embd',
-             'n_head': 'n_head', 'n_inner': 'n_inner', 'norm_eps': 'layer_norm_epsilon',
-             'tie_weights': 'tie_word_embeddings'},
-    'llama': {'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
-              'n_embd': 'hidden_size', 'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads',
-              'head_dim': 'head_dim', 'n_inner': 'intermediate_size', 'norm_eps': 'rms_norm_eps',
-              'rope_base': 'rope_theta', 'bias': 'attention_bias', 'tie_weights': 'tie_word_embeddings'},
-}
-FIELDS['qwen3'] = FIELDS['llama']
-DEFAULTS = {   # what a config.json means that is silent
+LLAMA_FIELDS = {
+    'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
+    'n_embd': 'hidden_size', 'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads',
+    'head_dim': 'head_dim', 'n_inner': 'intermediate_size', 'norm_eps': 'rms_norm_eps', 'rope_base': 'rope_theta',
+    'bias': 'attention_bias', 'tie_weights': 'tie_word_embeddings'}
+FIELDS = {**dict.fromkeys(CLASSES, LLAMA_FIELDS), 'mistral': {**LLAMA_FIELDS, 'window': 'sliding_window'}, 'gpt2': {
+    'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_embd': 'n_embd',
+    'n_head': 'n_head', 'n_inner': 'n_inner', 'norm_eps': 'layer_norm_epsilon', 'tie_weights': 'tie_word_embeddings'}}
+# What a config.json means that is silent
+LLAMA_DEFAULTS = {'num_key_value_heads': None, 'head_dim': None, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0,
+                  'attention_bias': False, 'mlp_bias': False, 'tie_word_embeddings': False}
+DEFAULTS = {
     'gpt2': {'n_inner': None, 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
              'activation_function': 'gelu_new'},
-    'llama': {'num_key_value_heads': None, 'head_dim': None, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0,
-              'attention_bias': False, 'mlp_bias': False, 'tie_word_embeddings': False},
-    'qwen3': {'num_key_value_heads': 32, 'head_dim': 128, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0,
-              'attention_bias': False, 'tie_word_embeddings': False},
+    'llama': LLAMA_DEFAULTS,
+    'mistral': {**LLAMA_DEFAULTS, 'num_key_value_heads': 8, 'sliding_window': 4096},
+    'qwen2': {**LLAMA_DEFAULTS, 'num_key_value_heads': 32, 'attention_bias': True},
+    'qwen3': {**LLAMA_DEFAULTS, 'num_key_value_heads': 32, 'head_dim': 128},
 }
 GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}   # {activation_function: gelu}
-SUPPORTED = {   # fields that change the result, with the values that we can compute, the usual one first
+# Fields that change the result, with the values that we can compute, the usual one first
+LLAMA_SUPPORTED = {'hidden_act': ('silu',), 'rope_type': ('default', 'llama3'), 'use_sliding_window': (False,),
+                   'quantization_config': (None,)}
+SUPPORTED = {
+    **dict.fromkeys(CLASSES, LLAMA_SUPPORTED),
+    'qwen3': {**LLAMA_SUPPORTED, 'attention_bias': (False,)},
     'gpt2': {'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
-             'add_cross_attention': (False,), 'activation_function': (*GELUS,)},
-    'llama': {'hidden_act': ('silu',), 'rope_type': ('default', 'llama3')},
-    'qwen3': {'hidden_act': ('silu',), 'rope_type': ('default', 'llama3'), 'use_sliding_window': (False,),
-              'attention_bias': (False,)},
+             'add_cross_attention': (False,), 'activation_function': (*GELUS,), 'quantization_config': (None,)},
 }
 LLAMA3 = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'   # GPTConfig.rope_scaling
 SMALL_FILES = '*.json', 'merges.txt'   # of a repository: all but its weights
@@ -82,17 +86,17 @@ def config_from_hf(hf_config: dict, source) -> dict:
         rope = {**(hf_config.get('rope_parameters') or {}), **(hf_config.get('rope_scaling') or {})}
         rope.setdefault('rope_type', rope.get('type', 'default'))   # its name before transformers 4.43
         values = {**DEFAULTS[architecture], **hf_config, **rope}
-        supported = {**SUPPORTED[architecture], 'quantization_config': (None,)}
-        if architecture == 'llama':
-            supported['mlp_bias'] = (values['attention_bias'],)
-        refused = [f'{name}={values[name]!r}' for name, allowed in supported.items()
+        refused = [f'{name}={values[name]!r}' for name, allowed in SUPPORTED[architecture].items()
                    if values.get(name, allowed[0]) not in allowed]
         if refused:
             raise UserError(f'{source}: our {architecture} cannot compute {", ".join(refused)}')
-        config = {**ARCHS[architecture], **{name: values[field] for name, field in FIELDS[architecture].items()}}
+        config = {**ARCHS.get(architecture, ARCHS['llama']),
+                  **{name: values[field] for name, field in FIELDS[architecture].items()}}
         if architecture == 'gpt2':
             config |= {'bias': True, 'gelu': GELUS[values['activation_function']]}
-        elif values['rope_type'] == 'llama3':
+        else:
+            config['bias'] = values['attention_bias'] or values['mlp_bias']
+        if values.get('rope_type') == 'llama3':
             config['rope_scaling'] = tuple(float(values[name]) for name in LLAMA3)
         with torch.device('meta'):
             c = GPT(GPTConfig(**config)).config
@@ -110,11 +114,13 @@ def hf_architecture(config: GPTConfig) -> str:
     """The architecture whose class computes what a GPTConfig says. UserError names the fields that no class has."""
     unsupported = {}
     for architecture in CLASSES:
-        wanted = {**ARCHS[architecture], 'tie_weights': config.tie_weights, 'window': None, 'layer_scale': None}
+        wanted = {**ARCHS.get(architecture, ARCHS['llama']), 'tie_weights': config.tie_weights, 'layer_scale': None}
         if architecture == 'gpt2':
             wanted |= {'n_kv_head': config.n_head if config.n_kv_head else None, 'head_dim': None}
-        if architecture == 'qwen3':
-            wanted |= {'bias': False}
+        if architecture in ('mistral', 'qwen3'):
+            wanted['bias'] = False
+        if architecture != 'mistral':
+            wanted['window'] = None
         unsupported[architecture] = [f'{name}={getattr(config, name)!r}' for name, value in wanted.items()
                                      if getattr(config, name) != value]
         if not unsupported[architecture]:
@@ -164,18 +170,21 @@ def hf_rows(name: str, config: GPTConfig) -> list[int]:
 
 
 def weights_from_hf(hf_tensors: dict, config: GPTConfig, architecture: str, source) -> dict:
-    """Our parameters, {name: tensor}, from those of an architecture, of a source, a folder or repository. UserError if
-    one is missing, left over or of another shape."""
+    """Our parameters, {name: tensor}, from those of an architecture, of a source, a folder or repository. Biases that
+    no layer has are zeros. UserError if a parameter is missing, left over or of another shape."""
     prefix = 'transformer.' if architecture == 'gpt2' else 'model.'
     hf_tensors = {name if name.startswith((prefix, 'lm_head.')) else prefix + name: tensor
                   for name, tensor in hf_tensors.items() if not re.search(BUFFERS, name)}
     head = hf_tensors.pop('lm_head.weight', None) if config.tie_weights else None
     with torch.device('meta'):
         shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    tensors = {}
+    tensors, kinds = {}, {re.sub(r'\d+', '#', name) for name in hf_tensors}
     for name, shape in shapes.items():
         names = hf_names(name, architecture)
         missing = [other for other in names if other not in hf_tensors]
+        if name.endswith('.bias') and len(missing) == len(names) and re.sub(r'\d+', '#', names[0]) not in kinds:
+            tensors[name] = torch.zeros(shape)
+            continue
         if missing:
             raise UserError(f'{source} has no weights {missing[0]}: it is not complete')
         parts = [hf_tensors.pop(other) for other in names]
