@@ -483,16 +483,28 @@ class GPT(nn.Module):
             total -= self.transformer.wte.weight.numel()
         return total
 
-    def flops_per_token(self):
-        """FLOPs per token of a training step, forward and backward: 6 N + 12 L H D T (Chowdhery et al., 2022, app. B).
+    def flops_per_token(self, T=None):
+        """FLOPs per token of a training step, forward and backward, on rows of T tokens, by default block_size.
 
-        N is get_num_params(), T the context, or the window if that is shorter. A multiply-add counts as two, the
-        backward pass as twice the forward pass, recomputation as nothing, and attention as if it were not causal: the
-        convention of most published MFU figures, including nanoGPT's.
+        6 N + 12 L H D T if all is trained (Chowdhery et al., 2022, app. B): N is get_num_params(), and T the window if
+        that is shorter. A frozen parameter costs 4 instead of 6, or 2 if no gradient passes through its layer. A
+        multiply-add counts as two, recomputation as nothing, and attention as if it were not causal: the convention of
+        most published MFU figures, including nanoGPT's.
         """
         c = self.config
-        context = min(c.window or c.block_size, c.block_size)
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_head * c.head_width * context
+        T = min(T or c.block_size, c.window or c.block_size)
+        embeddings = [p for name, p in self.named_parameters() if name.endswith(('wte.weight', 'wpe.weight'))]
+        gradient_passes = any(p.requires_grad for p in embeddings)
+        flops = 0
+        for layer in (*self.transformer.h, self.transformer.ln_f, self.lm_head):
+            n = sum(p.numel() for p in layer.parameters())
+            n_trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+            attention = 4 * c.n_head * c.head_width * T if isinstance(layer, Block) else 0   # forward
+            flops += 2 * n + attention
+            gradient_passes = gradient_passes or n_trained > 0
+            if gradient_passes:
+                flops += 2 * n + 2 * n_trained + 2 * attention
+        return flops
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilization: achieved FLOP/s divided by peak_flops, by default an A100's in bfloat16.

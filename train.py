@@ -21,8 +21,8 @@ STARTED = time.perf_counter()   # before the slow imports, because max_minutes c
 import torch
 
 from configurator import configure
-from flatgpt import checkpoint, lora, optim, outdir, plots, runtime, start, tokenizer, validate
-from flatgpt.budget import Budget
+from flatgpt import checkpoint, lora, optim, outdir, plots, runtime, start, validate
+from flatgpt.budget import Budget, duration
 from flatgpt.dataset import Dataset
 from flatgpt.errors import UsageError, UserError
 from model import GPT, GPTConfig, arch_fields
@@ -127,11 +127,10 @@ if ckpt is None:
     except ValueError as error:
         raise UsageError(error) from None
 else:
-    if not tokenizer.same(ckpt.get('tokenizer', data.tokenizer), data.tokenizer):
-        raise UsageError(f'{start_path} was trained with another tokenizer than the dataset {dataset!r} has')
+    start.fit_tokenizer(ckpt, start_path, data, rt)
     model = checkpoint.build(ckpt, start_path, merged=not resuming, dropout=dropout, attention=attention,
                              loss_chunks=loss_chunks)
-    model.crop_block_size(block_size)
+    start.fit_context(model, block_size)   # rows may be shorter than the context, which stays
 data.validate_ids(block_size, model.config.vocab_size)
 
 # what is trained: all weights, a part of them, or an adapter
@@ -143,12 +142,14 @@ if lora_rank:
     if not resuming:
         base = checkpoint.base_of(init_from, start_path, out_dir)
         lora.put(model, **adapter)
-model.to(rt.device)
 freezer = optim.Freezer(model, freeze)
+if not eval_only:
+    start.require_memory(model, config, rt)
+model.to(rt.device)
 rt.notice(f'{model.get_num_params(non_embedding=False):,} parameters, {tokens_per_iter:,} tokens per step, '
           f'{len(data.data["train"]):,} tokens in {dataset}')
-for note in freezer.notes:
-    rt.notice(note)
+for line in freezer.notes:
+    rt.notice(line)
 if activation_checkpointing:
     for block in model.transformer.h:
         runtime.recompute(block)
@@ -158,45 +159,37 @@ wrapped = rt.wrap(model, parallel, freezer.changes)   # the model to call in tra
 opt = optim.build(optimizer, model, learning_rate, (beta1, beta2), weight_decay, rt.dtype)
 scaler = rt.grad_scaler()
 
-# progress of the run
+# progress: of a new run, or of the one that goes on
 
-step = saved.get('iter_num', 0)                       # number of updates made
-seconds = saved.get('seconds', 0.0)                   # that earlier parts of the run took
-best_val_loss = saved.get('best_val_loss', math.inf)
-evaluated = saved.get('evaluated', -1)                # step of the last evaluation
-bad_evals = saved.get('bad_evals', 0)                 # evaluations since the best one
-planned = None                                        # number of steps that fit into max_minutes, once known
+run = start.Progress(measured=start.evaluation_id(data, eval_iters, batch_size, block_size))
 if resuming:
-    if max_minutes == saved['config'].get('max_minutes'):
-        planned = saved.get('planned')
     optim.load_state(opt, saved['optimizer'])
     if saved.get('scaler'):
         scaler.load_state_dict(saved['scaler'])
-    rt.notice(f'resumed {start_path}: step {step:,}, {step * tokens_per_iter:,} tokens seen, '
-              f'best val loss {best_val_loss:.4f}')
-    for line in start.changes(config, saved['config']):
+    for line in run.resume(saved, start_path, config, model.flops_per_token(block_size)):
         rt.notice(line)
 ckpt = saved = None   # frees memory
-same_step = rt.same_everywhere(step)
-if not same_step:
-    raise UserError(f'not all processes start at the same step, this one at {step:,}: start them again')
+if not rt.same_everywhere(run.step):
+    raise UserError(f'not all processes start at the same step, this one at {run.step:,}: start them again')
 
 # log, save, evaluate
 
-log = outdir.Log(out_dir, config, rt, step if resuming else None)   # log.jsonl, Weights & Biases, TensorBoard
+log = outdir.Log(out_dir, config, rt, run, resuming)   # log.jsonl, Weights & Biases, TensorBoard
+if adapter and not resuming:
+    log.base_file = start_path   # it will be kept beside the adapter
 signals = []   # of Ctrl-C or SIGTERM, which end the run after the current step
 if not eval_only:
     signals = runtime.catch_signals(rt)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-writer = outdir.Writer(out_dir, keep_last, step if resuming else None)
+writer = outdir.Writer(out_dir, keep_last, run.step if resuming else None)
 
 
 def diverged(what):
     """Return the UserError for a number that is not finite, once the last good state is written."""
     writer.wait()
     state = f'{ckpt_path} holds the last good state' if os.path.exists(ckpt_path) else 'nothing was saved'
-    return UserError(f'{what} at step {step}: {state}; lower learning_rate, raise warmup_iters, or use dtype=float32, '
-                     f'then resume or start again')
+    return UserError(f'{what} at step {run.step}: {state}; lower learning_rate, raise warmup_iters, or use '
+                     f'dtype=float32, then resume or start again')
 
 
 def save():
@@ -207,13 +200,12 @@ def save():
     if ruined:
         raise diverged('a weight is not finite')
     writer.wait()   # the previous state is freed before this one is copied
-    state = rt.gather_state(checkpoint.state_of(
-        model, opt, scaler, data.tokenizer, config, step, best_val_loss, machine=(rt.device.type, str(rt.dtype)[6:]),
-        base=base, adapter=adapter, planned=planned, evaluated=evaluated, bad_evals=bad_evals,
-        seconds=time.perf_counter() - begun))
+    run.seconds = time.perf_counter() - begun
+    state = rt.gather_state(checkpoint.state_of(model, opt, scaler, data.tokenizer, config, run,
+                                                (rt.device.type, str(rt.dtype)[6:]), base, adapter))
     if rt.master:
         log.start()   # moves an earlier run out of the way
-        writer.put(state, best=evaluated == step and bad_evals == 0)
+        writer.put(state, best=run.evaluated == run.step and run.bad_evals == 0)
 
 
 @torch.no_grad()
@@ -239,7 +231,11 @@ def evaluate():
             with rt.autocast():
                 total += model(x, y)[1] * weight
             count += weight
-        losses[split] = (rt.mean(total) / rt.mean(count)).item()
+        mean_count = rt.mean(count)
+        if mean_count == 0:
+            raise UserError(f'no token is to be learnt in the {eval_iters * batch_size} evaluation windows of {split}: '
+                            f'raise eval_iters, now {eval_iters}, or block_size, now {block_size}')
+        losses[split] = (rt.mean(total) / mean_count).item()
         budget.stop('evaluation')
     model.train()
     return losses
@@ -247,50 +243,55 @@ def evaluate():
 
 # the number of steps: max_iters, or what fits into max_minutes once the first steps are timed
 
-minutes_to_plan = None if (eval_only or planned) else max_minutes
-budget = Budget(minutes_to_plan, STARTED - seconds, rt.mean_number)
-end, warmup, decay_iters = optim.lengths(planned, max_iters, warmup_iters, lr_decay_iters)
+minutes_to_plan = None if (eval_only or run.planned) else max_minutes
+budget = Budget(minutes_to_plan, STARTED - run.seconds, rt.mean_number)
+end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+peak = peak_flops or rt.peak_flops()                                     # FLOP/s of one device, None: unknown
+flops_per_iter = tokens_per_iter * model.flops_per_token(block_size)
+for line in start.notices(config, model, end - run.step, flops_per_iter, rt, peak):
+    rt.notice(line)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: one update per pass, then one more pass through the top of the loop to evaluate and save the result
 
-peak = peak_flops or rt.peak_flops()
-first_step = step
+first_step = run.step
 changed = not resuming                   # whether the state differs from the saved one
-x, y = batch_of(step)                    # each (micro-batches of this process, B, T)
-begun = time.perf_counter() - seconds
+x, y = batch_of(run.step)                # each (micro-batches of this process, B, T)
+begun = time.perf_counter() - run.seconds
 t0 = time.perf_counter()
 timed = 0                                # steps since t0
+after_first = t0                         # when the first step had ended
 model.train()
 while True:
-    last = step >= end
+    last = run.step >= end
 
     # evaluate the weights that the updates so far have given
     losses = None
-    if eval_only or (evaluated != step and (last or step % eval_interval == 0)):
+    if eval_only or (run.evaluated != run.step and (last or run.step % eval_interval == 0)):
         losses = evaluate()
     if losses:
-        rt.say(f'step {step}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+        rt.say(f'step {run.step}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         for split, loss in losses.items():
             if not math.isfinite(loss):
                 raise diverged(f'the {split} loss is {loss}')
-        evaluated = step
         changed = True
-        bad_evals += 1
-        if losses['val'] < best_val_loss:
-            bad_evals = 0
-            best_val_loss = losses['val']
-        log.add(step=step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=best_val_loss,
-                tokens=step * tokens_per_iter, flops=step * tokens_per_iter * model.flops_per_token(),
-                seconds=time.perf_counter() - begun)
+        run.evaluated = run.step
+        run.bad_evals += 1
+        if losses['val'] < run.best_val_loss:
+            run.bad_evals = 0
+            run.best_val_loss = losses['val']
+        log.add(step=run.step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=run.best_val_loss,
+                tokens=run.tokens, flops=run.flops, seconds=time.perf_counter() - begun)
+        if peak and not peak_flops:
+            peak = max(peak, rt.peak_flops())   # a measurement on a busy machine is too low
     if eval_only:
         break
 
     # save, and end the run if this was the last step, a signal came or patience is exhausted
     interrupted = rt.any_process(bool(signals))
-    no_progress = 0 < patience <= bad_evals
+    no_progress = 0 < patience <= run.bad_evals
     done = last or interrupted or no_progress
-    save_due = losses or done or (checkpoint_interval and step % checkpoint_interval == 0)
+    save_due = losses or done or (checkpoint_interval and run.step % checkpoint_interval == 0)
     if save_due and changed:
         budget.start()
         save()
@@ -302,19 +303,20 @@ while True:
         break
 
     # freeze and release parameters as the option freeze says for this step
-    num_trained = freezer.at(step)
+    num_trained = freezer.at(run.step)
     if num_trained:
-        rt.notice(f'step {step}: {num_trained:,} parameters are trained')
+        rt.notice(f'step {run.step}: {num_trained:,} parameters are trained')
+        flops_per_iter = tokens_per_iter * model.flops_per_token(block_size)
 
     # set the learning rate of this step
     budget.start()
-    lr = optim.learning_rate_at(step, schedule, learning_rate, min_lr, warmup, decay_iters, cooldown_iters)
+    lr = optim.learning_rate_at(run.step, schedule, learning_rate, min_lr, warmup, decay_iters, cooldown_iters)
     for group in opt.param_groups:
         group['lr'] = lr
 
     # forward and backward: the gradients of the micro-batches add up. Each loss is divided so that their sum is the
     # mean over the targets of the step: by the number of micro-batches, or if a mask hides targets by their share.
-    rt.reseed(seed, step)   # dropout is a function of seed and step: a resumed run repeats it
+    rt.reseed(seed, run.step)   # dropout is a function of seed and step: a resumed run repeats it
     denominators = rt.loss_denominators(y) if data.mask else [len(x)] * len(x)
     mean_loss = torch.zeros((), device=rt.device)
     for micro in range(len(x)):
@@ -323,7 +325,7 @@ while True:
                 loss = wrapped(x[micro], y[micro])[1] / denominators[micro]
             scaler.scale(loss).backward()   # float16 gradients would underflow to zero unscaled
         mean_loss += loss.detach()
-    x, y = batch_of(step + 1)   # read the next batch while the device still works on this one
+    x, y = batch_of(run.step + 1)   # read the next batch while the device still works on this one
 
     # clip the gradients, so that one unusual batch cannot ruin the weights, then update the weights
     scaler.unscale_(opt)
@@ -331,34 +333,42 @@ while True:
     scaler.step(opt)   # skips the update if a gradient is not finite in float16
     scaler.update()
     opt.zero_grad(set_to_none=True)   # frees the memory of the gradients
-    timed += 1
     changed = True
+    timed += 1
+    run.tokens += tokens_per_iter
+    run.flops += flops_per_iter
 
     # log the loss, the learning rate, the norm of the gradient and the speed
-    if step % log_interval == 0:
+    if run.step % log_interval == 0:
         loss = rt.mean(mean_loss).item()   # waits for the device; nothing else in a step does
         dt = (time.perf_counter() - t0) / timed
         mfu = None
-        if peak and step > first_step:   # the first step also allocates memory and compiles
-            mfu = model.flops_per_token() * tokens_per_iter / (dt * rt.world_size * peak)
+        left = ''
+        if run.step > first_step:   # the first step also allocates memory and compiles
+            mfu = flops_per_iter / (dt * rt.world_size * peak) if peak else None
+            seconds_left = (end - run.step - 1) * (time.perf_counter() - after_first) / (run.step - first_step)
+            left = '' if budget.measuring else f', {duration(seconds_left)} left'
         mfu_text = f'{mfu:.2%}' if mfu else '-'
-        rt.say(f'iter {step}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, '
-               f'{tokens_per_iter / dt:,.0f} tok/s')
+        rt.say(f'iter {run.step}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, '
+               f'{tokens_per_iter / dt:,.0f} tok/s{left}')
         if not math.isfinite(loss):
             raise diverged(f'the loss is {loss}')
-        log.add(iter=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), dt=dt, tok_per_s=tokens_per_iter / dt, mfu=mfu)
+        log.add(iter=run.step, loss=loss, lr=lr, grad_norm=grad_norm.item(), dt=dt, tok_per_s=tokens_per_iter / dt,
+                mfu=mfu)
         t0 = time.perf_counter()
         timed = 0
-    step += 1
+    if run.step == first_step:
+        after_first = time.perf_counter()
+    run.step += 1
 
     # time this step for max_minutes, and set the number of steps once enough are timed
     if budget.measuring:
         rt.sync()
         budget.stop('step')
-        planned = budget.steps_that_fit(step, max_iters, eval_interval, writer.seconds)
-        if planned is not None:
-            end, warmup, decay_iters = optim.lengths(planned, max_iters, warmup_iters, lr_decay_iters)
-            rt.notice(f'max_minutes={max_minutes:g}: {planned:,} steps fit')
+        run.planned = budget.steps_that_fit(run.step, max_iters, eval_interval, writer.seconds)
+        if run.planned is not None:
+            end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+            rt.notice(f'max_minutes={max_minutes:g}: {run.planned:,} steps fit')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # end: wait for the last save, draw the losses, say how the run ended
@@ -369,17 +379,19 @@ if write_error:
     status = 1
 elif eval_only:
     pass
-elif interrupted and not (last and evaluated == step):
-    rt.notice(f'interrupted at step {step:,}, saved in {ckpt_path}: go on with --init_from=resume')
+elif interrupted and not (last and run.evaluated == run.step):
+    rt.notice(f'interrupted at step {run.step:,}, saved in {ckpt_path}: go on with --init_from=resume')
     status = 130
-elif first_step > end:
-    rt.notice(f'nothing to do: step {first_step:,} is past max_iters={end:,}')
+elif first_step >= end and resuming:
+    rt.notice(f'nothing to do: the run has made {first_step:,} steps, max_iters={end:,}: raise --max_iters to go on')
 else:
-    early = f'no better loss in {bad_evals} evaluations, ' if no_progress else ''
-    perplexity = ', '.join(f'{value:,.2f} per {unit}' for unit, value in data.perplexity(best_val_loss).items())
-    rt.notice(f'stopped at step {step:,}: {early}best val loss {best_val_loss:.4f}, a perplexity of {perplexity}, '
+    early = f'no better loss in {run.bad_evals} evaluations, ' if no_progress else ''
+    # equal numbers are printed once, with the last unit
+    units = {f'{value:,.2f}': unit for unit, value in data.perplexity(run.best_val_loss).items()}
+    perplexity = ', '.join(f'{number} per {unit}' for number, unit in units.items())
+    rt.notice(f'done at step {run.step:,}: {early}best val loss {run.best_val_loss:.4f}, a perplexity of {perplexity}, '
               f'in {out_dir}')
-if rt.master and evaluated >= 0 and not eval_only and not write_error:
+if rt.master and run.evaluated >= 0 and not eval_only and not write_error:
     plots.leave_picture(out_dir)   # loss.png
 log.close()
 rt.close(status)

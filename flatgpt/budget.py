@@ -11,6 +11,14 @@ MARGIN = 0.03    # share of the minutes that is not planned, for steps that turn
 AT_EXIT = 2.0    # seconds for the picture of the losses and the end of the process
 
 
+def duration(seconds: float) -> str:
+    """Return seconds as people say them, rounded: '45 s', '12 min', '3.5 h', '2.1 days'."""
+    for unit, length in (('days', 86400), ('h', 3600)):
+        if seconds >= 2 * length:
+            return f'{seconds / length:.1f} {unit}'
+    return f'{seconds / 60:.0f} min' if seconds >= 120 else f'{seconds:.0f} s'
+
+
 class Budget:
     """Times the parts of a run and tells how many steps fit into its minutes.
 

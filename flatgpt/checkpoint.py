@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 import zipfile
 from pathlib import Path
 
@@ -26,21 +27,23 @@ VERSION = 1
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
-def state_of(model: GPT, optimizer, scaler, description: dict, config: dict, step: int, best_val_loss: float,
-             machine: tuple, base: dict | None = None, adapter: dict | None = None, **progress) -> dict:
+def state_of(model: GPT, optimizer, scaler, description: dict, config: dict, progress, machine: tuple,
+             base: dict | None = None, adapter: dict | None = None) -> dict:
     """Return the state of a run, a dictionary to save, from which the run can be resumed. Tensors are not copied.
 
-    description: the tokenizer, as to_dict() gives it. config: {option: value}. step: number of updates made. machine:
+    description: the tokenizer, as to_dict() gives it. config: {option: value}. progress: a start.Progress. machine:
     (device type, dtype). adapter: the arguments of lora.put() if only an adapter is trained; then its weights alone are
-    in the state, and base is what base_of() gives. progress: other values, plain data.
+    in the state, and base is what base_of() gives.
     """
+    plain = vars(progress).copy()
+    plain['iter_num'] = plain.pop('step')   # as nanoGPT calls it
     if adapter:
         weights = {'model': lora.adapters(model), 'base': base, 'lora': adapter}
     else:
         weights = {'model': model.state_dict(keep_vars=True)}   # tied weights stay one tensor
     return {'version': VERSION, 'model_args': model.config.to_dict(), **weights, 'tokenizer': description,
-            'config': dict(config), 'iter_num': step, 'best_val_loss': best_val_loss,
-            'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'machine': machine, **progress}
+            'config': dict(config), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+            'machine': machine, **plain}
 
 
 def save(path, state: dict):
@@ -91,7 +94,8 @@ def read(path: Path) -> dict:
     try:
         if zipfile.is_zipfile(path):   # else torch's format before 1.6, which has no checksums
             with zipfile.ZipFile(path) as records:
-                if records.testzip():
+                as_folder = any(record.external_attr & 0x10 for record in records.infolist())   # torch reads nothing
+                if records.testzip() or as_folder:
                     raise ValueError('checksum')
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -137,7 +141,9 @@ def in_folder(path) -> Path:
             return path / name
     if (path / 'config.json').exists():
         return path
-    raise UserError(f'no best.pt, ckpt.pt or config.json in {path}: train into it first, or give another folder')
+    earlier = sorted(path.glob('previous-*/*.pt'), key=os.path.getmtime)
+    advice = f'the run that was there is in {earlier[-1].parent}' if earlier else 'train into it first'
+    raise UserError(f'no best.pt, ckpt.pt or config.json in {path}: {advice}, or give another folder')
 
 
 def model_path(out_dir, init_from) -> Path:
@@ -155,8 +161,13 @@ def build(ckpt: dict, path, merged=False, **overrides) -> GPT:
         model = build_adapted(ckpt, path, **overrides)
         return lora.merge(model) if merged else model
     try:
-        model = GPT(GPTConfig(**{**ckpt['model_args'], **overrides}))
-        model.load_state_dict(ckpt['model'])
+        with torch.device('meta'):   # no memory, and no initialisation that would be overwritten
+            model = GPT(GPTConfig(**{**ckpt['model_args'], **overrides}))
+        weights = {name: p.float().contiguous() for name, p in ckpt['model'].items()}
+        model.load_state_dict(weights, assign=True)   # no second copy of float32 weights
+        if model.config.tie_weights:
+            model.lm_head.weight = model.transformer.wte.weight
+        model.requires_grad_()
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise UserError(f'{path}: the weights do not fit the configuration they came with: {reason}') from None
@@ -167,7 +178,9 @@ def build_adapted(ckpt: dict, path, **overrides) -> GPT:
     """Return the model of an adapter: its base, with the adapter on it."""
     try:
         model = build_base(ckpt['base'], path, **overrides)
-        model.crop_block_size(ckpt['model_args']['block_size'])
+        if model.config.pos == 'learned':
+            model.crop_block_size(ckpt['model_args']['block_size'])
+        model.config.block_size = ckpt['model_args']['block_size']
         lora.put(model, **ckpt['lora'])
         if ckpt['model'].keys() != lora.adapters(model).keys():
             raise KeyError
@@ -178,10 +191,11 @@ def build_adapted(ckpt: dict, path, **overrides) -> GPT:
 
 
 def base_of(name, path, out_dir) -> dict:
-    """Return what an adapter in out_dir stores about its base: how the user named it, the way from out_dir to its path,
-    and its fingerprint."""
+    """Return what an adapter in out_dir stores about its base: how the user named it, where it lies as seen from
+    out_dir, and its fingerprint. A file, which another run may replace, is kept in out_dir as base.pt."""
     name = str(name) if hub.is_name(name) else os.path.abspath(path)
-    return {'path': name, 'relative': os.path.relpath(path, out_dir), 'fingerprint': fingerprint(path)}
+    relative = os.path.relpath(path, out_dir) if os.path.isdir(path) else 'base.pt'
+    return {'path': name, 'relative': relative, 'fingerprint': fingerprint(path)}
 
 
 def build_base(base: dict, path, **overrides) -> GPT:
@@ -235,6 +249,8 @@ def load_model(path, tokenizer_of=None, merged=True, **overrides) -> tuple:
     description = ckpt.get('tokenizer')
     if description is None and tokenizer_of:
         description = read_meta(find(tokenizer_of))['tokenizer']
+    if description is None and 'dataset' in ckpt['config']:
+        description = tokenizer_of_dataset(ckpt['config']['dataset'], model.config.vocab_size, path)
     if description is None and model.config.vocab_size in (50257, 50304):
         description = {'kind': 'tiktoken', 'name': 'gpt2'}
     if description is None:
@@ -244,6 +260,19 @@ def load_model(path, tokenizer_of=None, merged=True, **overrides) -> tuple:
         raise UserError(f'{path} knows {model.config.vocab_size:,} tokens and its tokenizer {tok.vocab_size:,}: '
                         f'they do not belong together')
     return model, tok, ckpt
+
+
+def tokenizer_of_dataset(name: str, vocab_size: int, path) -> dict | None:
+    """Return the tokenizer of the dataset that the checkpoint at path was trained on, as its config says, and tell the
+    user; None if the dataset is not here or has not the vocabulary of the model."""
+    try:
+        meta = read_meta(find(name))
+    except UserError:
+        return None
+    if vocab_size not in (meta['vocab_size'], 64 * math.ceil(meta['vocab_size'] / 64)):
+        return None
+    print(f'{path} has no tokenizer: that of the dataset {name!r}, which its config names, is used', file=sys.stderr)
+    return meta['tokenizer']
 
 
 def load_tokenizer(name):

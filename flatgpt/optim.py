@@ -80,7 +80,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def adamw(model: nn.Module, learning_rate: float, betas: tuple, weight_decay: float) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov & Hutter, 2019) for the trainable parameters of a model, in torch's fused form, which
     updates all of them in one pass."""
-    return torch.optim.AdamW(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+    fused = next(model.parameters()).device.type != 'meta'   # which has no numbers, and no fused form
+    return torch.optim.AdamW(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
 
 
 class Muon(torch.optim.Optimizer):
@@ -93,11 +94,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model, learning_rate, betas, weight_decay, momentum=0.95, dtype=torch.bfloat16):
         of_blocks = {p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad}
-        rest = param_groups(model, weight_decay)
-        matrices = [p for group in rest for p in group['params'] if p in of_blocks]
-        for group in rest:
+        self.adamw = adamw(model, learning_rate, betas, weight_decay)
+        matrices = [p for group in self.adamw.param_groups for p in group['params'] if p in of_blocks]
+        for group in self.adamw.param_groups:
             group['params'] = [p for p in group['params'] if p not in of_blocks]
-        self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, fused=True)
         self.dtype = dtype
         muon = {'params': matrices, 'lr': learning_rate, 'weight_decay': weight_decay, 'momentum': momentum}
         super().__init__([*self.adamw.param_groups, muon], defaults={})

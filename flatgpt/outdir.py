@@ -16,6 +16,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import threading
 import time
@@ -30,7 +32,9 @@ from flatgpt.dataset import write_atomically
 from flatgpt.errors import UserError, exit_callbacks
 from flatgpt.runtime import Runtime
 
-RESUME_ONLY = ('optimizer', 'scaler', 'machine', 'planned', 'evaluated', 'bad_evals', 'seconds')   # not in best.pt
+# What is in ckpt.pt and not in best.pt
+RESUME_ONLY = ('optimizer', 'scaler', 'machine', 'planned', 'evaluated', 'bad_evals', 'seconds', 'tokens', 'flops',
+               'measured', 'wandb_id')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,11 +89,11 @@ def claim_for_all(out_dir, rt: Runtime):
 def set_aside(out_dir):
     """Move the files of an earlier run to out_dir/previous-1, or the next number. Returns that folder, or None."""
     out_dir = Path(out_dir)
-    names = ['ckpt.pt', 'best.pt', 'log.jsonl', *(path.name for path in older_states(out_dir))]
-    names = [name for name in names if (out_dir / name).exists()]
+    found = [path.name for path in sorted(out_dir.glob('*'))]
+    names = [name for name in found if re.fullmatch(r'(ckpt|best)(-\d+)?\.pt|log\.jsonl', name)]
     if not names:
         return None
-    names += [name for name in ('loss.png', 'tensorboard') if (out_dir / name).exists()]
+    names += [name for name in ('base.pt', 'loss.png', 'tensorboard') if name in found]
     number = next(n for n in itertools.count(1) if not (out_dir / f'previous-{n}').exists())
     previous = out_dir / f'previous-{number}'
     try:
@@ -100,6 +104,17 @@ def set_aside(out_dir):
         raise UserError(f'cannot move the run that is in {out_dir} to {previous}: {error.strerror}; choose another '
                         f'out_dir') from None
     return previous
+
+
+def link(source, target):
+    """Let the content of a file be in target too, whatever takes the name source later: a hard link, which needs no
+    space, or a copy where there are none. Does nothing if there is no source."""
+    if os.path.exists(source):
+        Path(target).unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,23 +192,28 @@ class Log:
     """Where the records of a run go: log.jsonl and, if the options ask for them, Weights & Biases and TensorBoard. It
     does nothing in processes other than the master; with eval_only it writes no file.
 
-    step: of the checkpoint that the run goes on from; None: a new run.
+    progress: of the run, with its step and its id in Weights & Biases. resuming: whether it goes on.
+    .base_file: of an adapter, the file of its base, which will be kept beside it.
     """
 
-    def __init__(self, out_dir, options: dict, rt: Runtime, step: int | None = None):
+    def __init__(self, out_dir, options: dict, rt: Runtime, progress, resuming: bool):
         self.rt = rt
         self.out_dir = Path(out_dir)
         self.writes = rt.master and not options['eval_only']
-        self.started = step is not None
+        self.started = resuming
+        self.base_file = None
         self.wandb = None
         self.board = None
         if rt.master and options['wandb_log']:
             name = options['wandb_run_name'] or str(out_dir)
-            self.wandb = plots.start_wandb(options['wandb_project'], name, dict(options))
-        if self.writes and self.started:
-            rewind_log(out_dir, step)
+            self.wandb = plots.start_wandb(options['wandb_project'], name, dict(options), progress.wandb_id)
+            progress.wandb_id = self.wandb.run.id
+        if self.writes and resuming:
+            rewind_log(out_dir, progress.step)
+            if progress.best_val_loss == math.inf:   # the best loss begins anew
+                link(self.out_dir / 'best.pt', self.out_dir / f'best-{progress.step}.pt')
         if self.writes and options['tensorboard']:
-            self.board = plots.Board(out_dir, step)
+            self.board = plots.Board(out_dir, progress.step if resuming else None)
 
     def start(self):
         """Move the files of an earlier run out of the way, before a new run writes for the first time."""
@@ -202,6 +222,8 @@ class Log:
             previous = set_aside(self.out_dir)
             if previous:
                 self.rt.notice(f'the run that was in {self.out_dir} is now in {previous}')
+            if self.base_file and os.path.isfile(self.base_file):
+                link(self.base_file, self.out_dir / 'base.pt')
 
     def add(self, **record):
         """Add a record, {name: value}, of a step: 'step' or 'iter' has its number."""

@@ -60,12 +60,12 @@ def read(folder):
     return Run(Path(folder).resolve().name, path, evals, [r for r in records if 'iter' in r], best)
 
 
-def start_wandb(project: str, name: str, config: dict):
+def start_wandb(project: str, name: str, config: dict, run_id: str | None = None):
     """Start a run in Weights & Biases; returns the wandb module, whose log() takes the records. UserError if that does
-    not work. config: {option: value}."""
+    not work. config: {option: value}. run_id: of the run there that goes on; None: a new one."""
     try:
         import wandb
-        wandb.init(project=project, name=name, config=config)
+        wandb.init(project=project, name=name, config=config, id=run_id, resume='allow' if run_id else None)
     except ImportError:
         raise UserError('wandb_log=True needs the wandb package: pip install wandb') from None
     except wandb.Error as error:

@@ -195,6 +195,19 @@ class Runtime:
             if own := re.search(r'VmHWM:\s*(\d+) kB', f.read()):
                 return int(own[1]) * 1024
 
+    def free_memory(self) -> int | None:
+        """The memory that can still be used, in bytes: of the device, or on a CPU of this machine or container; None if
+        unknown."""
+        if self.device.type == 'cuda':
+            return torch.cuda.mem_get_info(self.device)[0]
+        if self.device.type != 'cpu' or sys.platform != 'linux':
+            return None
+        with open('/proc/meminfo') as f:
+            free = sum(int(kb) * 1024 for kb in re.findall(r'(?:MemAvailable|SwapFree):\s*(\d+) kB', f.read()))
+        with contextlib.suppress(OSError, ValueError), open('/sys/fs/cgroup/memory.max') as f:
+            free = min(free, int(f.read()))   # of a container; 'max': no limit
+        return free
+
     def peak_flops(self) -> float | None:
         """Peak FLOP/s of this device in dtype: from a table, on a CPU measured; None if unknown."""
         if self.device.type == 'cpu':

@@ -1,10 +1,16 @@
 """
-What a run of train.py starts from: nothing, the state of a run, or weights.
+What a run of train.py starts from, what has changed since it was saved, and what a user should know before it starts.
 """
 
+import math
 import os
+import zlib
+from dataclasses import dataclass
 
-from flatgpt import checkpoint, runtime
+import torch
+
+from flatgpt import checkpoint, optim, pretrained, runtime, tokenizer
+from flatgpt.budget import duration
 from flatgpt.errors import UsageError, UserError
 from model import GPTConfig, arch_fields
 
@@ -12,6 +18,9 @@ ARCH_OPTIONS = ('arch', 'pos', 'window', 'layer_scale')   # options that select 
 # Options that a resumed run does not take from its checkpoint, because they belong to one start
 LOCAL = ('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops')
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scratch, a run, or weights
 
 def choose_start(config) -> tuple:
     """Load what a run of train.py starts from, as init_from says. Returns (checkpoint, its path, whether its run is
@@ -36,13 +45,15 @@ def choose_start(config) -> tuple:
         config.adopt(ckpt['config'], but=LOCAL)
         same_run(config, ckpt['config'], path)
     saved = vars(GPTConfig(**ckpt['model_args']))
-    shape = {name: saved[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
-    # The context of weights may be cropped: to a block_size that the user gives, and for weights of other projects,
-    # which have no config, to the default, because their context may be too long to train.
-    may_crop = not resuming and ('block_size' in config.given or not ckpt['config'])
-    if may_crop and config['block_size'] < shape['block_size']:
-        del shape['block_size']
+    shape = {name: saved[name] for name in ('n_layer', 'n_head', 'n_embd', 'bias')}
     asked = {name: config[name] for name in shape if name in config.given}
+    # Rows of block_size tokens: as long as those of the checkpoint's run, or for weights of other projects at most the
+    # default, because their context may be too long to train. Learned positions end with the context.
+    context = saved['block_size']
+    if 'block_size' not in config.given:
+        config.adopt({'block_size': min(ckpt['config'].get('block_size', config['block_size']), context)})
+    elif saved['pos'] == 'learned' and (resuming or config['block_size'] > context):
+        asked['block_size'] = config['block_size']
     same_model(asked, saved, path, 'remove these options, or start from scratch')
     config.adopt({name: ckpt['config'][name] for name in ARCH_OPTIONS if name in ckpt['config']})
     config.adopt(shape)
@@ -76,7 +87,146 @@ def same_model(asked: dict, found: dict, start_path, advice: str):
         raise UsageError(f'{start_path} has {", ".join(clash)}: {advice}')
 
 
-def changes(options, saved: dict) -> list[str]:
-    """Return a line for each option that the user has given another value than it had when the run was saved."""
-    return [f'changed: {name}={options[name]!r}, was {saved[name]!r}' for name in saved
-            if name in options.given - set(LOCAL) and options[name] != saved[name]]
+# ---------------------------------------------------------------------------------------------------------------------
+# a run that goes on
+
+@dataclass
+class Progress:
+    """How far a run is, as it is saved in its checkpoints."""
+    step: int = 0                      # updates made
+    tokens: int = 0                    # that these updates have seen
+    flops: int = 0                     # that they took
+    seconds: float = 0.0               # of the run until its latest save
+    best_val_loss: float = math.inf
+    evaluated: int = -1                # step of the last evaluation
+    bad_evals: int = 0                 # evaluations since the best one
+    planned: int | None = None         # steps that fit into max_minutes, once known
+    measured: int = 0                  # what evaluation_id() returns for this run
+    wandb_id: str | None = None        # of the run in Weights & Biases
+
+    def resume(self, saved: dict, path, options, flops_per_token: int) -> list[str]:
+        """Set the progress to that of the checkpoint at path. Returns lines for the user: how far the run is, and what
+        has changed since. `measured` stays; if it differs, the best loss and patience begin anew."""
+        before = saved['config']
+        names = ('gradient_accumulation_steps', 'batch_size', 'block_size')   # nanoGPT does not count tokens
+        self.step = saved['iter_num']
+        self.tokens = saved.get('tokens', self.step * math.prod(before.get(name, options[name]) for name in names))
+        self.flops = saved.get('flops', self.tokens * flops_per_token)
+        self.seconds = saved.get('seconds', 0.0)
+        self.wandb_id = saved.get('wandb_id')
+        if options['max_minutes'] == before.get('max_minutes'):
+            self.planned = saved.get('planned')
+        lines = [f'resumed {path}: step {self.step:,}, {self.tokens:,} tokens seen, '
+                 f'best val loss {saved["best_val_loss"]:.4f}', *changes(options, before, self.step)]
+        names = ('dataset', 'eval_iters', 'batch_size', 'block_size')   # earlier versions do not save `measured`
+        unchanged = all(before.get(name, options[name]) == options[name] for name in names)
+        if saved.get('measured', self.measured) == self.measured and ('measured' in saved or unchanged):
+            self.best_val_loss = saved['best_val_loss']
+            self.evaluated = saved.get('evaluated', -1)
+            self.bad_evals = saved.get('bad_evals', 0)
+        else:
+            lines.append(f'evaluations measure other text than before: the best val loss and patience begin anew; '
+                         f'the best weights until now stay in best-{self.step}.pt')
+        return lines
+
+
+def changes(options, saved: dict, step: int) -> list[str]:
+    """Return lines for the user about a run that was saved with other options, at a step: which options have changed,
+    and whether the learning rate rises because the run is longer now."""
+    changed = [name for name in saved if name in options.given - set(LOCAL) and options[name] != saved[name]]
+    lines = [f'changed: {name}={options[name]!r}, was {saved[name]!r}' for name in changed]
+    before = planned_rate({**options, **saved}, step - 1)
+    after = planned_rate(options, step)
+    if {'max_iters', 'lr_decay_iters'} & set(changed) and step and after > 1.1 * before:
+        lines.append(f'the learning rate rises from {before:.2g} to {after:.2g}, because the run is longer than it was '
+                     f'planned: runs that are to be extended need --schedule=linear --cooldown_iters=N (WSD)')
+    return lines
+
+
+def planned_rate(options: dict, step: int) -> float:
+    """Return the learning rate of a step, as options without max_minutes give it."""
+    _, warmup, decay_iters = optim.lengths(None, *(options[name] for name in (
+        'max_iters', 'warmup_iters', 'lr_decay_iters')))
+    return optim.learning_rate_at(step, options['schedule'], options['learning_rate'], options['min_lr'], warmup,
+                                  decay_iters, options['cooldown_iters'])
+
+
+def evaluation_id(data, eval_iters: int, batch_size: int, block_size: int) -> int:
+    """Return a number that stands for what an evaluation measures: the CRC-32 of the targets of its batches."""
+    number = 0
+    for i in range(eval_iters):
+        targets = data.eval_batch('val', i, eval_iters, batch_size, block_size, torch.device('cpu'))[1]
+        number = zlib.crc32(targets.numpy().tobytes(), number)
+    return number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before the first step
+
+def fit_tokenizer(ckpt: dict, path, data, rt: runtime.Runtime):
+    """Raise UserError or UsageError unless the weights of a checkpoint can be trained on a dataset: both need the same
+    tokenizer. If the checkpoint has none, a notice says so."""
+    vocab_size = ckpt['model_args']['vocab_size']
+    if data.vocab_size > vocab_size:
+        raise UserError(f'{path} knows {vocab_size:,} tokens and the dataset {data.folder} has {data.vocab_size:,}: '
+                        f'they do not belong together')
+    if ckpt.get('tokenizer') is None:
+        rt.notice(f'{path} has no tokenizer: it is trained on the ids of {data.folder}, which is right only if it was '
+                  f'trained with the tokenizer of this dataset before')
+    elif not tokenizer.same(ckpt['tokenizer'], data.tokenizer):
+        raise UsageError(f'{path} was trained with another tokenizer than the dataset {str(data.folder)!r} has')
+
+
+def fit_context(model, block_size: int):
+    """Prepare a model to train on rows of block_size tokens. Learned positions are cropped to so many; rotary ones and
+    ALiBi need no change: the context stays, or grows if the rows are longer."""
+    if model.config.pos == 'learned':
+        model.crop_block_size(block_size)
+    else:
+        model.config.block_size = max(model.config.block_size, block_size)
+
+
+def notices(options: dict, model, steps: int, flops_per_iter: int, rt, peak: float | None) -> list[str]:
+    """Return lines about what may not be intended: a warmup longer than the run, a run of hours, a model that cannot be
+    exported. steps: that are to be made. rt: the Runtime. peak: FLOP/s of one device."""
+    lines = []
+    if options['eval_only'] or steps <= 0:
+        return lines
+    if options['warmup_iters'] >= options['max_iters'] and not options['max_minutes']:
+        lines.append(f'warmup_iters={options["warmup_iters"]:,} is not below max_iters={options["max_iters"]:,}: the '
+                     f'learning rate will not reach {options["learning_rate"]:g}; try --warmup_iters={steps // 10}')
+    if peak:
+        step = flops_per_iter / (peak * rt.world_size)   # seconds at least
+        rows = 2 * options['eval_iters'] * options['batch_size']   # of both splits; forward passes alone
+        evaluation = step / 3 * rows / (options['gradient_accumulation_steps'] * options['batch_size'])
+        total = step * steps
+        if options['max_minutes']:
+            total = min(total, 60 * options['max_minutes'])
+        if step + evaluation > 5:
+            lines.append(f'at {rt.world_size * peak / 1e12:,.2f} TFLOP/s, the peak, an evaluation would take '
+                         f'{duration(evaluation)}, a step {duration(step)} and the run {duration(total)}; '
+                         f'expect two or three times as much')
+    try:
+        pretrained.hf_architecture(model.config)
+    except UserError as error:
+        lines.append(f'export.py will not be able to export this model: {error}')
+    return lines
+
+
+def require_memory(model, options: dict, rt: runtime.Runtime):
+    """Raise UserError if the device has less memory free than training needs at least: for gradients, the moments of
+    the optimizer, activations of one micro-batch and, on a GPU, the weights. Nothing has been moved yet."""
+    free = rt.free_memory()
+    c = model.config
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = 0 if rt.device.type == 'cpu' else sum(p.numel() for p in model.parameters())
+    state = 4 * weights + (12 if options['optimizer'] == 'adamw' else 8) * trained
+    if options['parallel'] == 'fsdp':
+        state //= rt.world_size
+    per_layer = (4 if options['activation_checkpointing'] else 12) * c.n_embd
+    per_token = c.n_layer * per_layer + 4 * c.vocab_size // c.loss_chunks   # logits in float32
+    needed = state + per_token * options['batch_size'] * options['block_size']
+    if free is not None and needed > free:
+        raise UserError(f'training needs {needed / 2**30:.1f} GiB of memory or more, {free / 2**30:.1f} GiB are free: '
+                        f'lower batch_size and raise gradient_accumulation_steps, or give --activation_checkpointing, '
+                        f'--loss_chunks=8, a smaller model, or --lora_rank=8 when finetuning')

@@ -165,7 +165,7 @@ def test_an_early_stop_can_be_overruled_and_the_run_is_as_if_it_had_not_stopped(
     stopped = load(tmp_path / 'parts' / 'ckpt.pt')['iter_num']
     assert 'no better loss in 2 evaluations' in done.stderr and stopped < 30
     done = train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume')
-    assert f'stopped at step {stopped}' in done.stderr and done.stdout == ''
+    assert f'done at step {stopped}' in done.stderr and done.stdout == ''
     train(f'--out_dir={tmp_path / "parts"}', '--init_from=resume', '--patience=0')
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
 

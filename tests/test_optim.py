@@ -162,6 +162,8 @@ def test_the_state_of_an_unfused_optimizer_moves_to_where_the_fused_one_wants_it
     with torch.device('meta'):
         there = GPT(GPTConfig(**SHAPE))
     ours = adamw(there, 1e-3, (0.9, 0.95), 0.1)
+    for group in ours.param_groups:
+        group['fused'] = True   # as it is on a GPU
     load_state(ours, saved)
     places = {kind: {moments[kind].device.type for moments in ours.state.values()}
               for kind in ('exp_avg', 'exp_avg_sq', 'step')}

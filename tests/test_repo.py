@@ -30,7 +30,7 @@ PREPARES = [f'data/{name}/prepare.py' for name in (
     'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]
 CONFIGS = [f'config/{name}.py' for name in (
     'eval_gpt2', 'eval_gpt2_large', 'eval_gpt2_medium', 'eval_gpt2_xl', 'finetune_code', 'finetune_shakespeare',
-    'finetune_sql', 'train_bpe_10m', 'train_gpt2', 'train_python_char', 'train_shakespeare_char',
+    'finetune_sql', 'lora_llama', 'train_bpe_10m', 'train_gpt2', 'train_python_char', 'train_shakespeare_char',
     'train_shakespeare_char_cpu', 'train_shakespeare_char_cpu_fast', 'train_shakespeare_char_fast')]
 # {module: file}
 MODULES = {**{name: f'{name}.py' for name in ('configurator', 'model', *SCRIPTS)},
@@ -384,7 +384,7 @@ def test_every_option_that_a_page_names_belongs_to_a_script(name, tmp_path):
 
 # Names that stand for a reader's own files, for files that are made, and for files of other projects
 OTHER_FILES = {'prompts.txt', 'prompt.txt', 'book.txt', 'book-gbk.txt', 'my.txt', 'samples.txt', 'input.txt', 'i.txt',
-               'de.txt', 'zh-cn.txt', 'de/reference.txt', 'zh/reference.txt', 'prepare.py', 'my_finetune.py',
+               'de.txt', 'zh-cn.txt', 'de/reference.txt', 'zh/reference.txt', 'prepare.py',
                'topics.txt', 'llama.cpp/convert_hf_to_gguf.py'}
 FORMER_FILES = {'CHANGELOG.md': {'RESULTS.md'}}
 

@@ -181,7 +181,8 @@ def test_a_checkpoint_says_all_that_is_needed_to_use_it(trained, char_dataset):
 
 
 STEP = re.compile(r'step (\d+): train loss (\d\.\d{4}), val loss (\d\.\d{4})')
-ITER = re.compile(r'iter (\d+): loss (\d\.\d{4}), time (\d+\.\d\d)ms, mfu (-|\d+\.\d\d%), ([\d,]+) tok/s')
+ITER = re.compile(r'iter (\d+): loss (\d\.\d{4}), time (\d+\.\d\d)ms, mfu (-|\d+\.\d\d%), ([\d,]+) tok/s'
+                  r'(?:, (\d+ s) left)?')
 
 
 @pytest.fixture(scope='module')
@@ -206,6 +207,7 @@ def test_stdout_has_the_losses_in_the_known_form_and_the_log_has_the_same_number
             assert match and int(match[1]) == record['iter'] and match[2] == f'{record["loss"]:.4f}'
             assert match[3] == f'{record["dt"] * 1000:.2f}' and match[5] == f'{record["tok_per_s"]:,.0f}'
             assert match[4] == (f'{record["mfu"]:.2%}' if record['mfu'] else '-')
+            assert (match[6] is None) == (record['iter'] == 0)   # the first step is not like the others
     assert [logged[i].get('step') for i in (0, 11, 22)] == [0, 10, 20]   # each before the update of that step
 
 
@@ -402,7 +404,7 @@ def test_an_interrupted_eval_only_ends_at_once_and_claims_no_save(tmp_path, tiny
 
 def test_a_resume_with_nothing_to_do_says_so(again):
     done = train('--init_from=resume', f'--out_dir={again}', '--max_iters=7')
-    assert 'nothing to do: step 20 is past max_iters=7' in done.stderr
+    assert 'nothing to do: the run has made 20 steps, max_iters=7: raise --max_iters to go on' in done.stderr
 
 
 def test_patience_stops_a_run_that_gets_worse_and_best_pt_keeps_the_best(tmp_path, tiny):
@@ -613,7 +615,7 @@ def test_a_picture_that_cannot_be_written_fails_no_run(tmp_path, tiny):
     pytest.importorskip('matplotlib')
     (tmp_path / 'loss.png').mkdir()
     done = train(tiny, f'--out_dir={tmp_path}', '--max_iters=1', DRAW='yes')
-    assert f'cannot write {tmp_path / "loss.png"}: ' in done.stderr and 'stopped at step 1' in done.stderr
+    assert f'cannot write {tmp_path / "loss.png"}: ' in done.stderr and 'done at step 1' in done.stderr
 
 
 def test_evaluations_say_how_many_flops_were_spent(trained):
