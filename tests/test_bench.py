@@ -1,5 +1,6 @@
 """bench.py: a table, one JSON object whose numbers agree, a trace; one true run, the others in this process."""
 
+import itertools
 import json
 
 import pytest
@@ -50,7 +51,7 @@ def profiled(tmp_path_factory):
 def test_the_last_line_is_json_whose_numbers_agree(profiled):
     result = result_of(profiled[0])
     assert set(result) == {'mode', 'parameters', 'batch_size', 'block_size', 'attention', 'machine', 'loss',
-                           'ms_per_step', 'ms_min', 'ms_max', 'tok_per_s', 'mfu', 'peak_flops', 'first_step_s',
+                           'steps', 'ms_per_step', 'ms_min', 'ms_max', 'tok_per_s', 'mfu', 'peak_flops', 'first_step_s',
                            'measured_flops', 'measured_bandwidth', 'flops', 'traffic_bytes', 'ms_by_flops',
                            'ms_by_bandwidth', 'reached', 'peak_memory_bytes'}
     model = a_model()
@@ -122,6 +123,28 @@ def test_versus_measures_two_settings_in_turn_and_gives_their_ratio(bench):
     assert 0 < result['ratio_min'] <= result['ratio'] <= result['ratio_max']
     assert table['setting'].split() == ['batch_size=None', 'n_layer=2', 'batch_size=2', 'n_layer=4']
     assert f'takes {result["ratio"]:.3f} of' in table['ratio']
+
+
+@pytest.mark.parametrize('first, second, verdict', [
+    ([1] * 6, [1] * 6, 'no difference seen: the second takes 1.000'), ([1] * 6, [2] * 6, 'the second takes 2.0'),
+    ([1, 1, 1, 9, 1, 1], [2] * 6, 'the second takes 2.0'),   # one slow step does not hide a difference
+    ([1, 2, 1, 2, 1, 2], [2, 1, 2, 1, 1, 2], 'no difference seen: ')])
+def test_two_settings_are_told_apart_only_if_their_times_are(bench, monkeypatch, first, second, verdict):
+    ticks = [0]   # of the clock since it was asked before: at the start, before and after each setting's step
+    for i, times in enumerate(zip(first, second)):
+        ticks += [0] * (i >= 3)   # whether the time is over
+        for seconds in times:
+            ticks += [0, seconds]
+    now = itertools.accumulate(ticks)
+    monkeypatch.setattr('time.perf_counter', lambda: float(next(now)))
+    done = bench(*TINY_MODEL, '--versus=seed=2', '--warmup_steps=0', '--steps=6', '--seconds=1000')
+    assert table_of(done)['ratio'].startswith(verdict)
+    first, second = result_of(done)['settings']
+    assert first['measured_flops'] == second['measured_flops']   # one limit for both
+
+
+def test_no_step_begins_after_the_time_once_three_are_counted(bench):
+    assert result_of(bench(*TINY_MODEL, '--steps=9', '--seconds=0'))['steps'] == 3
 
 
 def test_versus_may_be_another_precision(bench):
@@ -203,8 +226,8 @@ def test_all_tensors_of_a_mode_are_on_its_device(bench, monkeypatch, options):
     (['--optimizer=sgd'], ["optimizer='sgd'", "'adamw', 'muon'"]), (['--quantize=int4'], ["quantize='int4'", 'int8']),
     (['--mode=dance'], ["mode='dance'", "'decode'"]), (['--mode=data'], ['dataset']),
     (['--mode=decode'], ['= 21', 'block_size=16']),
-    (['--versus=steps=5'], ['steps is the same']), (['--versus=n_heads=2'], ['n_heads', 'n_head']),
-    (['--versus=help'], ["versus='help'"]), (['--versus=versus=x'], ['words such as']),
+    (['--versus=steps=5'], ["'steps=5' cannot be compared"]), (['--versus=n_heads=2'], ['n_heads', 'n_head']),
+    (['--versus=help'], ["'help'"]), (['--versus=versus=x'], ['words such as']),
     (['--versus=n_layer=0'], ['n_layer=0', '1 or more']),
 ], ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith('--') else '')
 def test_what_cannot_be_ends_in_one_line(bench, args, words):
