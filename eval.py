@@ -1,31 +1,26 @@
 """
 How good a model is: the exact loss of a text, multiple choice, last words, and answers compared with references.
 
-    python eval.py --out_dir=out-python-char --data=python_char             the whole of val.bin
-    python eval.py --init_from=gpt2 --data=my.txt --stride=64               a text, each token after 960 others or more
-    python eval.py --init_from=gpt2 --choices=hellaswag_val.jsonl           as it is published, 10,042 questions
-    python eval.py --init_from=gpt2 --last_word=lambada_test.jsonl
+    python eval.py --out_dir=out-python-char --data=python_char
+    python eval.py --init_from=gpt2 --data=my.txt --stride=64
     python eval.py --init_from=gpt2 --choices=assets/sentiment.jsonl --shots=4
+    python eval.py --init_from=gpt2 --last_word=lambada_test.jsonl
     python eval.py --out_dir=out-x --generate=questions.jsonl --max_new_tokens=50 --stop="Q:"
     torchrun --standalone --nproc_per_node=2 eval.py --out_dir=out-python-char --data=python_char
 
-The fifth classifies sentiment by asking which of two words is likelier after a review. Several can be asked in one run.
-Prints a table on stderr, and on stdout one JSON object, the same for any number of processes. The first token of a text
-is scored after the end-of-text token, if the model has one; that of a .bin, which has nothing before it, is not scored.
-Of a dataset with a mask, such as data/sql, only what was to be learnt is scored.
+A table goes to stderr, one JSON object to stdout. What the figures mean: docs/evaluation.md.
 """
 
+import dataclasses
 import json
 import math
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from configurator import configure
 from flatgpt import checkpoint, engine, evaluation, runtime, tokenizer, validate
-from flatgpt.dataset import Dataset, open_ids, read_meta
+from flatgpt.dataset import SPLITS, Dataset, open_ids
 from flatgpt.errors import UsageError, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,18 +55,16 @@ config = configure(globals())
 validate.eval_options(config)
 stops = engine.parse_stops(stop)
 if generate:
-    try:
-        import sacrebleu
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise UserError(f'eval.py needs sacrebleu and rouge-score to compare texts (no {error.name} here): '
-                        f'pip install sacrebleu rouge-score') from None
+    evaluation.compare_texts([''], [''])   # tells what is not installed
 
 # questions, before the model is loaded, so that a wrong line is found at once
 
-asked = {'choices': choices and evaluation.read_items(choices, evaluation.multiple_choice),
-         'last_word': last_word and evaluation.read_items(last_word, evaluation.last_word),
-         'generate': generate and evaluation.read_items(generate, evaluation.to_continue)}
+if choices:
+    choice_items = evaluation.read_items(choices, evaluation.multiple_choice)
+if last_word:
+    word_items = evaluation.read_items(last_word, evaluation.last_word)
+if generate:
+    generate_items = evaluation.read_items(generate, evaluation.to_continue)
 
 # model
 
@@ -83,50 +76,55 @@ if stride is None:
 if stride > block_size:
     raise UsageError(f'stride={stride}: expected at most the block_size of {path}, {block_size}')
 rt = runtime.setup(device, dtype, compile, seed)
-say = print if rt.master else lambda *args, **kwargs: None   # one process talks
-about = {'model': str(path), 'step': ckpt['iter_num'], 'dtype': str(rt.dtype)[6:]}
-say(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}', file=sys.stderr)
+rt.notice(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}')
+about = {'model': str(path), 'step': ckpt['iter_num'], 'dtype': str(rt.dtype).removeprefix('torch.')}
+report = {}   # {measurement: {figure: value}}; figure_stderr is the standard error of figure
 model.to(rt.device, rt.dtype)
-ckpt = None
+del ckpt   # its memory
 if rt.compile:
     rt.compile_step(model)
-report = {}   # {what was asked: {figure: value}}, where figure_stderr is the standard error of figure
 
+# loss of a text
 
-# loss of a text: the cost of its tokens, all that are scored exactly once
 
 def read_ids(name):
-    """Token ids of which all but the first are to be scored, what they are called, and which of them were to be learnt,
-    None: all."""
+    """(ids, learnt, where): token ids of which all but the first are to be scored, booleans that say which of them were
+    to be learnt, and the file that they are from."""
+    path = Path(name)
     learnt = None
-    if os.path.isfile(name) and name.endswith('.bin'):
-        meta = Path(name).with_name('meta.json').exists() and read_meta(Path(name).parent)
-        ids = open_ids(name, meta['dtype'] if meta else tokenizer.id_type(tok.vocab_size))
-        made_with = meta['tokenizer'] if meta else tok.to_dict()
-        if meta and meta['mask']:
-            learnt = open_ids(Path(name).with_suffix('.mask'), np.dtype(np.uint8), len(ids)).astype(bool)
-    elif os.path.isfile(name) or name.endswith('.txt'):
-        text = tokenizer.read_text(name)
+    made_with = tok.to_dict()
+    if path.suffix != '.bin' and (path.is_file() or path.suffix == '.txt'):
+        where = name
         with evaluation.naming(name):
-            ids = tok.encode(text)
-        return np.concatenate((tok.encode_prompt(''), ids)) if tok.eot is not None else ids, name, None
+            ids = tok.encode(tokenizer.read_text(name))
+        if tok.eot is not None:
+            ids = np.concatenate((tok.encode_prompt(''), ids))
+    elif path.is_file() and not path.with_name('meta.json').exists():   # bare ids
+        where = name
+        ids = open_ids(name, tokenizer.id_type(tok.vocab_size))
     else:
-        dataset = Dataset(name)
-        ids, made_with, name = dataset.data[split], dataset.tokenizer, f'{dataset.folder}/{split}.bin'
+        part = path.stem if path.is_file() else split
+        if part not in SPLITS:
+            raise UserError(f'{name} is a part of a dataset: give the folder, or its train.bin or val.bin')
+        dataset = Dataset(str(path.absolute().parent) if path.is_file() else name)
+        where = f'{dataset.folder}/{part}.bin'
+        ids = dataset.data[part]
+        made_with = dataset.tokenizer
         if dataset.mask:
-            learnt = dataset.mask[split].astype(bool)
+            learnt = dataset.mask[part].astype(bool)
+    fits = len(ids) == 0 or ids.max() < tok.vocab_size
     start = ids[:1000]
-    if len(ids) and ids.max() >= tok.vocab_size or (
-            made_with != tok.to_dict() and tokenizer.from_dict(made_with).decode(start) != tok.decode(start)):
-        raise UserError(f'{name} was made with another tokenizer than the model: give its text instead, or a dataset '
+    if not fits or (made_with != tok.to_dict() and tokenizer.from_dict(made_with).decode(start) != tok.decode(start)):
+        raise UserError(f'{where} was made with another tokenizer than the model: give its text instead, or a dataset '
                         f'that the model can read')
-    return ids, name, learnt
+    return ids, np.ones(len(ids), bool) if learnt is None else learnt, where
 
 
 if data:
-    ids, where, learnt = read_ids(data)
-    ids = ids[:limit and limit + 1]
-    learnt = np.ones(len(ids), bool) if learnt is None else learnt[:len(ids)]
+    ids, learnt, where = read_ids(data)
+    if limit is not None:
+        ids = ids[:limit + 1]
+        learnt = learnt[:limit + 1]
     if not learnt[1:].any():
         raise UserError(f'{where} has no token to score: expected two, or one of text if the model knows ends of texts')
     loss, error, n = evaluation.rolling_loss(model, rt, ids, stride, batch_size, learnt)
@@ -138,65 +136,55 @@ if data:
                       'bits_per_byte': n_bytes and bits * n / n_bytes,
                       'bits_per_character': n_chars and bits * n / n_chars}
 
-
 # questions: which answer is the likeliest, is the last word what the model would say, what would it write?
 
-def contexts(name, shots=0):
-    """[(item, its context)] of what was asked, the context after so many examples with their answers."""
-    items = asked[name]
-    return [(item, evaluation.with_examples(items, i, shots, delimiter, seed)) for i, item in enumerate(items[:limit])]
+
+def with_examples(items, shots=0):
+    """The first `limit` items, each with so many solved examples before its context."""
+    contexts = [evaluation.with_examples(items, i, shots, delimiter, seed) for i in range(len(items[:limit]))]
+    return [dataclasses.replace(item, context=context) for item, context in zip(items, contexts)]
 
 
-def encoded(texts, delimiter):
-    """Token ids of each context with each of its answers."""
+def encode_answers(items, delimiter):
+    """Token ids, (context, answer), of each item with each of its answers."""
     pairs = []
-    for item, context in texts:
+    for item in items:
         with evaluation.naming(item.where):
-            pairs += [evaluation.encode_pair(tok, context, delimiter + answer) for answer in item.answers]
+            pairs += [evaluation.encode_pair(tok, item.context, delimiter + answer) for answer in item.answers]
     return pairs
 
 
 if choices:
-    texts = contexts('choices', shots)
-    logprobs, _ = evaluation.loglikelihood(model, rt, encoded(texts, delimiter), batch_size, 'choices')
-    right = evaluation.right_choices([item for item, _ in texts], logprobs)
-    chance = [1 / len(item.answers) for item, _ in texts]
-    report['choices'] = {'of': choices, 'n': len(texts), 'shots': shots, **evaluation.summary(right),
-                         'chance': sum(chance) / len(chance)}
+    items = with_examples(choice_items, shots)
+    logprobs, _ = evaluation.loglikelihood(model, rt, encode_answers(items, delimiter), batch_size, 'choices')
+    right = evaluation.right_choices(items, logprobs)
+    chance = sum(1 / len(item.answers) for item in items) / len(items)
+    report['choices'] = {'of': choices, 'n': len(items), 'shots': shots, **evaluation.summary(right), 'chance': chance}
 
 if last_word:
-    texts = contexts('last_word')
-    logprobs, greedy = evaluation.loglikelihood(model, rt, encoded(texts, ' '), batch_size, 'last word')
-    found = evaluation.summary({'acc': greedy, 'loss': -logprobs})
-    perplexity = evaluation.perplexity(found['loss'])
-    report['last_word'] = {'of': last_word, 'n': len(texts), **found, 'perplexity': perplexity}
+    items = with_examples(word_items)
+    logprobs, greedy = evaluation.loglikelihood(model, rt, encode_answers(items, ' '), batch_size, 'last word')
+    figures = evaluation.summary({'acc': greedy, 'loss': -logprobs})
+    perplexity = evaluation.perplexity(figures['loss'])
+    report['last_word'] = {'of': last_word, 'n': len(items), **figures, 'perplexity': perplexity}
 
 if generate:
-    texts, prompts = contexts('generate', shots), []
-    for item, context in texts:
+    items = with_examples(generate_items, shots)
+    prompts = []
+    for item in items:
         with evaluation.naming(item.where):
-            prompts.append(tok.encode_prompt(context))
-    stops += [evaluation.SEPARATOR] * (shots > 0)   # where the next example would begin
+            prompts.append(tok.encode_prompt(item.context))
+    if shots:
+        stops.append(evaluation.SEPARATOR)   # where the next example would begin
     answers = evaluation.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size)
     answers = [answer.strip() for answer in answers]
-    references = [item.answers[0].strip() for item, _ in texts]
-    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
-    rouge = rouge_scorer.RougeScorer(['rouge1', 'rouge2', 'rougeL'])
-    scores = [rouge.score(reference, answer) for reference, answer in zip(references, answers)]
-    f1 = {name: [score[name].fmeasure for score in scores] for name in scores[0]}
-    report['generate'] = {'of': generate, 'n': len(texts), 'shots': shots,
-                          'bleu': bleu.corpus_score(answers, [references]).score,
-                          'chrf': chrf.corpus_score(answers, [references]).score, **evaluation.summary(f1),
-                          'bleu_signature': str(bleu.get_signature()), 'chrf_signature': str(chrf.get_signature())}
+    references = [item.answers[0].strip() for item in items]
+    report['generate'] = {'of': generate, 'n': len(items), 'shots': shots,
+                          **evaluation.compare_texts(answers, references)}
 
 # a table for people, an object for programs
 
-for name, found in report.items():
-    say(f'\n{name}', file=sys.stderr)
-    for figure, value in found.items():
-        if not figure.endswith('_stderr'):
-            text = f'{value:,.4f}' if isinstance(value, float) else f'{value:,}' if isinstance(value, int) else value
-            error = f' ± {found[f"{figure}_stderr"]:.4f}' if f'{figure}_stderr' in found else ''
-            say(f'  {figure:<20} {text}{error}', file=sys.stderr)
-say(json.dumps({**about, **report}))
+for measurement, figures in report.items():
+    rt.notice(evaluation.table(measurement, figures))
+rt.say(json.dumps({**about, **report}))
 rt.close()

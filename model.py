@@ -3,9 +3,7 @@ The whole model: configuration, positions, attention, blocks, loss, initialisati
 
 The architecture is GPT-2's (Radford et al., 2019): pre-norm blocks of causal self-attention and a GELU MLP, learned
 positions, and one matrix that both embeds tokens and gives the logits. Modules and parameters have GPT-2's names.
-Everything newer is a field of GPTConfig; ARCHS names sets of fields that belong together.
-
-flatgpt/engine.py generates fast: many prompts at once, with a KV cache and all sampling controls.
+Everything newer is a field of GPTConfig. flatgpt/engine.py generates fast, with a KV cache.
 
 Letters of the shape comments:
 B batch · T time (tokens) · S time of the keys · C width, n_embd · H heads, n_head · K heads of keys and values
@@ -61,34 +59,31 @@ class GPTConfig:
     loss_chunks: int = 1        # compute logits and loss in this many pieces and keep none of them, to save memory
 
     def __post_init__(self):
-        for name, allowed in ALLOWED.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f'{name}={value!r}: expected one of {", ".join(map(repr, allowed))}')
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'head_dim', 'n_inner',
-                     'window', 'loss_chunks'):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f'{name}={value}: expected 1 or more')
-        for name in ('softcap', 'layer_scale', 'norm_eps', 'rope_base'):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f'{name}={value}: expected a finite number above 0')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout={self.dropout}: expected a probability below 1, such as 0.1')
-        if self.head_dim is None and self.n_embd % self.n_head:
-            multiple = math.ceil(self.n_embd / self.n_head) * self.n_head
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
-                             f'use a multiple of n_head, such as {multiple}')
-        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head={self.n_head} heads cannot share n_kv_head={self.n_kv_head} evenly: '
-                             f'use a divisor of n_head')
-        if self.pos == 'rope' and self.head_width % 2:
-            raise ValueError(f"pos='rope' rotates pairs of channels: n_embd / n_head = {self.head_width} must be even")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in ALLOWED:
+                self.expect(name, value in ALLOWED[name], f'one of {", ".join(map(repr, ALLOWED[name]))}')
+            elif name == 'dropout':
+                self.expect(name, 0 <= value < 1, 'a probability below 1, such as 0.1')
+            elif field.type in (int, int | None):
+                self.expect(name, value is None or value >= 1, '1 or more')
+            elif field.type in (float, float | None):
+                self.expect(name, value is None or 0 < value < math.inf, 'a finite number above 0')
+        multiple = math.ceil(self.n_embd / self.n_head) * self.n_head
+        self.expect('n_embd', self.head_dim is not None or self.n_embd == multiple,
+                    f'a multiple of n_head={self.n_head}, such as {multiple}')
+        self.expect('n_kv_head', self.n_head % (self.n_kv_head or 1) == 0, f'a divisor of n_head={self.n_head}')
+        self.expect('pos', self.pos != 'rope' or self.head_width % 2 == 0,
+                    f'an even n_embd / n_head, because RoPE rotates pairs of channels, not {self.head_width}')
         if self.rope_scaling is not None:
             self.rope_scaling = tuple(self.rope_scaling)
-            if len(self.rope_scaling) != 4 or not all(0 < x < math.inf for x in self.rope_scaling):
-                raise ValueError(f'rope_scaling={self.rope_scaling}: expected (factor, low, high, original context)')
+            numbers = len(self.rope_scaling) == 4 and all(0 < number < math.inf for number in self.rope_scaling)
+            self.expect('rope_scaling', numbers, '(factor, low, high, original context)')
+
+    def expect(self, name, holds, expected):
+        """Raise ValueError with the value of a field and what is expected, unless a condition holds."""
+        if not holds:
+            raise ValueError(f'{name}={getattr(self, name)!r}: expected {expected}')
 
     @property
     def head_width(self):
@@ -98,22 +93,23 @@ class GPTConfig:
     @property
     def inner_width(self):
         """Width inside the MLP. A gated MLP has a third matrix, so by default it is 2/3 as wide, rounded up to 64."""
-        if self.n_inner:
-            return self.n_inner
-        if self.mlp == 'swiglu':
-            return math.ceil(8 * self.n_embd / (3 * 64)) * 64
-        return 4 * self.n_embd
+        default = math.ceil(8 * self.n_embd / (3 * 64)) * 64 if self.mlp == 'swiglu' else 4 * self.n_embd
+        return self.n_inner or default
 
     def to_dict(self):
         """The fields that a checkpoint stores: nanoGPT's, so that nanoGPT can read it, and newer ones that differ from
         their default; without attention and loss_chunks, which belong to the machine and not to the model."""
-        stored = [field for field in fields(self) if field.name in NANOGPT_FIELDS or (
-            field.name not in ('attention', 'loss_chunks') and getattr(self, field.name) != field.default)]
-        return {field.name: getattr(self, field.name) for field in stored}
+        stored = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            changed = value != field.default and field.name not in ('attention', 'loss_chunks')
+            if field.name in NANOGPT_FIELDS or changed:
+                stored[field.name] = value
+        return stored
 
 
-# Fields that belong together: GPT-2 (Radford et al., 2019), Llama 2 (Touvron et al., 2023), Qwen3 (Yang et al., 2025),
-# and those with which public speed runs reach a loss soonest (github.com/KellerJordan/modded-nanogpt)
+# Fields that belong together: GPT-2, Llama 2 (Touvron et al., 2023), Qwen3 (Yang et al., 2025), and those with which
+# public speed runs reach a loss soonest (github.com/KellerJordan/modded-nanogpt)
 GPT2 = {'pos': 'learned', 'norm': 'layernorm', 'mlp': 'gelu', 'qk_norm': False, 'tie_weights': True, 'softcap': None,
         'zero_init': False}
 LLAMA = {**GPT2, 'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'tie_weights': False}
@@ -131,12 +127,12 @@ def arch_fields(arch, **overrides):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# positions and attention masks
+# positions, masks, attention
 
 def rope_angles(positions, D, base, scaling=None):
-    """Cosines and sines, (T, D / 2) each in float32, of the rotary angles of positions, (T,) (Su et al., 2021).
+    """Cosines and sines, (T, D / 2) each in float32, of the rotary angles of positions, (T,) (Su et al., 2021). From
+    one position to the next, channel pair i rotates by base^(-2i / D).
 
-    From one position to the next, channel pair i rotates by base^(-2i / D).
     scaling: (factor, low, high, context), as in Llama 3.1 (Grattafiori et al., 2024). Pairs that make fewer than low
     turns within context tokens are slowed down by factor, those that make more than high are not, those between partly.
     """
@@ -173,53 +169,48 @@ def make_attn_mask(query, key, n_head, pos, window, padding=None):
     forbidden = (distance < 0) | (distance >= (window or math.inf))
     if padding is not None:   # a padding token may attend to itself: a row of weights needs a sum
         forbidden = forbidden | ((key < padding[:, None, None, None]) & (distance != 0))   # (B, 1, T, S)
+    slopes = key.new_zeros(1)
     if pos == 'alibi':
         slopes = 2 ** (-8 / n_head * torch.arange(1, n_head + 1, device=key.device))  # (H,)
-    else:
-        slopes = key.new_zeros(1)
     return (-slopes[:, None, None].float() * distance).masked_fill(forbidden, -math.inf)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# attention: written out, and the choice between that and torch's fused kernels
 
 def attend_math(q, k, v, dropout_p=0.0, attn_mask=None):
     """softmax(q kᵀ / √D + attn_mask) v, written out (Vaswani et al., 2017, eq. 1): the reference for fused kernels.
 
-    q and the result: (B, H, T, D). k, v: (B, H, S, D). dropout_p: probability that a weight is dropped.
+    q and the result: (B, H, T, D). k, v: (B, K, S, D), each head for H / K heads of q. dropout_p: of the weights.
     attn_mask: from make_attn_mask(). None: causal, with S = T, or with T = 1 and the query in the last position.
     """
-    T, D = q.shape[-2:]
-    q = q / math.sqrt(D)
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    q = (q / math.sqrt(D)).reshape(B, K, -1, D)                                       # (B, K, H / K · T, D)
     if T > 1:
-        scores = q @ k.mT                                                             # (B, H, T, S), query by key
+        scores = q @ k.mT                                                             # (B, K, H / K · T, S)
     else:   # q kᵀ = (k qᵀ)ᵀ, and in this order k, a slice of the KV cache, is not copied
-        scores = (k @ q.mT).mT                                                        # (B, H, 1, S)
+        scores = (k @ q.mT).mT
+    scores = scores.reshape(B, H, T, S)                                               # query by key
     if attn_mask is None and T > 1:
         attn_mask = torch.full((T, T), -math.inf, device=q.device).triu(diagonal=1)   # no query sees a later key
     if attn_mask is not None:
         scores = scores + attn_mask.to(q.dtype)
-    weights = scores.softmax(dim=-1, dtype=scores.dtype)                              # each row sums to one
-    return dropout(weights, dropout_p) @ v                                            # (B, H, T, D)
+    weights = dropout(scores.softmax(dim=-1, dtype=scores.dtype), dropout_p)          # each row sums to one
+    return (weights.reshape(B, K, -1, S) @ v).view(B, H, T, D)
 
 
 def attend(q, k, v, dropout_p=0.0, attn_mask=None, attention='auto'):
-    """What attend_math() returns, by 'math', by 'sdpa', or by 'auto', the faster of the two.
-
-    'sdpa': torch's fused kernels, which never store the (T, S) weights (Dao et al., 2022). On a CPU they have no
-    dropout, and in bfloat16 their backward pass takes twice as long as plain products, whose memory is small while T
-    is. For one query plain products are faster on a CPU, and on a GPU cuDNN would plan anew for each number of keys.
-    """
-    T = q.size(-2)
+    """What attend_math() returns, by 'math', by 'sdpa' (torch's fused kernels, which never store the (T, S) weights:
+    Dao et al., 2022), or by 'auto', the faster of the two: on a CPU the kernels have no dropout and a slow backward
+    pass in bfloat16, and for one query on a GPU cuDNN would plan anew for each number of keys."""
+    H, T = q.shape[1:3]
     if attention == 'auto':
-        short = T <= 512 and q.dtype != torch.float32
-        math_on_cpu = q.device.type == 'cpu' and (dropout_p > 0 or short)
+        math_on_cpu = q.device.type == 'cpu' and (dropout_p > 0 or (T <= 512 and q.dtype != torch.float32))
         attention = 'math' if T == 1 or math_on_cpu else 'sdpa'
     if attention == 'math':
         return attend_math(q, k, v, dropout_p, attn_mask)
+    if k.size(1) < H:   # not every kernel can share heads
+        k, v = (x.repeat_interleave(H // k.size(1), dim=1) for x in (k, v))           # (B, H, S, D)
     causal = attn_mask is None and T > 1
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(q.dtype)
+    attn_mask = None if attn_mask is None else attn_mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout_p, is_causal=causal)
 
 
@@ -228,10 +219,8 @@ def attend(q, k, v, dropout_p=0.0, attn_mask=None, attention='auto'):
 
 def dropout(x, p, training=True):
     """x with a random share p of its elements set to zero and the others divided by 1 - p (Srivastava et al., 2014); x
-    itself if not training.
-
-    On a CPU, torch draws these random numbers one by one, which takes longer than all matrix products of a small model.
-    Here each element gets 16 bits of numpy's SFC64, which is seeded by torch's generator.
+    itself if not training. On a CPU, torch draws these random numbers one by one, which takes longer than all matrix
+    products of a small model: here each element gets 16 bits of numpy's SFC64, which is seeded by torch's generator.
     """
     if p == 0 or not training:
         return x
@@ -245,8 +234,8 @@ def dropout(x, p, training=True):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x divided by its root mean square, times a weight (Zhang & Sennrich, 2019). The weight is cast to x's dtype:
-    without that, torch's RMSNorm is slow and warns under autocast."""
+    """x divided by its root mean square, times a weight (Zhang & Sennrich, 2019), cast to x's dtype: without that,
+    torch's RMSNorm is slow and warns under autocast."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -275,7 +264,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, angles=None, attn_mask=None, kv_cache=None):
         B, T, C = x.shape
-        H, K = self.n_head, self.n_kv_head
+        H, K = self.n_head, self.n_kv_head   # K < H: groups of queries share keys and values (Ainslie et al., 2023)
         heads = self.c_attn(x).view(B, T, H + K + K, -1).transpose(1, 2)              # (B, H + K + K, T, D)
         q, k, v = heads.split((H, K, K), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -283,9 +272,6 @@ class CausalSelfAttention(nn.Module):
             q, k = apply_rope(torch.cat((q, k), dim=1), angles).split((H, K), dim=1)
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)                                  # (B, K, S, D)
-        if K < H:   # grouped-query attention: groups of queries share keys and values (Ainslie et al., 2023)
-            k = k.repeat_interleave(H // K, dim=1)                                    # (B, H, S, D)
-            v = v.repeat_interleave(H // K, dim=1)
         y = attend(q, k, v, self.dropout_p if self.training else 0.0, attn_mask, self.attention)   # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))                       # heads side by side again
 
@@ -365,10 +351,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, override_args=None):
-        """A GPT with the weights of 'gpt2', another name on the Hugging Face hub, a local folder, or a ckpt.pt.
-
-        override_args: fields of GPTConfig to change, such as {'dropout': 0.1}. Raises UserError.
-        """
+        """A GPT with the weights of 'gpt2', another name on the Hugging Face hub, a local folder, or a ckpt.pt. Raises
+        UserError. override_args: fields of GPTConfig to change, such as {'dropout': 0.1}."""
         from flatgpt import checkpoint
         path = checkpoint.resolve(name)
         return checkpoint.build(checkpoint.load(path), path, **(override_args or {}))
@@ -395,10 +379,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """(logits, loss) of token ids idx, (B, T).
 
-        With targets, (B, T), the ids one step ahead: logits of all positions, (B, T, V), and the mean cross-entropy in
-        nats over the targets that are not -1; with loss_chunks above 1 the logits are None.
-        Without targets: the logits of the last position, (B, 1, V), and None.
-        """
+        With targets, (B, T), the ids one step ahead: logits of all positions, (B, T, V), or None if loss_chunks is
+        above 1, and the mean cross-entropy in nats over the targets that are not -1.
+        Without targets: the logits of the last position, (B, 1, V), and None."""
         x = self.hidden_states(idx)
         if targets is None:
             return self.compute_logits(x[:, -1:]), None
@@ -411,19 +394,19 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert T <= c.block_size, f'{T} tokens in a context of {c.block_size}'
         if kv_cache is None:
-            query = key = torch.arange(T, device=idx.device)
+            positions = query = key = torch.arange(T, device=idx.device)
             padding = None
         else:
-            query, key, padding = kv_cache.positions(T)                               # (T,), (S,), (B,) or None
+            query, key, padding = kv_cache.columns_of(T)                              # (T,), (S,), (B,) or None
+            positions = query + kv_cache.evicted
         x = self.transformer.wte(idx)                                                 # (B, T, C)
         angles = None
         if c.pos == 'learned' and kv_cache is None:
             x = x + self.transformer.wpe.weight[:T]                                   # + (T, C)
         elif c.pos == 'learned':
-            row_positions = query if padding is None else (query - padding[:, None]).clamp(min=0)
-            x = x + self.transformer.wpe.weight[row_positions]                        # + (T, C) or (B, T, C)
+            padding_left = 0 if padding is None else padding[:, None]
+            x = x + self.transformer.wpe((query - padding_left).clamp(min=0))         # + (T, C) or (B, T, C)
         elif c.pos == 'rope':
-            positions = query if kv_cache is None else query + kv_cache.evicted
             angles = rope_angles(positions, c.head_width, c.rope_base, c.rope_scaling)
         x = dropout(x, self.dropout_p, self.training)
         attn_mask = make_attn_mask(query, key, c.n_head, c.pos, c.window, padding)
@@ -444,19 +427,16 @@ class GPT(nn.Module):
 
     def logits_and_loss(self, x, targets):
         """What forward() returns with targets, (B, T), from hidden states x, (B, T, C)."""
-        shape = targets.shape
-        x = x.flatten(0, 1)                                                           # (B · T, C)
-        targets = targets.flatten()                                                   # (B · T,)
         count = (targets != -1).sum().clamp(min=1)
         n = self.config.loss_chunks
         if n == 1:
-            logits = self.compute_logits(x)
-            total = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction='sum')
-            return logits.view(*shape, -1), total / count
-        total = 0.0
-        for chunk in zip(x.chunk(n), targets.chunk(n)):   # computed again in the backward pass, so that none is stored
-            total = total + recompute(self.sum_loss, *chunk, use_reentrant=False)
-        return None, total / count
+            logits = self.compute_logits(x)                                           # (B, T, V)
+            total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction='sum')
+        else:   # in pieces, computed again in the backward pass, so that no logits are stored
+            logits = None
+            pieces = zip(x.flatten(0, 1).chunk(n), targets.flatten().chunk(n))
+            total = sum(recompute(self.sum_loss, *piece, use_reentrant=False) for piece in pieces)
+        return logits, total / count
 
     def sum_loss(self, x, targets):
         """The sum of the cross-entropies of hidden states x, (N, C), with targets, (N,)."""
@@ -465,12 +445,11 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Shorten the context to block_size tokens, to finetune in less memory. Raises ValueError."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions, '
-                             f'expected 1 or more of them')
+            raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions, expected '
+                             f'1 or more of them')
         if self.config.pos == 'learned' and block_size < self.config.block_size:
-            wpe = self.transformer.wpe
-            wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
-            wpe.num_embeddings = block_size
+            positions = self.transformer.wpe.weight.detach()[:block_size].clone()
+            self.transformer.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.config.block_size = block_size
 
     def get_num_params(self, non_embedding=True):
@@ -507,12 +486,9 @@ class GPT(nn.Module):
         return flops
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Model FLOPs utilization: achieved FLOP/s divided by peak_flops, by default an A100's in bfloat16.
-
-        fwdbwd_per_iter: how many rows of block_size tokens an iteration trains on. dt: its seconds.
-        """
-        tokens = fwdbwd_per_iter * self.config.block_size
-        return self.flops_per_token() * tokens / dt / peak_flops
+        """Model FLOPs utilization: achieved FLOP/s divided by peak_flops, by default an A100's in bfloat16, of
+        iterations that take dt seconds and train on fwdbwd_per_iter rows of block_size tokens."""
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type=None):
         """AdamW in which matrices decay, and biases and norms do not. device_type is not needed: parameters know it."""
@@ -524,8 +500,7 @@ class GPT(nn.Module):
         """Token ids, (B, T + max_new_tokens): idx, (B, T), and a sampled continuation of each row. Call eval() first.
 
         temperature divides the logits; 0 takes the likeliest token. top_k: sample among the k likeliest tokens only.
-        Each token recomputes the whole context: the reference for flatgpt/engine.py, which has a KV cache.
-        """
+        Each token recomputes the whole context: the reference for flatgpt/engine.py, which has a KV cache."""
         for _ in range(max_new_tokens):
             context = idx[:, -self.config.block_size:]
             logits = self(context)[0][:, -1].float()                                  # (B, V)

@@ -12,12 +12,11 @@ goes to stderr. The same command gives the same samples; in float32 also however
 """
 
 import contextlib
-import json as jsons
 import sys
 import time
+from json import dumps, loads  # the name json is an option
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from configurator import configure
@@ -54,32 +53,30 @@ dtype = 'auto'                        # 'float32', 'bfloat16', 'float16', 'auto'
 compile: str | bool = False           # torch.compile of the decoding step: True, False, 'auto' (where it is a GPU)
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
-chat = start is None and prompts is None and sys.stdin.isatty() and sys.stdout.isatty() and not json
-
-# refusals
-
 validate.sample_options(config)
-controls = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'min_p': min_p,
-            'repetition_penalty': repetition_penalty}
 stops = engine.parse_stops(stop)
+terminal = sys.stdout.isatty() and not json
+interactive = terminal and sys.stdin.isatty() and start is None and prompts is None
 if stream == 'auto':
-    stream = sys.stdout.isatty() and num_samples == 1 and prompts is None and not json
+    stream = terminal and num_samples == 1 and prompts is None
 
+# prompts, before the model is loaded, so that a mistake is found at once
 
-# prompts
 
 def read_prompts(file):
     """The prompts in a file: its lines, or if it is JSONL the texts under "prompt"."""
-    found, text = [], tokenizer.read_text(file).removeprefix('\ufeff')
-    for number, line in enumerate(text.replace('\r\n', '\n').split('\n'), 1):
+    found = []
+    text = tokenizer.read_text(file).removeprefix('\ufeff').replace('\r\n', '\n')
+    for number, line in enumerate(text.split('\n'), 1):
+        prompt = line
         if line.strip() and Path(file).suffix.lower() == '.jsonl':
             try:
-                found.append(jsons.loads(line)['prompt'])
-                found[-1].encode()
+                prompt = loads(line)['prompt']
+                prompt.encode()
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{file}, line {number}: expected {{"prompt": "..."}}') from None
-        elif line.strip():
-            found.append(line)
+        if line.strip():
+            found.append(prompt)
     if not found:
         raise UserError(f'{file} has no prompt')
     return found
@@ -87,10 +84,12 @@ def read_prompts(file):
 
 if prompts is not None:
     texts = read_prompts(prompts)
-elif start is not None and start.startswith('FILE:'):
+elif start is None:
+    texts = ['\n']
+elif start.startswith('FILE:'):
     texts = [tokenizer.read_text(start.removeprefix('FILE:'))]
 else:
-    texts = ['\n' if start is None else start]
+    texts = [start]
 
 # model
 
@@ -99,7 +98,7 @@ model, tok, ckpt = checkpoint.load_model(path, tokenizer_of)
 rt = runtime.setup(device, dtype, compile, seed)
 print(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}', file=sys.stderr)
 model.to(rt.device, rt.dtype)
-ckpt = None
+del ckpt   # its memory
 if quantize == 'int8':
     int8(model)
 if rt.compile:
@@ -107,109 +106,77 @@ if rt.compile:
 elif not quantize:
     pack(model)
 
+# from prompts to samples
 
-# one sample: its text, which ends before a stop
 
-class Sample:
+class Sample(engine.Answer):
+    """A prompt and the text that continues it."""
+
     def __init__(self, prompt):
-        self.prompt, self.text, self.ids, self.logprob, self.finish = prompt, '', [], 0.0, None
-        ids = tok.encode_prompt(prompt)
-        self.piece, self.shown = tok.stream(ids), 0   # whole characters out of tokens; how many are out
-        self.start = torch.from_numpy(ids.astype('int64'))
-
-    def add(self, token, logprob):
-        """Take one more token, unless this sample has ended."""
-        if self.finish:
-            return
-        before = len(self.text)
-        self.logprob += logprob
-        self.ids.append(token)
-        if token in tok.ends:
-            self.finish = 'stop'
-        else:
-            self.text += self.piece(token)
-        if len(self.ids) == max_new_tokens and not self.finish:
-            self.finish = 'length'
-        if self.finish:
-            self.text += self.piece(None)
-        ends = [self.text.find(text, max(before - len(text), 0)) for text in stops]
-        if max(ends, default=-1) >= 0:
-            self.text, self.finish = self.text[:min(end for end in ends if end >= 0)], 'stop'
-
-    def fresh(self):
-        """What can be shown that has not been: nothing that may be the beginning of a stop."""
-        held = 0 if self.finish else max((n for text in stops for n in range(1, len(text))
-                                          if self.text.endswith(text[:n])), default=0)
-        new = self.text[self.shown:len(self.text) - held]
-        self.shown += len(new)
-        return new
+        super().__init__(tok, tok.encode_prompt(prompt), max_new_tokens, stops)
+        self.prompt = prompt
 
 
-DASHES = '-' * 15 + '\n'
-
-
-def complete(samples, row):
-    """Complete samples together, the first of which has stream number row, yielding after each token."""
-    tokens = engine.generate(model, [sample.start for sample in samples], max_new_tokens, **controls, seed=seed,
-                             first_row=row, vocab_size=tok.vocab_size, exact_window=exact_window,
-                             static_cache=rt.compile, log_probs=True)
-    try:
-        for drawn, logprobs in tokens:
-            for sample, token, logprob in zip(samples, drawn.tolist(), logprobs.tolist()):
-                sample.add(token, logprob)
-            yield
-            if all(sample.finish for sample in samples):
-                return
-    except ValueError as error:
-        raise UserError(f'{path}: {error}') from None
+def grow(samples, first_row):
+    """Continue the prompts of some samples, the first of which has the random numbers of first_row, token by token."""
+    return engine.grow(
+        model, samples, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, first_row=first_row, vocab_size=tok.vocab_size,
+        exact_window=exact_window, static_cache=rt.compile)
 
 
 def show(text):
     print(text, end='', flush=True)
 
 
-# what was asked for, in one of three ways: in a conversation, one after another as it comes, or many together
+def show_as_it_grows(sample, row):
+    show(sample.prompt)
+    for _ in grow([sample], row):
+        show(sample.new_text())
+
+
+def as_json(sample):
+    """One line of JSON; mean_logprob is in nats per token, of the model itself."""
+    mean = sample.log_prob / len(sample.ids) if sample.ids else None
+    return dumps({'prompt': sample.prompt, 'text': sample.text, 'tokens': sample.ids, 'mean_logprob': mean,
+                  'finish_reason': sample.finish}, ensure_ascii=False) + '\n'
+
+
+DASHES = '\n' + '-' * 15 + '\n'
+
+if interactive:
+    print('type a prompt; Ctrl-C ends an answer, Ctrl-D ends this', file=sys.stderr)
+    row = 0
+    while True:
+        print('> ', end='', file=sys.stderr, flush=True)
+        try:
+            sample = Sample(input())
+        except EOFError:
+            show('\n')
+            sys.exit()
+        except UserError as error:   # a character that the model does not know
+            print(error, file=sys.stderr)
+            continue
+        with contextlib.suppress(KeyboardInterrupt):
+            show_as_it_grows(sample, row)
+        show('\n')
+        row += 1
 
 samples = [Sample(text) for text in texts for _ in range(num_samples)]
 t0 = time.perf_counter()
-if chat:
-    print('type a prompt; Ctrl-C ends an answer, Ctrl-D ends this', file=sys.stderr)
-    samples = []
-    with contextlib.suppress(EOFError):
-        while True:
-            print('> ', end='', file=sys.stderr, flush=True)
-            try:
-                sample = Sample(input())
-            except UserError as error:   # a character that the model does not know
-                print(error, file=sys.stderr)
-                continue
-            samples.append(sample)
-            show(sample.prompt)
-            with contextlib.suppress(KeyboardInterrupt):
-                for _ in complete([sample], len(samples) - 1):
-                    show(sample.fresh())
-            show('\n')
-    show('\n')
-elif stream:
+if stream:
     for row, sample in enumerate(samples):
-        show(sample.prompt)
-        for _ in complete([sample], row):
-            show(sample.fresh())
-        show('\n' + DASHES)
+        show_as_it_grows(sample, row)
+        show(DASHES)
 else:
     bar = tqdm(total=len(samples) * max_new_tokens, unit='tok', leave=False, disable=None)
     for row in range(0, len(samples), batch_size):
-        together = samples[row:row + batch_size]
-        for _ in complete(together, row):
-            bar.update(len(together))
-        for s in together:
-            if json:
-                mean = s.logprob / len(s.ids) if s.ids else None   # in nats per token, of the model itself
-                show(jsons.dumps({'prompt': s.prompt, 'text': s.text, 'tokens': s.ids, 'mean_logprob': mean,
-                                  'finish_reason': s.finish or 'length'}, ensure_ascii=False) + '\n')
-            else:
-                show(s.prompt + s.text + '\n' + DASHES)
+        batch = samples[row:row + batch_size]
+        for _ in grow(batch, row):
+            bar.update(len(batch))
+        for sample in batch:
+            show(as_json(sample) if json else sample.prompt + sample.text + DASHES)
     bar.close()
-dt, n = time.perf_counter() - t0, sum(len(sample.ids) for sample in samples)
-if not chat:
-    print(f'{n:,} tokens in {dt:.1f} s, {n / dt:,.0f} tok/s', file=sys.stderr)
+dt = time.perf_counter() - t0
+n = sum(len(sample.ids) for sample in samples)
+print(f'{n:,} tokens in {dt:.1f} s, {n / dt:,.0f} tok/s', file=sys.stderr)

@@ -1,5 +1,6 @@
 """
-Fast generation: a KV cache, sampling controls, and generate(), which continues many prompts at once.
+Fast generation: a KV cache, sampling controls, generate(), which continues many prompts at once, and Answer, the text
+that grows token by token.
 
 The text is the one that the plain loop GPT.generate() in model.py would give with the same random numbers: each row has
 random numbers of its own, so a sample does not depend on which others are drawn with it.
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from flatgpt.errors import UserError
+
 # ---------------------------------------------------------------------------------------------------------------------
 # from logits to a token
 
@@ -24,7 +27,7 @@ def check_controls(temperature: float = 1.0, top_k: int | None = None, top_p: fl
     """Raise ValueError if a sampling control is out of its range: its name, value and range."""
     if not temperature >= 0:   # neither is NaN
         raise ValueError(f'temperature={temperature}: expected 0 (the likeliest token) or more')
-    if top_k is not None and not top_k >= 1:
+    if top_k is not None and top_k < 1:
         raise ValueError(f'top_k={top_k}: expected 1 or more, or None for all')
     if top_p is not None and not 0 <= top_p <= 1:
         raise ValueError(f'top_p={top_p}: expected between 0 (the likeliest token) and 1 (all)')
@@ -74,11 +77,11 @@ def sample_token(logits: torch.Tensor, uniform: torch.Tensor, temperature: float
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-9)    # no overflow near 0
     ids = None
-    limited_p = top_p is not None and top_p < 1
-    if limited_p or (top_k is not None and top_k < V):
+    nucleus = top_p is not None and top_p < 1
+    if nucleus or (top_k is not None and top_k < V):
         logits, ids = logits.topk(min(top_k or V, V))                                 # (B, k), the likeliest first
     p = logits.softmax(dim=-1)
-    if limited_p:
+    if nucleus:
         excluded = p.cumsum(dim=-1) - p >= top_p   # likelier ids alone are enough
         excluded[:, 0] = False
         p = p.masked_fill(excluded, 0)
@@ -107,26 +110,26 @@ class KVCache:
         self.columns = torch.arange(columns, device=device)
         self.keys = [None] * config.n_layer
         self.values = [None] * config.n_layer
-        self.length = 0    # columns that are filled
-        self.evicted = 0   # columns that were dropped before the first one
+        self.length = 0   # columns that are filled
         self.ragged = False
-        self.next_column = torch.zeros(1, dtype=torch.long, device=device)            # length, for static shapes
         self.padding = torch.zeros(rows, dtype=torch.long, device=device)             # (B,), columns of padding
+        # tensors, because a compiled step is compiled again for each value of a number
+        self.next_column = torch.zeros(1, dtype=torch.long, device=device)            # length
+        self.evicted = torch.zeros(1, dtype=torch.long, device=device)                # columns dropped before the first
 
     def reset(self, lengths: Sequence[int]) -> None:
         """Make the cache empty, for rows of these lengths. A static one is set to zero: attention multiplies columns
         that it masks by zero, and nothing of an earlier text may remain in them, not even NaN."""
-        if self.static:
-            for tensor in (*self.keys, *self.values):
-                if tensor is not None:
-                    tensor.zero_()
+        for tensor in (*self.keys, *self.values):
+            if self.static and tensor is not None:
+                tensor.zero_()
         self.length = 0
-        self.evicted = 0
         self.ragged = len(set(lengths)) > 1
-        self.next_column.zero_()
         self.padding.copy_(torch.tensor([max(lengths) - n for n in lengths]))
+        self.next_column.zero_()
+        self.evicted.zero_()
 
-    def positions(self, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def columns_of(self, T: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """For the next T tokens: their columns, (T,), the columns of all keys, (S,), and the padding, (B,) or None."""
         if self.static and T == 1:
             return self.next_column, self.columns, self.padding
@@ -165,20 +168,14 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[:, :, :n] = tensor[:, :, dropped:self.length].clone()
         self.length = n
-        self.evicted += dropped
         self.next_column.fill_(n)
+        self.evicted.add_(dropped)
         self.padding.sub_(dropped).clamp_(min=0)
 
 
 def cache_bytes(config, num_tokens: int, itemsize: int = 2) -> int:
     """Bytes of the keys and values of num_tokens tokens, of itemsize bytes per number."""
     return 2 * config.n_layer * (config.n_kv_head or config.n_head) * config.head_width * num_tokens * itemsize
-
-
-def static_columns(num_tokens: int, block_size: int) -> int:
-    """Columns of a static cache for num_tokens tokens: the next power of two from 128 on, but at most block_size. So
-    texts of many lengths share few shapes, each of which is compiled once."""
-    return min(max(128, 1 << (num_tokens - 1).bit_length()), block_size)
 
 
 spare_caches = weakref.WeakKeyDictionary()   # model: its static cache between two calls of generate()
@@ -190,11 +187,12 @@ def take_cache(model, rows: int, num_tokens: int, static: bool) -> KVCache:
     config, device = model.config, model.transformer.wte.weight.device
     if not static:
         return KVCache(config, rows, num_tokens, device)
-    columns = static_columns(num_tokens, config.block_size)
+    # powers of two from 128 on: texts of many lengths share few shapes, each of which is compiled once
+    columns = min(max(128, 1 << (num_tokens - 1).bit_length()), config.block_size)
     cache = spare_caches.pop(model, None)
-    if cache is not None and (cache.rows, cache.capacity, cache.columns.device) == (rows, columns, device):
-        return cache
-    return KVCache(config, rows, columns, device, static=True)
+    if cache is None or (cache.rows, cache.capacity, cache.columns.device) != (rows, columns, device):
+        cache = KVCache(config, rows, columns, device, static=True)
+    return cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,8 +216,8 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
     and nothing is encoded again. exact_window: encode the last block_size tokens again for each token, as
     GPT.generate() does. static_cache: all steps have the same shapes, for compiled steps; see KVCache.
 
-    Call model.eval() first. Raises ValueError for an empty prompt, a control out of range, and logits that are not
-    finite.
+    Call model.eval() first. Raises ValueError for an empty prompt or a control out of range, UserError for logits that
+    are not finite.
     """
     check_controls(temperature, top_k, top_p, min_p, repetition_penalty)
     if not all(len(ids) for ids in prompts):
@@ -258,7 +256,7 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
             # not after each token, because a GPU would have to finish its work for it
             if device.type == 'cpu' or now % 32 == 0 or now in (start, end - 1):
                 if not logits.isfinite().all():
-                    raise ValueError('the model gives NaN or infinite logits: its training went wrong')
+                    raise UserError('the model gives NaN or infinite logits: its training went wrong')
             penalized = logits
             if repetition_penalty != 1:
                 penalized = penalize_repetition(logits, seen[:, :vocab_size], repetition_penalty)
@@ -271,3 +269,67 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
     finally:
         if static_cache:
             spare_caches[model] = kv_cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from tokens to text
+
+class Answer:
+    """The text after a prompt, an array of ids, token by token. It ends at an end token, at max_new_tokens, or before
+    the first of the texts in stops; finish says why: 'stop', 'length', or None while it grows."""
+
+    def __init__(self, tok, prompt: np.ndarray, max_new_tokens: int, stops: Sequence[str] = ()):
+        self.prompt_ids = torch.from_numpy(prompt.astype(np.int64))
+        self.ends = tok.ends
+        self.max_new_tokens = max_new_tokens
+        self.stops = stops
+        self.decode = tok.stream(prompt)   # holds back half a character
+        self.text = ''
+        self.ids = []
+        self.log_prob = 0.0
+        self.finish = None if max_new_tokens else 'length'
+        self.shown = 0   # characters that new_text() has returned
+
+    def add(self, token: int, log_prob: float = 0.0) -> None:
+        """Append a token, unless the answer has ended."""
+        if self.finish:
+            return
+        before = len(self.text)
+        self.log_prob += log_prob
+        self.ids.append(token)
+        if token in self.ends:
+            self.finish = 'stop'
+        else:
+            self.text += self.decode(token)
+        if len(self.ids) == self.max_new_tokens and not self.finish:
+            self.finish = 'length'
+        if self.finish:
+            self.text += self.decode(None)
+        found = [self.text.find(stop, max(before - len(stop), 0)) for stop in self.stops]
+        found = [start for start in found if start >= 0]
+        if found:
+            self.text = self.text[:min(found)]
+            self.finish = 'stop'
+
+    def new_text(self) -> str:
+        """What can be shown and was not yet: nothing that may be the beginning of a stop string."""
+        end = len(self.text)
+        if not self.finish:
+            beginnings = [n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+            end -= max(beginnings, default=0)
+        new = self.text[self.shown:end]
+        self.shown += len(new)
+        return new
+
+
+def grow(model, answers: Sequence[Answer], **options) -> Iterator[None]:
+    """Append tokens to some answers, to all at once; yields after each token, until all have ended. The options are
+    those of generate()."""
+    prompts = [answer.prompt_ids for answer in answers]
+    max_new_tokens = max(answer.max_new_tokens for answer in answers)
+    for tokens, log_probs in generate(model, prompts, max_new_tokens, **options, log_probs=True):
+        for answer, token, log_prob in zip(answers, tokens.tolist(), log_probs.tolist()):
+            answer.add(token, log_prob)
+        yield
+        if all(answer.finish for answer in answers):
+            return

@@ -2,7 +2,7 @@
 Three questions to a model: how likely is a continuation, what does each token of a text cost, what would it write.
 
 They are the three on which EleutherAI's lm-evaluation-harness rests (Gao et al., 2021), and the answers are the same.
-Batches are made of all rows first and shared out to the processes then, so that a row has the same company, and the
+Batches are made of all rows before they are shared among the processes, so that a row has the same company, and the
 same result to the last bit, however many processes there are.
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ LOGITS = 2**27          # so many are computed at once: 512 MB
 # ---------------------------------------------------------------------------------------------------------------------
 # the cost of tokens
 
-def share(rt, lengths, batch_size, what):
+def share(rt, lengths: Sequence[int], batch_size: int, what: str) -> tqdm:
     """The batches of this process, lists of row numbers, behind a progress bar: rows of similar length together, the
     longest first, so that memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -36,48 +37,48 @@ def share(rt, lengths, batch_size, what):
 
 
 @torch.inference_mode()
-def costs(model, rt, rows, batch_size, what):
+def costs(model, rt, rows: Sequence[tuple], batch_size: int, what: str) -> torch.Tensor:
     """What the last tokens of each row cost, given those before them: a float64 tensor, (rows, 3), of the sum of their
     -log p in nats, the sum of its squares, and how many of them are not the likeliest token.
 
-    rows: [(ids, n)], arrays of 2 to block_size + 1 token ids of which the last n < len(ids) are scored, or
-    [(ids, n, learnt)] with n booleans that say which of those. Raises UserError if the model gives NaN or infinity.
+    rows: [(ids, scored)], arrays of 2 to block_size + 1 token ids, and of booleans that say which of the last
+    len(scored) < len(ids) tokens count. Raises UserError if the model gives NaN or infinity.
     """
     hidden = torch.compile(model.hidden_states, dynamic=True) if rt.compile else model.hidden_states
     found = torch.zeros(len(rows), 3, dtype=torch.float64)
-    for batch in share(rt, [len(ids) for ids, *_ in rows], batch_size, what):
+    for batch in share(rt, [len(ids) for ids, _ in rows], batch_size, what):
         T = max(len(rows[i][0]) for i in batch) - 1
         idx = torch.zeros(len(batch), T, dtype=torch.long)   # filled up on the right, which causal attention ignores
         targets = torch.full_like(idx, -1)
         for k, i in enumerate(batch):
-            ids, n, *learnt = rows[i]
-            ids = torch.from_numpy(ids.astype(np.int64))
-            idx[k, :len(ids) - 1] = ids[:-1]
-            targets[k, len(ids) - 1 - n:len(ids) - 1] = ids[-n:]
-            if learnt:
-                targets[k, len(ids) - 1 - n:len(ids) - 1][torch.from_numpy(~learnt[0])] = -1
-        scored = targets >= 0
-        x = hidden(idx.to(rt.device))[scored.to(rt.device)]                           # (N, C)
-        nll, missed = [], []
+            ids, scored = rows[i]
+            end, n = len(ids) - 1, len(scored)
+            idx[k, :end] = torch.from_numpy(ids[:-1].astype(np.int64))
+            targets[k, end - n:end] = torch.from_numpy(np.where(scored, ids[-n:].astype(np.int64), -1))
+        counted = targets >= 0
+        x = hidden(idx.to(rt.device))[counted.to(rt.device)]                          # (N, C)
+        per_token = []
         n = max(LOGITS // model.config.vocab_size, 1)
-        for part, y in zip(x.split(n), targets[scored].to(rt.device).split(n)):
-            logits = model.compute_logits(part).float()                                      # (n, V)
-            nll.append(F.cross_entropy(logits, y, reduction='none').cpu().double())
-            missed.append((logits.argmax(dim=-1) != y).cpu().double())
-        nll = torch.cat(nll)
-        if not nll.isfinite().all():
+        for part, y in zip(x.split(n), targets[counted].to(rt.device).split(n)):
+            logits = model.compute_logits(part).float()                               # (n, V)
+            nll = F.cross_entropy(logits, y, reduction='none').cpu().double()
+            missed = (logits.argmax(dim=-1) != y).cpu().double()
+            per_token.append(torch.stack((nll, nll.square(), missed), dim=1))         # (n, 3)
+        per_token = torch.cat(per_token)
+        if not per_token.isfinite().all():
             raise UserError('the model gives NaN or infinite logits: its training went wrong, or use --dtype=float32')
-        per_token = torch.stack((nll, nll.square(), torch.cat(missed)), dim=1)        # (N, 3)
-        found[batch] = torch.zeros(len(batch), 3, dtype=torch.float64).index_add(0, scored.nonzero()[:, 0], per_token)
+        per_row = torch.zeros(len(batch), 3, dtype=torch.float64)
+        found[batch] = per_row.index_add(0, counted.nonzero()[:, 0], per_token)
     return rt.sum(found)
 
 
-def windows(n, size, stride):
+def windows(n: int, size: int, stride: int) -> list[tuple[int, int, int]]:
     """[(begin, first, end)] for a text of n tokens: of tokens begin to end, those from first on are scored, so that
     each but the text's first is scored once. The windows are those of the sliding-window recipe of Hugging Face's
     documentation: size tokens, one every stride. Where the stride is the size, that recipe leaves out the first
     token of each; here such a window begins one token earlier."""
-    found, first = [], 1
+    found = []
+    first = 1
     for begin in range(0, n, stride):
         end = min(begin + size, n)
         if end > first:
@@ -86,25 +87,28 @@ def windows(n, size, stride):
     return found
 
 
-def rolling_loss(model, rt, ids, stride, batch_size, learnt=None):
+def rolling_loss(model, rt, ids: np.ndarray, stride: int, batch_size: int,
+                 learnt: np.ndarray | None = None) -> tuple[float, float, int]:
     """The cost of every token of ids but the first, given those before it: at least block_size - stride of them, or
-    all there are. learnt: if given, booleans, whether each of ids is scored. Returns the mean in nats, its standard
+    all there are. learnt: booleans, whether each of ids is scored; None: all. Returns the mean in nats, its standard
     error, as if tokens were independent, and their number."""
-    learnt = np.ones(len(ids), bool) if learnt is None else learnt
+    if learnt is None:
+        learnt = np.ones(len(ids), bool)
     spans = windows(len(ids), model.config.block_size, stride)
-    rows = [(ids[begin:end], end - first, learnt[first:end]) for begin, first, end in spans]
+    rows = [(ids[begin:end], learnt[first:end]) for begin, first, end in spans]
     total, squares, _ = costs(model, rt, rows, batch_size, 'loss').sum(dim=0).tolist()
     n = int(learnt[1:].sum())
     variance = max(squares - total**2 / n, 0) / max(n - 1, 1)
     return total / n, math.sqrt(variance / n), n
 
 
-def encode_pair(tok, context, continuation):
-    """Token ids of a context and of its continuation, which begins at the first token that depends on it; blanks at
+def encode_pair(tok, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a context and of its continuation, which begins at the first token that depends on it; spaces at
     the end of the context belong to it, because words are encoded with the space before them. An empty context
     becomes the end of a text before it."""
     bare = context.rstrip()
-    alone, whole = tok.encode_prompt(bare), tok.encode_prompt(context + continuation)
+    alone = tok.encode_prompt(bare)
+    whole = tok.encode_prompt(context + continuation)
     n = min(len(alone), len(whole))
     same = int((alone[:n] == whole[:n]).cumprod().sum())
     if same == 0 or not (bare or tok.begin):
@@ -112,17 +116,19 @@ def encode_pair(tok, context, continuation):
     return whole[:same], whole[same:]
 
 
-def loglikelihood(model, rt, pairs, batch_size, what):
+def loglikelihood(model, rt, pairs: Sequence[tuple], batch_size: int, what: str) -> tuple[np.ndarray, np.ndarray]:
     """For pairs of token ids, of a context and its continuation: the log-probability of each continuation in nats, and
     whether each of its tokens is the likeliest one; two arrays. What does not fit into block_size is cut off the
     context on the left; a continuation that is longer still is scored in halves of block_size."""
-    size, rows, owner = model.config.block_size, [], []
+    size = model.config.block_size
+    rows = []
+    owner = []   # the number of the pair of each row
     for i, (context, continuation) in enumerate(pairs):
-        ids, first = np.concatenate((context, continuation)), len(context)
+        ids = np.concatenate((context, continuation))
         step = size if len(continuation) <= size else max(size // 2, 1)
-        for start in range(first, len(ids), step):
+        for start in range(len(context), len(ids), step):
             end = min(start + step, len(ids))
-            rows.append((ids[max(end - size - 1, 0):end], end - start))
+            rows.append((ids[max(end - size - 1, 0):end], np.ones(end - start, bool)))
             owner.append(i)
     found = torch.zeros(len(pairs), 3, dtype=torch.float64)
     found.index_add_(0, torch.tensor(owner), costs(model, rt, rows, batch_size, what))
@@ -132,31 +138,24 @@ def loglikelihood(model, rt, pairs, batch_size, what):
 # ---------------------------------------------------------------------------------------------------------------------
 # what it would write
 
-def generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size):
-    """The text that a model writes after each prompt, an array of token ids, always taking the likeliest token: until
-    one of the texts in stops, which is left out, the end-of-text token, or max_new_tokens."""
-    starts = [torch.from_numpy(ids.astype(np.int64)) for ids in prompts]
+def generate_until(model, tok, rt, prompts: Sequence[np.ndarray], max_new_tokens: int, stops: Sequence[str],
+                   batch_size: int) -> list[str]:
+    """The text that a model writes after each prompt, an array of token ids, always taking the likeliest token: see
+    engine.Answer for where it ends."""
     made = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)                # id + 1, 0 where there is none
     for batch in share(rt, [len(ids) for ids in prompts], batch_size, 'generate'):
-        tokens = engine.generate(model, [starts[i] for i in batch], max_new_tokens, temperature=0,
-                                 vocab_size=tok.vocab_size, static_cache=rt.compile)
-        try:
-            for n, (drawn, _) in enumerate(tokens):
-                made[batch, n] = drawn.cpu() + 1
-                if all(until(tok, made[i], stops)[1] for i in batch):
-                    break
-        except ValueError as error:
-            raise UserError(error) from None
-    return [until(tok, ids, stops)[0] for ids in rt.sum(made)]
-
-
-def until(tok, made, stops):
-    """The text of what was made up to a stop, and whether there is one."""
-    ids = (made[made > 0] - 1).tolist()
-    n = ids.index(tok.eot) if tok.eot in ids else len(ids)
-    text = tok.decode(ids[:n])
-    ends = [place for place in map(text.find, stops) if place >= 0]
-    return text[:min(ends, default=len(text))], bool(ends) or n < len(ids)
+        answers = [engine.Answer(tok, prompts[i], max_new_tokens, stops) for i in batch]
+        for _ in engine.grow(model, answers, temperature=0, vocab_size=tok.vocab_size, static_cache=rt.compile):
+            pass
+        for i, answer in zip(batch, answers):
+            made[i, :len(answer.ids)] = torch.tensor(answer.ids) + 1
+    texts = []
+    for prompt, row in zip(prompts, rt.sum(made)):   # from all processes
+        answer = engine.Answer(tok, prompt, max_new_tokens, stops)
+        for token in row[row > 0].tolist():
+            answer.add(token - 1)
+        texts.append(answer.text)
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,20 +166,20 @@ class Item:
     """A line of a JSONL file: what is asked, the answers to choose from, and the number of the right one."""
     where: str              # file and line, for error messages
     context: str
-    answers: list
+    answers: list[str]
     gold: int = 0
 
 
 @contextlib.contextmanager
-def naming(where):
-    """Put a place before the message of a UserError."""
+def naming(where: str):
+    """A context that puts a file and line before the message of a UserError."""
     try:
         yield
     except UserError as error:
         raise UserError(f'{where}: {error}') from None
 
 
-def read_items(path, parse):
+def read_items(path: str, parse: Callable[[dict], tuple]) -> list[Item]:
     """The items in a JSONL file, each made by parse(record). Whatever is wrong is a UserError that names the line."""
     items = []
     for number, line in enumerate(tokenizer.read_text(path).removeprefix('\ufeff').split('\n'), 1):
@@ -199,45 +198,48 @@ def read_items(path, parse):
     return items
 
 
-def field(record, name, kind=str):
-    """A field of a record; UserError if it is missing, of another type, or empty where text is expected."""
+def field(record: dict, name: str, value_type: type = str):
+    """A field of a record: a str, an int, or a list of two or more texts. UserError if it is anything else."""
     if name not in record:
         raise UserError(f'no "{name}"; it has {", ".join(map(repr, record)) or "nothing"}')
     value = record[name]
-    words = {str: 'a text', list: 'a list of two or more texts', int: 'a whole number'}[kind]
-    good = isinstance(value, kind) and not isinstance(value, bool)
-    if kind is list:
+    good = isinstance(value, value_type) and not isinstance(value, bool)
+    expected = {str: 'a text', int: 'a whole number', list: 'a list of two or more texts'}[value_type]
+    if value_type is list:
         good = good and len(value) > 1 and all(isinstance(text, str) and text for text in value)
     if not good:
-        raise UserError(f'"{name}" is {json.dumps(value)[:60]}: expected {words}')
+        raise UserError(f'"{name}" is {json.dumps(value)[:60]}: expected {expected}')
     return value
 
 
-def multiple_choice(record):
+def multiple_choice(record: dict) -> tuple[str, list[str], int]:
     """(context, choices, gold) of {"context", "choices", "gold"}, or of a line of HellaSwag as it is published, cleaned
     up in the way that its published scores rest on (Zellers et al., 2019; lm-evaluation-harness)."""
-    if 'endings' in record:
-        context = field(record, 'ctx') if 'ctx_a' not in record else ' '.join(
-            (field(record, 'ctx_a'), field(record, 'ctx_b').capitalize()))
-        label = record.get('label')
-        record = {**record, 'label': int(label)} if isinstance(label, str) and label.isdecimal() else record
-        title = f'{field(record, "activity_label")}: ' if 'activity_label' in record else ''
-        context, gold, name = tidy(title + context), field(record, 'label', int), 'label'
-        choices = [tidy(ending) for ending in field(record, 'endings', list)]
+    if 'endings' not in record:
+        context, choices, name = field(record, 'context'), field(record, 'choices', list), 'gold'
     else:
-        context, choices = field(record, 'context'), field(record, 'choices', list)
-        gold, name = field(record, 'gold', int), 'gold'
+        if 'ctx_a' in record:
+            context = f'{field(record, "ctx_a")} {field(record, "ctx_b").capitalize()}'
+        else:
+            context = field(record, 'ctx')
+        if 'activity_label' in record:
+            context = f'{field(record, "activity_label")}: {context}'
+        context, choices, name = tidy(context), [tidy(text) for text in field(record, 'endings', list)], 'label'
+        label = record.get('label')
+        if isinstance(label, str) and label.isdecimal():
+            record = {**record, 'label': int(label)}
+    gold = field(record, name, int)
     if not 0 <= gold < len(choices):
         raise UserError(f'"{name}" is {gold}: expected the number of a choice, 0 to {len(choices) - 1}')
     return context, choices, gold
 
 
-def tidy(text):
+def tidy(text: str) -> str:
     """A text of HellaSwag without the marks that WikiHow's pages have left in it."""
     return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
 
-def last_word(record):
+def last_word(record: dict) -> tuple[str, list[str]]:
     """(all but the last word, [the last word]) of {"text"}, as in LAMBADA (Paperno et al., 2016)."""
     context, _, word = field(record, 'text').rstrip().rpartition(' ')
     if not context.strip():
@@ -245,16 +247,19 @@ def last_word(record):
     return context, [word]
 
 
-def to_continue(record):
+def to_continue(record: dict) -> tuple[str, list[str]]:
     """(prompt, [reference]) of {"prompt", "reference"}."""
     return field(record, 'prompt'), [field(record, 'reference')]
 
 
-def with_examples(items, i, shots, delimiter, seed):
+def with_examples(items: Sequence[Item], i: int, shots: int, delimiter: str, seed: int) -> str:
     """The context of an item after so many others with their right answers: drawn without repetition, as a function of
     (seed, i), and never one that asks the same."""
-    raw = np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)).random_raw(len(items)) if shots else []
-    others = [items[j] for j in np.argsort(raw, kind='stable') if items[j].context != items[i].context]
+    order = []
+    if shots:
+        key = np.array([seed % 2**64, i], dtype=np.uint64)
+        order = np.argsort(np.random.Philox(key=key).random_raw(len(items)), kind='stable')
+    others = [items[j] for j in order if items[j].context != items[i].context]
     if len(others) < shots:
         raise UserError(f'{items[i].where}: shots={shots}, but the file has {len(others)} other questions')
     solved = [other.context + delimiter + other.answers[other.gold] for other in others[:shots]]
@@ -264,19 +269,21 @@ def with_examples(items, i, shots, delimiter, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # figures
 
-def right_choices(items, logprobs):
-    """Whether the likeliest answer of each item is the right one, {figure: [bool]}: as it is, per character and per
-    byte, without what joins it to the context. The figures have the harness's names. logprobs: of all answers."""
+def right_choices(items: Sequence[Item], logprobs: np.ndarray) -> dict[str, list[bool]]:
+    """Whether the likeliest answer of each item is the right one: as it is, per character and per byte, without what
+    joins it to the context. The figures have the harness's names. logprobs: of all answers, one after the other."""
     right = {'acc': [], 'acc_norm': [], 'acc_bytes': []}
+    start = 0
     for item in items:
-        found, logprobs = logprobs[:len(item.answers)], logprobs[len(item.answers):]
-        n_chars, n_bytes = [len(text) for text in item.answers], [len(text.encode()) for text in item.answers]
-        for name, scale in zip(right, (1, n_chars, n_bytes)):
-            right[name].append(np.argmax(found / scale) == item.gold)
+        found = logprobs[start:start + len(item.answers)]
+        start += len(item.answers)
+        right['acc'].append(np.argmax(found) == item.gold)
+        right['acc_norm'].append(np.argmax(found / [len(text) for text in item.answers]) == item.gold)
+        right['acc_bytes'].append(np.argmax(found / [len(text.encode()) for text in item.answers]) == item.gold)
     return right
 
 
-def summary(figures):
+def summary(figures: dict[str, Sequence]) -> dict[str, float]:
     """{name: mean, name_stderr: its standard error} of {name: one number per item}; no error of a single item."""
     found = {}
     for name, values in figures.items():
@@ -287,6 +294,39 @@ def summary(figures):
     return found
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> float | None:
     """e to the loss; None where that is beyond a float."""
     return math.exp(loss) if loss < 700 else None
+
+
+def compare_texts(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
+    """BLEU and chrF of all answers by sacrebleu, the mean F1 of ROUGE by rouge-score. UserError if one is missing."""
+    try:
+        import sacrebleu
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise UserError(f'eval.py needs sacrebleu and rouge-score to compare texts (no {error.name} here): '
+                        f'pip install sacrebleu rouge-score') from None
+    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
+    rouge = rouge_scorer.RougeScorer(['rouge1', 'rouge2', 'rougeL'])
+    scores = [rouge.score(reference, answer) for reference, answer in zip(references, answers)]
+    f1 = {name: [score[name].fmeasure for score in scores] for name in scores[0]}
+    return {'bleu': bleu.corpus_score(answers, [references]).score,
+            'chrf': chrf.corpus_score(answers, [references]).score, **summary(f1),
+            'bleu_signature': str(bleu.get_signature()), 'chrf_signature': str(chrf.get_signature())}
+
+
+def table(measurement: str, figures: dict) -> str:
+    """The figures of a measurement as lines of text, each with its standard error if there is one."""
+    lines = ['', measurement]
+    for name, value in figures.items():
+        text = str(value)
+        if isinstance(value, int):
+            text = f'{value:,}'
+        elif isinstance(value, float):
+            text = f'{value:,.4f}'
+        if f'{name}_stderr' in figures:
+            text += f' ± {figures[f"{name}_stderr"]:.4f}'
+        if not name.endswith('_stderr'):
+            lines.append(f'  {name:<20} {text}')
+    return '\n'.join(lines)

@@ -17,8 +17,9 @@ from flatgpt.engine import (
     penalize_repetition,
     random_uniform,
     sample_token,
-    static_columns,
+    take_cache,
 )
+from flatgpt.errors import UserError
 from model import GPT, GPTConfig
 
 
@@ -246,7 +247,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(options):
 def test_logits_that_are_not_finite_are_an_error(value):
     model = make(torch.float32)
     model.transformer.ln_f.bias.data[3] = value
-    with pytest.raises(ValueError, match='NaN or infinite'):
+    with pytest.raises(UserError, match='NaN or infinite'):
         list(generate(model, tokens(), 3))
 
 
@@ -284,7 +285,9 @@ def test_each_method_of_attention_gives_the_same_text():
     (1024, 1024, 1024), (600, 1000, 1000), (30, 48, 48), (1, 1, 1), (51, 131_072, 128), (70_000, 131_072, 131_072),
 ])
 def test_a_static_cache_has_columns_for_the_work_rounded_up_to_a_power_of_two(needed, block_size, columns):
-    assert static_columns(needed, block_size) == columns
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=1, block_size=block_size, n_layer=1, n_head=1, n_embd=1, pos='alibi'))
+    assert take_cache(model, 1, needed, static=True).capacity == columns
 
 
 @pytest.mark.parametrize(('lengths', 'n', 'columns'), [([3], 20, 128), ([100, 3], 28, 128), ([100, 3], 29, 256),
@@ -409,7 +412,7 @@ def test_update_returns_what_was_stored_and_evict_drops_the_oldest(static):
     kv_cache.reset([4])
     stored = torch.arange(12.0).view(1, 1, 6, 2)                                      # (B, K, columns, D)
     for start, end in ((0, 4), (4, 5), (5, 6)):
-        query, key, _ = kv_cache.positions(end - start)
+        query, key, _ = kv_cache.columns_of(end - start)
         assert query.tolist() == list(range(start, end))
         keys, values = kv_cache.update(0, stored[:, :, start:end], -stored[:, :, start:end])
         kv_cache.advance(end - start)

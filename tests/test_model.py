@@ -536,7 +536,7 @@ def test_no_dropout_is_drawn_when_it_is_zero():
     *(({name: 0}, [f'{name}=0', 'expected 1 or more']) for name in ('n_kv_head', 'window', 'head_dim', 'n_inner')),
     ({'n_kv_head': 3}, ['n_head=4', 'n_kv_head=3', 'a divisor of n_head']),
     ({'n_kv_head': 8}, ['n_head=4', 'n_kv_head=8', 'a divisor of n_head']),
-    ({'pos': 'rope', 'n_embd': 20}, ["pos='rope'", 'n_embd / n_head = 5', 'must be even']),
+    ({'pos': 'rope', 'n_embd': 20}, ["pos='rope'", 'an even n_embd / n_head', 'not 5']),
     ({'rope_scaling': (8, 1, 4)}, ['rope_scaling=(8, 1, 4)', 'factor']),
     ({'rope_scaling': (8, 1, 4, 0)}, ['rope_scaling=(8, 1, 4, 0)', 'factor']),
     *(({'softcap': value}, [f'softcap={value}', 'expected', '0']) for value in (0, -1.0, math.nan, math.inf)),

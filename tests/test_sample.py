@@ -127,7 +127,7 @@ def bad(tmp_path_factory, trained):
     (['--start=größer?'], ['ö', 'ß', '?']),
     (['--out_dir={bad}/nowhere'], ['nowhere', 'No such file']),
     (['--init_from={bad}/nanogpt.pt'], ['nanogpt.pt', '--tokenizer_of=']),
-    (['--init_from={bad}/nan.pt'], ['nan.pt', 'NaN']),
+    (['--init_from={bad}/nan.pt'], ['NaN']),
     (['--prompts={bad}/nowhere.txt'], ['nowhere.txt']),
     (['--prompts={bad}/empty.txt'], ['empty.txt', 'no prompt']),
     (['--prompts={bad}/wrong.jsonl'], ['wrong.jsonl, line 2', '{"prompt"']),

@@ -200,7 +200,7 @@ def test_a_continuation_longer_than_the_context_of_the_model_is_scored_whole():
 class Pairs(Tokenizer):
     """Bytes, but 'ab' and ' a' are one token each; 258 ends a text."""
 
-    eot, vocab_size = 258, 259
+    eot, ends, vocab_size = 258, (258,), 259
 
     def encode(self, text, special=False):
         ids, data = [], text.encode()
@@ -252,11 +252,15 @@ def test_a_padded_vocabulary_is_not_written_and_nothing_is_made_after_all_have_e
     assert len(steps) <= 9
 
 
-def test_an_answer_ends_with_the_text():
-    made = torch.tensor([98, 258 + 1, 98, 0, 0])
-    assert evaluation.until(Pairs(), made, []) == ('a', True)
-    assert evaluation.until(Pairs(), made[:1], []) == ('a', False)
-    assert evaluation.until(Pairs(), made[2:], ['x', 'a']) == ('', True)
+@pytest.mark.parametrize('ids, stops, text, finish', [
+    ([97, 258, 97], [], 'a', 'stop'), ([97], [], 'a', None), ([97, 97, 97], [], 'aaa', 'length'),
+    ([97], ['x', 'a'], '', 'stop'), ([98, 97, 98], ['ab', 'xb'], 'b', 'stop'),
+])
+def test_an_answer_ends_with_its_text_before_a_stop_or_at_its_length(ids, stops, text, finish):
+    answer = engine.Answer(Pairs(), np.array([97]), 3, stops)
+    for token in ids:
+        answer.add(token)
+    assert (answer.text, answer.finish) == (text, finish)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
