@@ -2,11 +2,11 @@
 Loss curves of one run, or of several to compare, from their logs: as a picture, or in the terminal.
 
     python plot.py --runs=out-python-char                           writes out-python-char/loss.png
-    python plot.py --runs=out-python-char --text                    prints a chart, as it does where matplotlib is not
+    python plot.py --runs=out-python-char --text                    prints a chart in the terminal
     python plot.py --runs=out-a,out-b --by=seconds --to=both.svg
     python plot.py --runs=out-a --by=flops --log_x --log_y --panels=loss,lr,grad_norm
 
-Pictures need matplotlib: pip install matplotlib
+Pictures need matplotlib, charts in the terminal plotext: pip install matplotlib "plotext>=6"
 """
 
 import os
@@ -41,19 +41,16 @@ if text and to:
     raise UsageError(f'text=True prints, to={to!r} writes a picture: give one of them')
 
 found = [plots.read(folder) for folder in runs.split(',')]
-if not text:
-    path = Path(to) if to else found[0].log.with_name('loss.png')
-    try:
-        plots.picture(path, found, by, names, smooth, log_x, log_y)
+path = Path(to) if to else found[0].log.with_name('loss.png')
+try:
+    if text:
+        width, lines = shutil.get_terminal_size()
+        for panel in names:
+            print(plots.chart(found, by, panel, smooth, log_x, log_y, width - 1, max((lines - 4) // len(names), 12),
+                              color=sys.stdout.isatty() and 'NO_COLOR' not in os.environ))   # no-color.org
+    else:
+        plots.save_picture(path, found, by, names, smooth, log_x, log_y)
         print(f'wrote {path}', file=sys.stderr)
-    except ImportError:
-        if to:
-            raise UserError(f'{to} needs matplotlib: pip install matplotlib, or give --text') from None
-        print('no matplotlib here (pip install matplotlib), so in text:', file=sys.stderr)
-        text = True
-if text:
-    width, lines = shutil.get_terminal_size()
-    height = min(max((lines - 8) // len(names), 8), 24) if len(names) == 1 else 8
-    color = sys.stdout.isatty() and 'NO_COLOR' not in os.environ   # no-color.org
-    for panel in names:
-        print(plots.encodable(plots.chart(found, by, panel, smooth, log_x, log_y, width - 1, height, color)))
+except ImportError as error:
+    raise UserError(f'plot.py needs {error.name}, for charts in the terminal plotext, for pictures matplotlib: '
+                    f'pip install "plotext>=6" matplotlib') from None
