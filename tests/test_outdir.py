@@ -114,6 +114,22 @@ def test_put_returns_before_the_state_is_written_and_no_two_writes_overlap(tmp_p
     assert written == [('best.pt', 1), ('ckpt.pt', 1), ('ckpt.pt', 2), ('ckpt.pt', 3)] and max(most) == 1
 
 
+def test_the_end_of_a_process_waits_for_the_write_and_then_releases_the_folder(tmp_path, monkeypatch):
+    go, locked = threading.Event(), []
+
+    def save(path, state):
+        assert go.wait(60)
+        locked.append((tmp_path / '.lock').exists())
+    monkeypatch.setattr(outdir, 'save', save)
+    monkeypatch.setattr(outdir, 'exit_callbacks', [])
+    outdir.claim(tmp_path)
+    outdir.Writer(tmp_path).put({'iter_num': 1}, best=False)
+    threading.Timer(0.2, go.set).start()
+    for finish in outdir.exit_callbacks:
+        finish()
+    assert locked == [True] and not (tmp_path / '.lock').exists()
+
+
 @needs('limits')
 def test_a_write_that_fails_is_reported_and_the_next_one_makes_up_for_it(tmp_path, monkeypatch, capsys):
     writer = outdir.Writer(tmp_path)
