@@ -114,7 +114,7 @@ def bad(tmp_path_factory, trained):
     (folder / 'wrong.jsonl').write_text('{"prompt": "a"}\n{"text": "b"}\n')
     model, _, ckpt = checkpoint.load_model(trained)
     torch.save(as_nanogpt(model), folder / 'nanogpt.pt')
-    ckpt['model']['transformer.ln_f.weight'] *= float('nan')
+    ckpt['model']['transformer.ln_f.weight'] = ckpt['model']['transformer.ln_f.weight'] * float('nan')   # a copy
     torch.save(ckpt, folder / 'nan.pt')
     torch.save({'model': model.state_dict(), 'model_args': model.config.to_dict(), 'tokenizer': ckpt['tokenizer']},
                folder / 'bare.pt')
