@@ -34,6 +34,7 @@ RETIRED = {   # nanoGPT's options that are not needed here
     'backend': 'it follows from the device',
     'decay_lr': "False is schedule='constant' with warmup_iters=0",
     'find_lr': 'compare short runs, such as --max_iters=300 with three values of --learning_rate',
+    'max_file_gb': 'a file of ids may have any size',
     'real_data': 'bench.py measures on random ids, or on those of --dataset=NAME',
 }
 

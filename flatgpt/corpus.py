@@ -135,13 +135,17 @@ class Piece(NamedTuple):
 
 
 def read_records(path) -> Iterator[Record]:
-    """The records of a file; the lines of a text file that are not blank, as texts. UserError with the place of what
+    """The records of a file; of a text file, the lines that are not blank, as texts. UserError names the place of what
     is invalid."""
     corpus = Corpus([path])
-    if text_suffix(path) in RECORDS:
-        yield from corpus.records(path)
-    else:
+    if text_suffix(path) not in RECORDS:
         yield from (Record(where, line.rstrip('\r\n')) for where, line, _ in corpus.lines(path) if line.strip())
+        return
+    for record in corpus.records(path):
+        for value in record.value.values() if isinstance(record.value, dict) else [record.value]:
+            if isinstance(value, str):
+                corpus.repair(value, record.where)
+        yield record
 
 
 @dataclass
@@ -201,14 +205,20 @@ class Corpus:
         match = INVALID.search(text)
         if match is None:
             return text, ''
-        at = start + len(text[:match.start()].encode())
+        byte = f'byte {start + len(text[:match.start()].encode()):,}'
+        advice = 'give --errors=replace or --errors=skip'
         if match[0] == '\0':
-            fault = f'{where} is not text: byte {at:,} is 0x00'
-        else:
-            fault = f'{where} is not UTF-8: byte {at:,} is 0x{ord(match[0]) - 0xdc00:02x}'
-        self.refuse(fault, 'convert it, for instance from UTF-16 or GBK with iconv, remove it from --input, or give '
-                           '--errors=replace or --errors=skip', ('replace', 'skip'))
-        return text.encode(errors='surrogateescape').decode(errors='replace').replace('\0', '\ufffd'), fault
+            fault = f'{where} is not text: {byte} is 0x00'
+            advice = f'remove it from --input, or {advice}'
+        elif '\udc80' <= match[0] <= '\udcff':
+            fault = f'{where} is not UTF-8: {byte} is 0x{ord(match[0]) - 0xdc00:02x}'
+            advice = f'convert it, for instance from UTF-16 or GBK with iconv, or {advice}'
+        else:   # written as \ud800 in JSON
+            fault = f'{where} has half a surrogate pair'
+        self.refuse(fault, advice, ('replace', 'skip'))
+        with contextlib.suppress(UnicodeEncodeError):   # of half a pair
+            text = text.encode(errors='surrogateescape').decode(errors='replace')
+        return tokenizer.no_surrogates(text).replace('\0', '\ufffd'), fault
 
     # text files
 
@@ -260,13 +270,7 @@ class Corpus:
             self.refuse(fault + has, 'give --field=NAME, --template={NAME}, or --errors=skip', ('skip',))
             return '', fault
         text = FIELD.sub(lambda match: cells[match[1]], template) if template else cells[names[0]]
-        text = text.replace('\r\n', '\n')
-        valid = tokenizer.no_surrogates(text)
-        if valid == text:
-            return text, ''
-        fault = f'{where} has half a surrogate pair'   # written as \ud800
-        self.refuse(fault, 'give --errors=replace or --errors=skip', ('replace', 'skip'))
-        return valid, fault
+        return self.repair(text.replace('\r\n', '\n'), where)
 
     def records(self, path, names=None) -> Iterator[Record]:
         """The records of a file. names: columns of a .parquet; None: all."""
@@ -319,55 +323,39 @@ class Corpus:
 
     def table(self, path, suffix):
         """The rows of a .csv or .tsv as records."""
-        faults = []   # in the lines of a row
-
-        def read_lines():
-            for _, line, fault in self.lines(path):
-                faults.extend([fault] if fault else [])
-                yield line
-
-        lines = read_lines()
-        header = next(lines, '')
-        delimiter = '\t' if suffix == '.tsv' else max(',;\t', key=header.count)
         csv.field_size_limit(LONGEST)
-        with reading(path, csv.Error):
-            reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+        with open_text(path) as (f, raw), reading(path, csv.Error):
+            header = f.readline().removeprefix('\ufeff')
+            delimiter = '\t' if suffix == '.tsv' else max(',;\t', key=header.count)
+            reader = csv.DictReader(itertools.chain([header], f), delimiter=delimiter, strict=True)
             for row in reader:
-                yield Record(f'{path}, line {reader.line_num:,}', row, faults[0] if faults else '')
-                faults.clear()
+                self.position = raw.tell()
+                yield Record(f'{path}, line {reader.line_num:,}', row)
 
     def rows(self, path, names):
         """The rows of a .parquet as records, with these columns."""
         pa = import_pyarrow(path)
         number = 0
-        with reading(path, pa.ArrowException, UnicodeDecodeError):
-            with pa.parquet.ParquetFile(path, pre_buffer=False) as table:
-                has = table.schema_arrow.names
-                missing = [name for name in names or () if name not in has]
-                if missing:
-                    raise UserError(f'{path} has no column {missing[0]!r}: it has {", ".join(has)[:100]}; '
-                                    f'give --column=NAME')
-                for batch in table.iter_batches(batch_size=128, columns=names):
-                    columns = {name: as_bytes(batch.column(name), pa).to_pylist() for name in names or has}
-                    for i in range(batch.num_rows):
-                        number += 1
-                        self.position = os.path.getsize(path) * number // table.metadata.num_rows
-                        record = {name: cells[i] for name, cells in columns.items()}
-                        faults = []
-                        for name, value in record.items():
-                            if isinstance(value, bytes):
-                                record[name], fault = self.repair(value.decode(errors='surrogateescape'),
-                                                                  f'{path}, row {number:,}')
-                                faults.append(fault)
-                        yield Record(f'{path}, row {number:,}', record, next(filter(None, faults), ''))
+        with reading(path, pa.ArrowException), pa.parquet.ParquetFile(path, pre_buffer=False) as table:
+            has = table.schema_arrow.names
+            missing = [name for name in names or () if name not in has]
+            if missing:
+                raise UserError(f'{path} has no column {missing[0]!r}: it has {", ".join(has)[:100]}; '
+                                f'give --column=NAME')
+            for batch in table.iter_batches(batch_size=128, columns=names):
+                for cells in zip(*(text_cells(batch.column(name), pa) for name in names or has)):
+                    number += 1
+                    self.position = os.path.getsize(path) * number // table.metadata.num_rows
+                    yield Record(f'{path}, row {number:,}', dict(zip(names or has, cells)))
 
 
-def as_bytes(column, pa):
-    """A column of a .parquet as bytes, which need not be UTF-8, if it is of text."""
+def text_cells(column, pa):
+    """The values of a column of a .parquet; bytes that are not UTF-8 are lone surrogates in a text."""
     try:
-        return column.cast(pa.large_binary())
+        column = column.cast(pa.large_binary())   # it is text
     except pa.ArrowException:
-        return column
+        return column.to_pylist()
+    return [None if cell is None else cell.decode(errors='surrogateescape') for cell in column.to_pylist()]
 
 
 def cell(value, numbers):

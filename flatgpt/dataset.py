@@ -2,8 +2,8 @@
 Token ids on disk, and batches of them.
 
 A dataset is a folder. train.bin and val.bin hold token ids, little-endian, without a header; meta.json holds their
-type and number, the tokenizer, the size of the text and its source. A split that is too large for one file is stored in
-train-00000.bin, train-00001.bin and so on. nanoGPT's folders are read too.
+type and number, the tokenizer, the size of the text and its source. Folders of nanoGPT are read too, and those with
+several files for a split, train-00000.bin, train-00001.bin and so on.
 """
 
 import contextlib
@@ -23,8 +23,7 @@ from flatgpt.errors import UserError
 FORMAT = 1
 SPLITS = ('train', 'val')
 RESUME = 'resume.json'   # in an unfinished dataset: where to continue
-MAX_BYTES = 2**32        # of a file of ids; what is more goes into the next one
-UNFINISHED = r'(train|val)-\d+\.bin\.new'
+UNFINISHED = r'(train|val)(-\d+)?\.bin\.new'
 FINISHED = r'(train|val)(-\d{5})?\.(bin|mask)|tokenizer\.json'
 
 
@@ -50,7 +49,7 @@ def write(folder, splits: dict, tok, source: dict, masks: dict | None = None):
 
 
 @contextlib.contextmanager
-def open_writer(folder, key: str | None = None, max_bytes: int = MAX_BYTES):
+def open_writer(folder, key: str | None = None):
     """A Writer, in a block in which no other process writes the folder. Errors of the disk become a UserError."""
     folder = Path(folder)
     lock = filelock.FileLock(folder / '.lock')
@@ -58,7 +57,7 @@ def open_writer(folder, key: str | None = None, max_bytes: int = MAX_BYTES):
         folder.mkdir(parents=True, exist_ok=True)
         with lock.acquire(timeout=0):
             try:
-                yield Writer(folder, key, max_bytes)
+                yield Writer(folder, key)
             finally:
                 if key is None:   # nothing to continue
                     remove_files(folder, UNFINISHED)
@@ -80,10 +79,9 @@ class Writer:
     number of ids so far}. .state: what the last commit() was given, None at the start. .tok: the tokenizer.
     """
 
-    def __init__(self, folder, key, max_bytes):
+    def __init__(self, folder, key):
         self.folder = folder
         self.key = key
-        self.max_bytes = max_bytes
         self.num_tokens = dict.fromkeys(SPLITS, 0)
         self.state = None
         try:
@@ -97,70 +95,47 @@ class Writer:
             self.state = saved['state']
             self.begin(tokenizer.from_dict(saved['tokenizer']))
 
+    def path(self, split):
+        return self.folder / f'{split}.bin.new'
+
     def begin(self, tok):
         """Set the tokenizer of the ids, before the first append()."""
         self.tok = tok
         self.dtype = tokenizer.id_type(tok.vocab_size).newbyteorder('<')
-        self.per_file = max(self.max_bytes // self.dtype.itemsize, 1)
+        remove_files(self.folder, UNFINISHED, [self.path(split).name for split in SPLITS])
         self.trim()
 
-    def path(self, split, i):
-        return self.folder / f'{split}-{i:05d}.bin.new'
-
-    def file_sizes(self, split):
-        """The numbers of ids in the files of a split, at least one file."""
-        full, rest = divmod(self.num_tokens[split], self.per_file)
-        return [self.per_file] * full + [rest] * (rest > 0 or full == 0)
-
     def trim(self):
-        """Remove from the files what is after num_tokens ids."""
-        names = []
+        """Remove from the files what comes after num_tokens ids."""
         for split in SPLITS:
-            sizes = self.file_sizes(split)
-            paths = [self.path(split, i) for i in range(len(sizes))]
-            with open(paths[-1], 'ab') as f:
-                f.truncate(sizes[-1] * self.dtype.itemsize)
-            names += [path.name for path in paths]
-        remove_files(self.folder, UNFINISHED, names)
+            with open(self.path(split), 'ab') as f:
+                f.truncate(self.num_tokens[split] * self.dtype.itemsize)
+
+    def sync(self):
+        """Put what was appended on the disk."""
+        for split in SPLITS:
+            with open(self.path(split), 'r+b') as f:
+                os.fsync(f.fileno())
 
     def append(self, split: str, ids: np.ndarray):
         """Append ids to a split."""
         assert len(ids) == 0 or ids.max() < self.tok.vocab_size
-        ids = ids.astype(self.dtype, copy=False)
-        while len(ids):
-            i, used = divmod(self.num_tokens[split], self.per_file)
-            part = ids[:self.per_file - used]
-            with open(self.path(split, i), 'ab') as f:
-                f.write(part.data)
-                if used + len(part) == self.per_file:
-                    f.flush()
-                    os.fsync(f.fileno())
-            self.num_tokens[split] += len(part)
-            ids = ids[len(part):]
+        with open(self.path(split), 'ab') as f:
+            f.write(ids.astype(self.dtype, copy=False).data)
+        self.num_tokens[split] += len(ids)
 
     def read(self, split: str, start: int, n: int = 2**20) -> np.ndarray:
-        """The ids of a split from start on: at most n, and none after the end of a file."""
-        i, used = divmod(start, self.per_file)
-        n = min(n, self.num_tokens[split] - start, self.per_file - used)
-        return np.fromfile(self.path(split, i), self.dtype, n, offset=used * self.dtype.itemsize)
+        """The ids of a split from start on, at most n."""
+        n = min(n, self.num_tokens[split] - start)
+        return np.fromfile(self.path(split), self.dtype, n, offset=start * self.dtype.itemsize)
 
     def commit(self, state: dict):
-        """Make this the point where a later process continues, with this state: plain data."""
+        """Make this the point where a later process continues, with this state: plain data. num_tokens may be less than
+        before."""
         self.sync()
         self.state = state
         saved = {'key': self.key, 'num_tokens': self.num_tokens, 'state': state, 'tokenizer': self.tok.to_dict()}
         write_atomically(self.folder / RESUME, json.dumps(saved).encode())
-
-    def sync(self):
-        """Put what was appended on the disk."""
-        for split in SPLITS:   # a full file is there already
-            with open(self.path(split, len(self.file_sizes(split)) - 1), 'r+b') as f:
-                os.fsync(f.fileno())
-
-    def rewind(self, num_tokens: dict, state: dict):
-        """Commit with fewer ids in some splits, {split: number}."""
-        self.num_tokens |= num_tokens
-        self.commit(state)
         self.trim()
 
     def finish(self, source: dict, n_bytes: dict, n_characters: dict, masks: dict | None = None, **more):
@@ -169,24 +144,19 @@ class Writer:
         meta = {'format': FORMAT, 'dtype': self.dtype.name, 'vocab_size': self.tok.vocab_size,
                 'tokens': self.num_tokens, 'bytes': n_bytes, 'characters': n_characters, 'source': source,
                 'tokenizer': self.tok.to_dict(), **more}
-        files = {split: self.file_sizes(split) for split in SPLITS}
-        if any(len(sizes) > 1 for sizes in files.values()):
-            meta['files'] = files
         self.sync()
         write_atomically(self.folder / 'meta.json', json.dumps({'format': FORMAT, 'unfinished': True}).encode())
         (self.folder / RESUME).unlink(missing_ok=True)   # from here on there is nothing to continue
-        names = set()
+        names = [f'{split}.bin' for split in SPLITS]
         for split in SPLITS:
-            for i, name in enumerate(file_names(split, files[split])):
-                os.replace(self.path(split, i), self.folder / name)
-                names.add(name)
+            os.replace(self.path(split), self.folder / f'{split}.bin')
             if masks:
                 assert len(masks[split]) == self.num_tokens[split]
                 write_atomically(self.folder / f'{split}.mask', masks[split].astype(np.uint8).tobytes())
-                names.add(f'{split}.mask')
+                names.append(f'{split}.mask')
         if 'json' in meta['tokenizer']:
             write_atomically(self.folder / 'tokenizer.json', meta['tokenizer']['json'].encode())
-            names.add('tokenizer.json')
+            names.append('tokenizer.json')
         remove_files(self.folder, FINISHED, names)   # of the dataset that was there
         write_atomically(self.folder / 'meta.json', json.dumps(meta, indent=1).encode())
 
@@ -196,11 +166,6 @@ def remove_files(folder, pattern, names=()):
     for path in list(folder.iterdir()):
         if re.fullmatch(pattern, path.name) and path.name not in names:
             path.unlink()
-
-
-def file_names(split, sizes):
-    """The names of the files of a split that have these numbers of ids."""
-    return [f'{split}-{i:05d}.bin' for i in range(len(sizes))] if len(sizes) > 1 else [f'{split}.bin']
 
 
 def write_atomically(path, content: bytes):
@@ -336,8 +301,8 @@ class Dataset:
         self.data = {}
         self.mask = {}
         for split, sizes in meta['files'].items():
-            arrays = [open_ids(self.folder / file, meta['dtype'], n)
-                      for file, n in zip(file_names(split, sizes), sizes)]
+            files = [f'{split}-{i:05d}.bin' for i in range(len(sizes))] if len(sizes) > 1 else [f'{split}.bin']
+            arrays = [open_ids(self.folder / file, meta['dtype'], n) for file, n in zip(files, sizes)]
             self.data[split] = JoinedArrays(arrays) if len(arrays) > 1 else arrays[0]
             if meta['mask']:
                 self.mask[split] = open_ids(self.folder / f'{split}.mask', np.dtype(np.uint8), len(self.data[split]))

@@ -47,14 +47,13 @@ class Options:
     train_mb: float = 100.0
     threads: int | None = None
     save_mb: float = 64.0
-    max_file_gb: float = 4.0
 
     def __post_init__(self):
         if abs(self.seed) >= 2**63:
             raise UsageError(f'seed={self.seed}: expected less than 2^63')
         if not 0 < self.val_fraction < 1:
             raise UsageError(f'val_fraction={self.val_fraction}: expected more than 0 and less than 1')
-        for name in ('min_frequency', 'train_mb', 'threads', 'save_mb', 'max_file_gb'):
+        for name in ('min_frequency', 'train_mb', 'threads', 'save_mb'):
             value = getattr(self, name)
             if value is not None and not 0 < value < 2**31:
                 raise UsageError(f'{name}={value}: expected more than 0 and less than 2^31')
@@ -100,7 +99,7 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
     key = json.dumps([FORMAT, same, tok and tok.to_dict(), [str(file) for file in corpus.files], corpus.sizes,
                       corpus.versions, corpus.field, corpus.column, corpus.errors, corpus.template, corpus.separator])
     key = hashlib.sha256(key.encode()).hexdigest()
-    with open_writer(folder, key, int(options.max_file_gb * 1e9)) as writer:
+    with open_writer(folder, key) as writer:
         if options.deduplicate:
             corpus.duplicates = find_duplicates(corpus)
         if writer.state is None:
@@ -120,7 +119,8 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
                 print(f'{share:.1%} of the tokens are in the documents for validation instead of {fraction:.1%}, so '
                       f'validation will be the end of the whole text', file=sys.stderr)
             state = State(by_hash=False)
-            writer.rewind(dict.fromkeys(SPLITS, 0), vars(state))
+            writer.num_tokens = dict.fromkeys(SPLITS, 0)
+            writer.commit(vars(state))
             write_documents(corpus, writer, state, options)
         if not state.by_hash and not writer.num_tokens['val']:
             move_end_to_validation(writer, state, fraction)
@@ -286,7 +286,8 @@ def move_end_to_validation(writer, state, val_fraction):
             state.report[unit]['val'] += n
     only = sum(state.report['documents'].values()) == 1
     state.report['validation'] = 'the end of the only document' if only else 'the end of the text'
-    writer.rewind({'train': start}, vars(state))
+    writer.num_tokens['train'] = start
+    writer.commit(vars(state))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def build_from_hub(folder, config: dict):
     if spec == 'char' or spec.startswith('bpe:'):
         raise UsageError(f'tokenizer={spec!r} is made of the text, which would be downloaded twice; make it of a part '
                          f'with data/text/prepare.py, and give the path of its tokenizer.json')
-    names = ('tokenizer', 'val_fraction', 'seed', 'threads', 'save_mb', 'max_file_gb')
+    names = ('tokenizer', 'val_fraction', 'seed', 'threads', 'save_mb')
     options = Options(**{name: config[name] for name in names})
     folder = Path(config['name'] or folder)
     shards = folder / 'shards'

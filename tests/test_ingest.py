@@ -67,9 +67,9 @@ def files(tmp_path):
     return SimpleNamespace(paths=sorted(folder.iterdir()), texts=texts)
 
 
-def build(folder, files, spec='char', errors='strict', save_bytes=2000, max_bytes=2**32, **how):
+def build(folder, files, spec='char', errors='strict', save_bytes=2000, **how):
     """ingest.build of the fixture `files` or of paths, with sizes in bytes."""
-    how = {'val_fraction': 0.3, 'save_mb': save_bytes / 1e6, 'max_file_gb': max_bytes / 1e9, **how}
+    how = {'val_fraction': 0.3, 'save_mb': save_bytes / 1e6, **how}
     options = ingest.Options(spec, **how)
     paths = files.paths if isinstance(files, SimpleNamespace) else files
     return ingest.build(folder, Corpus(paths, errors=errors), options)
@@ -170,7 +170,7 @@ def test_faults_are_counted_and_the_first_ten_are_reported(tmp_path, bpe_path, e
 def test_snippets_are_from_even_distances_in_both_splits(tmp_path, bpe, bpe_path):
     path = tmp_path / 'x.jsonl'
     path.write_text(''.join(json.dumps({'text': prose(i, 30)}) + '\n' for i in range(300)))
-    _, report = build(tmp_path / 'out', [path], bpe_path, val_fraction=0.5, max_bytes=5000)
+    _, report = build(tmp_path / 'out', [path], bpe_path, val_fraction=0.5)
     assert len(report['snippets']) == 10 and all(len(text) > 10 for text in report['snippets'])
     for split, texts in ('train', report['snippets'][:5]), ('val', report['snippets'][5:]):
         whole = bpe.decode(Dataset(f'{tmp_path / "out"}/').data[split][:])
@@ -309,9 +309,25 @@ def test_a_tokenizer_whose_texts_must_not_be_cut_sees_them_whole(files, tmp_path
     assert sorted(sum(documents_of(tmp_path / 'out').values(), [])) == sorted(text for text in files.texts if text)
 
 
+def in_several_files(folder, n):
+    """Make the files of a dataset as they were in older versions: n ids in each."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    meta['files'] = {}
+    for split in 'train', 'val':
+        ids = np.fromfile(folder / f'{split}.bin', np.uint16)
+        parts = np.split(ids, range(n, len(ids), n))
+        meta['files'][split] = [len(part) for part in parts]
+        if len(parts) > 1:
+            (folder / f'{split}.bin').unlink()
+            for i, part in enumerate(parts):
+                part.tofile(folder / f'{split}-{i:05d}.bin')
+    (folder / 'meta.json').write_text(json.dumps(meta))
+
+
 def test_several_files_read_as_one(files, tmp_path, bpe_path):
     build(tmp_path / 'one', files, bpe_path)
-    build(tmp_path / 'many', files, bpe_path, max_bytes=1000)
+    build(tmp_path / 'many', files, bpe_path)
+    in_several_files(tmp_path / 'many', 500)
     one, many = (Dataset(f'{tmp_path / name}/') for name in ('one', 'many'))
     assert (tmp_path / 'many' / 'train-00003.bin').stat().st_size == 1000
     assert not (tmp_path / 'many' / 'train.bin').exists()
@@ -335,13 +351,13 @@ def dataset_device():
     return torch.device('cpu')
 
 
-def test_a_dataset_of_several_files_is_replaced_by_one_of_one_and_back(files, tmp_path, bpe_path):
+def test_a_dataset_of_several_files_is_replaced_and_nothing_else(files, tmp_path, bpe_path):
     build(tmp_path / 'fresh', files, bpe_path)
-    (tmp_path / 'out').mkdir()
+    build(tmp_path / 'out', files, bpe_path)
+    in_several_files(tmp_path / 'out', 500)
     (tmp_path / 'out' / 'train-notes.txt').write_text('mine')
-    for max_bytes in 1000, 3000, 2**32:
-        build(tmp_path / 'out', files, bpe_path, max_bytes=max_bytes)
-        Dataset(f'{tmp_path / "out"}/')
+    (tmp_path / 'out' / 'train-00000.bin.new').write_text('left by an older version')
+    build(tmp_path / 'out', files, bpe_path)
     (tmp_path / 'out' / 'train-notes.txt').unlink()
     assert content(tmp_path / 'out') == content(tmp_path / 'fresh')
 
@@ -351,7 +367,8 @@ def test_a_dataset_of_several_files_is_replaced_by_one_of_one_and_back(files, tm
     (lambda path: path.write_bytes(path.read_bytes()[:-2]), 'meta.json says'),
 ], ids=['missing', 'shorter'])
 def test_a_damaged_file_of_several_is_named(files, tmp_path, bpe_path, damage, words):
-    build(tmp_path / 'out', files, bpe_path, max_bytes=1000)
+    build(tmp_path / 'out', files, bpe_path)
+    in_several_files(tmp_path / 'out', 500)
     damage(tmp_path / 'out' / 'train-00002.bin')
     with pytest.raises(UserError, match=f'train-00002.bin .*{words}'):
         Dataset(f'{tmp_path / "out"}/')
@@ -385,10 +402,10 @@ def killed_at(n, monkeypatch):
 def test_killed_anywhere_and_run_again_it_ends_with_the_same_bytes(files, tmp_path, kind, monkeypatch):
     for module in corpus, ingest:
         monkeypatch.setattr(module, 'PIECE', 4000)
-    how = {'save_bytes': 9000, 'max_bytes': 20_000, 'threads': 1}
+    how = {'save_bytes': 9000, 'threads': 1}
     if kind == 'one':
         (tmp_path / 'x.txt').write_text(prose(3, 300), encoding='utf-8')
-        files, how = [tmp_path / 'x.txt'], {'spec': 'bpe:270', 'max_bytes': 2000, 'threads': 1}
+        files, how = [tmp_path / 'x.txt'], {'spec': 'bpe:270', 'threads': 1}
     build(tmp_path / 'undisturbed', files, **how)
     expected, folder, points = content(tmp_path / 'undisturbed'), tmp_path / 'out', 0
     for n in range(1, 10**6, 1 if kind == 'one' else 2):
@@ -406,7 +423,7 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_bytes(files, tmp_pa
         build(folder, files, **how)
         assert content(folder) == expected, n
         shutil.rmtree(folder)
-    assert points > 12
+    assert points > 8, points
 
 
 @pytest.mark.parametrize('kind', ['char', pytest.param('whole', marks=pytest.mark.full)])
@@ -457,7 +474,7 @@ def test_it_goes_on_and_does_not_begin_again(files, tmp_path, bpe_path, monkeypa
 
 @pytest.mark.parametrize('change', [{'seed': 2}, {'spec': 'bpe:280'}, 'touched', *(
     pytest.param(change, marks=pytest.mark.full) for change in (
-        {'val_fraction': 0.2}, {'deduplicate': True}, {'max_bytes': 5000}))], ids=str)
+        {'val_fraction': 0.2}, {'deduplicate': True}))], ids=str)
 def test_what_was_begun_with_other_options_or_other_files_is_begun_anew(files, tmp_path, change):
     how = {'spec': 'bpe:270'}
     with pytest.MonkeyPatch.context() as patch:

@@ -156,7 +156,7 @@ def long(tmp_path):
         for i in range(1500):
             f.write(json.dumps({'text': prose(i % 50, 60) + str(i)}) + '\n')
     return lambda folder: [ROOT / PREPARE, '--input=x.jsonl', f'--name={folder}', '--tokenizer=bpe:300',
-                           '--save_mb=0.01', '--max_file_gb=0.0001']
+                           '--save_mb=0.01']
 
 
 @pytest.mark.full
@@ -181,7 +181,7 @@ FOUND = '--input=a.txt --name=./x '   # with which nothing else is wrong
     (FOUND + '--threads=0', 2, 'threads=0: expected more than 0'),
     (FOUND + f'--seed={10**70}', 2, 'expected less than 2^63'),
     (FOUND + '--save_mb=inf', 2, 'save_mb=inf: expected more than 0 and less than'),
-    (FOUND + '--max_file_gb=nan', 2, 'max_file_gb=nan: expected more than 0'),
+    (FOUND + '--train_mb=nan', 2, 'train_mb=nan: expected more than 0'),
     (FOUND + '--min_frequency=99999999999999999999', 2, 'expected more than 0 and less'),
     (FOUND + '--color=red', 2, "color='red': expected 'auto', True or False"),
     ('--input=latin.txt --name=./x --tokenizer=char', 1, 'latin.txt is not UTF-8: byte 2 is 0xf6'),

@@ -30,7 +30,6 @@ val_fraction = 0.0005            # the share of the documents that are for valid
 seed = 1337                      # which ones
 threads: int | None = None       # that encode, None: one per core
 save_mb = 1000.0                 # megabytes of text between two points where a killed run continues
-max_file_gb = 4.0                # of ids in one file; the rest goes into further files
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
 ingest.build_from_hub(Path(__file__).resolve().parent, config)

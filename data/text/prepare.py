@@ -54,7 +54,6 @@ rate = False                     # show how fast one thread alone encodes
 # machine
 threads: int | None = None       # that encode, None: one per core; each has its copy of the encoding
 save_mb = 64.0                   # megabytes of text between two points where a killed run continues
-max_file_gb = 4.0                # of ids in one file; the rest goes into further files
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
 
@@ -64,7 +63,7 @@ if errors not in ('strict', 'replace', 'skip'):
     raise UsageError(f"errors={errors!r}: expected 'strict', 'replace' or 'skip'")
 special_tokens = tuple(token for token in special.split(',') if token)
 options = ingest.Options(tokenizer, val_fraction, seed, deduplicate, min_frequency, special_tokens, train_mb, threads,
-                         save_mb, max_file_gb)
+                         save_mb)
 if any(spec == 'char' or spec.startswith('bpe:') for spec in compare.split(',')):
     raise UsageError(f'compare={compare!r}: expected comma-separated tiktoken names or paths of tokenizer.json')
 if color not in (True, False, 'auto'):
