@@ -41,8 +41,8 @@ def write(folder, splits: dict, tok, source: dict, masks: dict | None = None):
         writer.begin(tok)
         for split in SPLITS:
             writer.append(split, splits[split])
-        sizes = [tokenizer.text_size(tok, splits[split]) for split in SPLITS]
-        n_bytes, n_characters = (dict(zip(SPLITS, numbers)) for numbers in zip(*sizes))
+        sizes = [tok.count(splits[split]) for split in SPLITS]
+        n_characters, n_bytes = (dict(zip(SPLITS, numbers)) for numbers in zip(*sizes))
         writer.finish(source, n_bytes, n_characters, masks, mask=bool(masks))
     counts = ', '.join(f'{n:,} {split} tokens' for split, n in writer.num_tokens.items())
     print(f'{folder}: vocabulary of {tok.vocab_size:,}, {counts}')

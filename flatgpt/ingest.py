@@ -203,9 +203,9 @@ def write_documents(corpus, writer, state, options):
     saved = 0   # characters
 
     def encode(batch):
-        documents, complete = batch
-        return {split: tok.encode_texts([text for of, text in documents if of == split], complete)
-                for split in {of for of, _ in documents}}
+        texts, first, last = batch
+        return {split: tok.encode_texts([text for of, text in texts if of == split], end=last, begin=first)
+                for split in {of for of, _ in texts}}
 
     with progress('encoding', corpus.sizes, state.file) as bar, ThreadPoolExecutor(threads) as pool:
         batches = read_batches(corpus, tok, state, options, bar)
@@ -232,8 +232,8 @@ def check_disk_space(writer, fraction):
 
 
 def read_batches(corpus, tok, state, options, bar) -> Iterator[tuple]:
-    """([(split, text)], whether their documents are complete) for texts that are encoded together: whole documents of
-    at most PIECE characters, or a piece of a longer one. Advances the state up to the last batch."""
+    """([(split, text)], whether documents begin with them, whether they end) for texts that are encoded together: whole
+    documents of at most PIECE characters, or a piece of a longer one. Advances the state up to the last batch."""
     batch = []
     length = 0
     for i in range(state.file, len(corpus.files)):
@@ -245,22 +245,37 @@ def read_batches(corpus, tok, state, options, bar) -> Iterator[tuple]:
                 continue
             is_document = piece.start == 0 and piece.last
             if batch and not (is_document and length + len(piece.text) <= PIECE):
-                yield batch, True
+                yield batch, True, True
                 batch = []
                 length = 0
+            if options.tokenizer != 'char':
+                piece = without_unknown(piece, tok, state, corpus, i)
             follows = tok.eot is None and piece.start == 0 and state.report['documents'][split] > 0
             state.add(piece, split, str(corpus.files[i]))
             if piece.text:
                 batch.append((split, '\n' + piece.text if follows else piece.text))
                 length += len(piece.text)
             if batch and not is_document:
-                yield batch, piece.last
+                yield batch, piece.start == 0, piece.last
                 batch = []
                 length = 0
         state.file = i + 1
         state.pieces = 0
     if batch:
-        yield batch, True
+        yield batch, True, True
+
+
+def without_unknown(piece, tok, state, corpus, i):
+    """A piece without the characters that its tokenizer lacks, which are counted; UserError if errors are strict."""
+    unknown = tok.unknown(piece.text)
+    if not unknown:
+        return piece
+    corpus.refuse(f'{corpus.files[i]} has {len(unknown):,} characters that the tokenizer lacks, such as '
+                  f'{"".join(unknown[:20])!r}', 'give another tokenizer, or --errors=skip to leave them out',
+                  ('replace', 'skip'))
+    text = piece.text.translate(dict.fromkeys(map(ord, unknown)))
+    state.report['unknown'] = state.report.get('unknown', 0) + len(piece.text) - len(text)
+    return piece._replace(text=text)
 
 
 def split_of(text, state, options) -> str:
@@ -281,7 +296,7 @@ def move_end_to_validation(writer, state, val_fraction):
         ids = writer.read('train', position)
         writer.append('val', ids)
         position += len(ids)
-        for unit, n in zip(('bytes', 'characters'), tokenizer.text_size(writer.tok, ids)):
+        for unit, n in zip(('characters', 'bytes'), writer.tok.count(ids)):
             state.report[unit]['train'] -= n
             state.report[unit]['val'] += n
     only = sum(state.report['documents'].values()) == 1
@@ -312,6 +327,8 @@ def report_lines(report: dict, tok) -> Iterator[str]:
            f'{report["validation"]}')
     yield (f'left out: {report["duplicates"]:,} duplicates, {report["empty"]:,} empty, {report["left_out"]:,} '
            f'unreadable; repaired: {report["repaired"]:,}')
+    if 'unknown' in report:
+        yield f'left out: {report["unknown"]:,} characters that the tokenizer lacks'
     yield from (f'  {fault}' for fault in report['faults'])
     yield 'snippets:'
     yield from (f'  {text!r}' for text in report['snippets'])

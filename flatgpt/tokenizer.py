@@ -431,11 +431,6 @@ def no_surrogates(text: str) -> str:
     return text.encode('utf-16-le', 'surrogatepass').decode('utf-16-le', 'replace')
 
 
-def text_size(tok, ids):
-    """(bytes, characters) of the text of ids, see Tokenizer.count()."""
-    return tok.count(ids)[::-1]
-
-
 def from_dict(d: dict):
     """The tokenizer that to_dict() described."""
     try:
