@@ -61,7 +61,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import torch
+import torch  # not above the options: --help and a misspelt option need not wait for it
 from tqdm import tqdm
 
 from flatgpt import checkpoint, lora, optim, runtime

@@ -9,17 +9,7 @@ A model as a folder of Hugging Face, for transformers, vLLM, llama.cpp and other
 The architectures 'gpt2', 'llama' and 'qwen3' of train.py have a class there, others are refused. Prints the folder.
 """
 
-import os
-import sys
-import tempfile
-from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-
 from configurator import configure
-from flatgpt import checkpoint, lora, machine, pretrained, tokenizer, validate
-from flatgpt.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'                       # folder of the model: its best.pt, or else its ckpt.pt
@@ -30,6 +20,18 @@ dtype = 'float32'                     # of the weights in it: 'float32', 'bfloat
 adapter = False                       # an adapter alone instead of what it makes of its base
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch  # not above the options: --help and a misspelt option need not wait for it
+from safetensors import SafetensorError
+
+from flatgpt import checkpoint, lora, machine, pretrained, tokenizer, validate
+from flatgpt.errors import UserError
+
 validate.export_options(config)
 
 # the model, with the weights that the folder will hold

@@ -9,14 +9,7 @@ Loss curves of one run, or of several to compare, from their logs: as a picture,
 Pictures need matplotlib, charts in the terminal plotext: pip install matplotlib "plotext>=6"
 """
 
-import os
-import shutil
-import sys
-from pathlib import Path
-
 from configurator import configure
-from flatgpt import plots
-from flatgpt.errors import UsageError, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 runs = 'out'                 # folders with a log.jsonl, separated by commas
@@ -29,6 +22,14 @@ to: str | None = None        # the picture, its ending says which kind; None: lo
 text = False                 # a chart in the terminal and no picture
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from flatgpt import plots
+from flatgpt.errors import UsageError, UserError
 
 if by not in plots.SCALES:
     raise UsageError(f'by={by!r}: expected one of {", ".join(map(repr, plots.SCALES))}')

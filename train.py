@@ -12,20 +12,11 @@ the weights with the lowest validation loss, log.jsonl what was printed. Ctrl-C 
 Without a config file the options below train GPT-2 (124M) on OpenWebText.
 """
 
-import math
-import os
 import time
 
-STARTED = time.perf_counter()   # before the slow imports, because max_minutes counts them
-
-import torch
-
 from configurator import configure
-from flatgpt import checkpoint, lora, optim, outdir, plots, runtime, start, validate
-from flatgpt.budget import Budget, duration
-from flatgpt.dataset import Dataset
-from flatgpt.errors import UsageError, UserError
-from model import GPT, GPTConfig, arch_fields
+
+STARTED = time.perf_counter()   # max_minutes counts from here
 
 # ---------------------------------------------------------------------------------------------------------------------
 # output
@@ -91,6 +82,16 @@ peak_flops: float | None = None       # peak FLOP/s of a device, to compute the 
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())   # applies config files and --key=val to the options above; --help prints them
 
+import math
+import os
+
+import torch  # not above the options: --help and a misspelt option need not wait for it
+
+from flatgpt import checkpoint, lora, optim, outdir, plots, runtime, start, validate
+from flatgpt.budget import Budget, duration
+from flatgpt.dataset import Dataset
+from flatgpt.errors import UsageError, UserError
+from model import GPT, GPTConfig, arch_fields
 
 # what the run starts from, and the machine that it runs on
 

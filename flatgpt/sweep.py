@@ -10,22 +10,7 @@ Each run is a train.py of its own, whose learning rate reaches zero where its bu
 results. A run that the file holds is not made again, so that a sweep goes on where it was stopped.
 """
 
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
-
-import torch
-from tqdm import tqdm
-
 from configurator import configure
-from flatgpt.dataset import Dataset, write_atomically
-from flatgpt.errors import UsageError, UserError
-from model import GPT, GPTConfig, arch_fields
 
 # ---------------------------------------------------------------------------------------------------------------------
 results = 'flatgpt/scaling.json'          # the file of results
@@ -47,6 +32,23 @@ device = 'cpu'                    # models this small gain nothing from a GPU
 jobs = 2                          # runs side by side, each on one core
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flatgpt.dataset import Dataset, write_atomically
+from flatgpt.errors import UsageError, UserError
+from model import GPT, GPTConfig, arch_fields
+
 COMMON = ('dataset', 'block_size', 'batch_size', 'arch', 'optimizer', 'learning_rate', 'seed')
 EVAL_ITERS = 64   # batches, always the same ones, whose mean loss is the result
 

@@ -242,6 +242,23 @@ def test_options_stand_between_the_rulers_each_alone_on_its_line(script):
     assert lines[ruler[1]].startswith(('configure(globals())', 'config = configure(globals())'))
 
 
+@pytest.mark.parametrize('script', sorted({*RUNNABLE} - {'sample.py', 'eval.py'}))
+def test_options_are_read_before_anything_slow_is_imported_and_no_import_hides_one(script):
+    call_line = max(number for *_, number in configurator.read_options(ROOT / script))
+    above = all_imports(node for node in ast.walk(tree(script)) if getattr(node, 'lineno', call_line) < call_line)
+    assert above <= {'sys', 'time', 'pathlib', 'pathlib.Path', 'configurator', 'configurator.configure'}
+    bound = [alias.asname or alias.name for node in ast.walk(tree(script))
+             if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    assert not {*bound} & {*options_of(script)}
+
+
+def test_the_configurator_needs_the_standard_library_alone():
+    code = 'import sys, configurator; print(*sys.modules.keys())'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {name.partition('.')[0] for name in done.stdout.split()} - sys.stdlib_module_names
+    assert not names & {'torch', 'numpy', 'tqdm'} and 'configurator' in names
+
+
 @pytest.mark.parametrize('script', RUNNABLE)
 def test_help_prints_the_docstring_and_every_option_with_its_default(script):
     done = call(script, '--help')

@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, for the imports below
 
 from configurator import configure
-from flatgpt import ingest
 
 # ---------------------------------------------------------------------------------------------------------------------
 name: str | None = None          # a path for the dataset, None: this folder
@@ -32,4 +31,7 @@ threads: int | None = None       # that encode, None: one per core
 save_mb = 1000.0                 # megabytes of text between two points where a killed run continues
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
+
+from flatgpt import ingest
+
 ingest.build_from_hub(Path(__file__).resolve().parent, config)

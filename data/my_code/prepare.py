@@ -9,23 +9,12 @@ Each file is for training or for validation as a whole, by the sha256 of its pat
 two line breaks, follow each. Files that are not UTF-8 are left out, and so is each character that the tokenizer lacks.
 """
 
-import hashlib
-import os
-import re
 import sys
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, for the imports below
 
 from configurator import configure
-from flatgpt import checkpoint
-from flatgpt.dataset import write
-from flatgpt.errors import UsageError, UserError
-from flatgpt.tokenizer import CharTokenizer
-
-LEFT_OUT = {'__pycache__', 'node_modules', 'site-packages', 'venv', 'build', 'dist', 'target', 'vendor'}
 
 # ---------------------------------------------------------------------------------------------------------------------
 input = ''               # the tree; hidden files and folders of generated or installed code are left out
@@ -35,6 +24,19 @@ tabs: bool | str = 'auto'   # four spaces of indentation become a tab, as in dat
 val_fraction = 0.1       # the share of the text for validation, in whole files: at least one, at most all but one
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
+
+import hashlib
+import os
+import re
+
+import numpy as np
+
+from flatgpt import checkpoint
+from flatgpt.dataset import write
+from flatgpt.errors import UsageError, UserError
+from flatgpt.tokenizer import CharTokenizer
+
+LEFT_OUT = {'__pycache__', 'node_modules', 'site-packages', 'venv', 'build', 'dist', 'target', 'vendor'}
 
 root = Path(input).expanduser()
 if not input or not root.is_dir():

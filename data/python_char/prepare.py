@@ -10,17 +10,24 @@ other runs of spaces become at most two: a small model miscounts them and has be
 that occur fewer than a hundred times are dropped.
 """
 
-import hashlib
-import platform
-import re
 import sys
-import sysconfig
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, for the imports below
 
 from configurator import configure
+
+# ---------------------------------------------------------------------------------------------------------------------
+min_count = 100   # a character that occurs less often is dropped
+# ---------------------------------------------------------------------------------------------------------------------
+configure(globals())
+
+import hashlib
+import platform
+import re
+import sysconfig
+from collections import Counter
+
 from flatgpt.dataset import write
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import CharTokenizer
@@ -29,11 +36,6 @@ LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__p
             'ensurepip', 'idlelib', 'lib2to3', 'distutils', 'pydoc_data', 'tkinter', 'turtledemo', 'venv'}
 
 BUILT = ('_sysconfig', 'config-', 'sitecustomize', 'usercustomize')   # what differs from one build to the next
-
-# ---------------------------------------------------------------------------------------------------------------------
-min_count = 100   # a character that occurs less often is dropped
-# ---------------------------------------------------------------------------------------------------------------------
-configure(globals())
 
 library = Path(sysconfig.get_path('stdlib'))
 names = [path.relative_to(library).as_posix() for path in library.rglob('*.py')]

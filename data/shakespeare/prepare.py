@@ -11,14 +11,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, for the imports below
 
 from configurator import configure
-from flatgpt.dataset import write
-from flatgpt.hub import tiny_shakespeare
-from flatgpt.tokenizer import TiktokenTokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 input: str | None = None   # a text file, None: input.txt beside this script, downloaded if it is missing
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
+
+from flatgpt.dataset import write
+from flatgpt.hub import tiny_shakespeare
+from flatgpt.tokenizer import TiktokenTokenizer
 
 folder = Path(__file__).resolve().parent
 text, source = tiny_shakespeare(input, folder / 'input.txt')

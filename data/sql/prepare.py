@@ -12,22 +12,12 @@ A mask beside the ids marks the answers. val_questions.jsonl has the questions f
 read them.
 """
 
-import hashlib
-import json
-import random
 import sys
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, for the imports below
 
 from configurator import configure
-from flatgpt import checkpoint
-from flatgpt.corpus import read_records
-from flatgpt.dataset import write
-from flatgpt.errors import UsageError, UserError
-from flatgpt.tokenizer import CharTokenizer, no_surrogates
 
 # ---------------------------------------------------------------------------------------------------------------------
 input: str | None = None   # a file of pairs, None: generate some
@@ -37,6 +27,18 @@ val_fraction = 0.1         # the share of the questions that are for validation
 seed = 1337                # which ones, and what is generated
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
+
+import hashlib
+import json
+import random
+
+import numpy as np
+
+from flatgpt import checkpoint
+from flatgpt.corpus import read_records
+from flatgpt.dataset import write
+from flatgpt.errors import UsageError, UserError
+from flatgpt.tokenizer import CharTokenizer, no_surrogates
 
 if not 0 < val_fraction < 1:
     raise UsageError(f'val_fraction={val_fraction}: expected more than 0 and less than 1')

@@ -18,16 +18,11 @@ meta.json too.
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # the project, for the imports below
 
 from configurator import configure
-from flatgpt import ingest
-from flatgpt import tokenizer as tokenizers
-from flatgpt.corpus import Corpus, find_files
-from flatgpt.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what to read
@@ -56,6 +51,13 @@ threads: int | None = None       # that encode, None: one per core; each has its
 save_mb = 64.0                   # megabytes of text between two points where a killed run continues
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
+
+import time
+
+from flatgpt import ingest
+from flatgpt import tokenizer as tokenizers
+from flatgpt.corpus import Corpus, find_files
+from flatgpt.errors import UsageError
 
 # check the options
 
