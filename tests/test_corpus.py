@@ -1,6 +1,8 @@
 """Documents from files: all of their text and nothing else, cut where no token could be; errors name the position."""
 
+import csv
 import gzip
+import io
 import itertools
 import json
 import os
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from properties import quick
 
 from flatgpt import corpus, tokenizer
-from flatgpt.corpus import Corpus, find_files, in_pieces, text_suffix
+from flatgpt.corpus import Corpus, find_files, in_pieces, read_records, text_suffix
 from flatgpt.errors import UserError
 
 texts = st.text(st.characters(exclude_categories=['Cs']))
@@ -371,3 +373,138 @@ def test_without_pyarrow_one_line_says_how_to_get_it(tmp_path, monkeypatch, name
     for module in 'pyarrow', 'pyarrow.parquet':
         monkeypatch.setitem(sys.modules, module, None)
     assert refusal(tmp_path / name) == f'{tmp_path / name} needs pyarrow: pip install pyarrow'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+ROWS = [{'title': '靜夜思', 'lines': '床前明月光\n疑是地上霜'}, {'title': 'a "b", c;\td', 'lines': 'x\u2028y\x85z'},
+        {'title': '', 'lines': "it's"}]
+
+
+def as_csv(rows, delimiter=','):
+    f = io.StringIO()
+    writer = csv.DictWriter(f, ['title', 'lines'], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return f.getvalue()
+
+
+def as_lines(rows, end='\n'):
+    return ''.join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+
+
+RECORD_FILES = {   # {name: content}, all with the same records
+    'x.jsonl': as_lines(ROWS), 'x.ndjson': as_lines(ROWS, '\r\n\r\n'), 'lines.json': as_lines(ROWS),
+    'x.json': json.dumps(ROWS, indent=1, ensure_ascii=False), 'short.json': json.dumps(ROWS),
+    'x.csv': as_csv(ROWS), 'unix.csv': as_csv(ROWS).replace('\r\n', '\n'), 'semicolon.csv': as_csv(ROWS, ';'),
+    'x.tsv': as_csv(ROWS, '\t'), 'x.parquet': None}
+
+
+@pytest.mark.parametrize('packed', ['', '.gz', '.zst'])
+@pytest.mark.parametrize('mark', ['', '\ufeff'], ids=['plain', 'with a byte order mark'])
+@pytest.mark.parametrize('name', RECORD_FILES)
+def test_records_are_the_same_from_files_of_all_kinds(tmp_path, name, mark, packed):
+    if name == 'x.parquet':
+        path = parquet(tmp_path / name, {key: [row[key] for row in ROWS] for key in ROWS[0]})
+    else:
+        content = (mark + RECORD_FILES[name]).encode()
+        pack = {'': bytes, '.gz': gzip.compress, '.zst': lambda raw: pa.compress(raw, 'zstd', asbytes=True)}[packed]
+        path = tmp_path / f'{name}{packed}'
+        path.write_bytes(pack(content))
+    records = list(read_records(path))
+    assert [record.value for record in records] == ROWS and not any(record.fault for record in records)
+    assert all(record.where.startswith(str(path)) for record in records) and len({r.where for r in records}) == 3
+    expected = [(f'{row["title"]}\n\t{row["lines"]}'.replace('\r\n', '\n'), '') for row in ROWS]
+    assert documents(path, template=r'{title}\n\t{lines}') == expected
+    assert documents(path, field='lines', column='lines') == [(row['lines'], '') for row in ROWS]
+
+
+@pytest.mark.parametrize('name, content, how, texts', [
+    ('x.json', '["a", "b"]', {}, ['a', 'b']), ('x.json', '[]', {}, []),
+    ('x.jsonl', '"a"\n{"text": "b"}', {}, ['a', 'b']),
+    ('x.jsonl', '{"text": ["a", null, "b"]}', {}, ['a\n\nb']), ('x.jsonl', '{"text": null}', {}, ['']),
+    ('x.jsonl', '{"text": "a\\r\\nb"}', {}, ['a\nb']), ('x.csv', 'text\r\n"a\r\nb"\r\n', {}, ['a\nb']),
+    ('x.jsonl', '{"id": 7, "t": ["a", "b"]}', {'template': '{id}: {t}'}, ['7: a\nb']), ('x.csv', '', {}, []),
+    ('x.json', '[["a"], "b"]', {'template': '<{text}>', 'errors': 'skip'}, ['', '<b>']),
+    ('x.csv', 'text,n\na\nb,1,2\n', {}, ['a', 'b']), ('x.csv', 'text,n\na\n', {'template': '{text}{n}'}, ['a']),
+], ids=str)
+def test_texts_of_records(tmp_path, name, content, how, texts):
+    (tmp_path / name).write_bytes(content.encode())
+    assert [text for text, _ in documents(tmp_path / name, **how)] == texts
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('x.json', '[{"text": "a"}', 'x.json is not JSON: '), ('x.json', '{\n"text": "a"}', 'x.json, line 1 is not JSON'),
+    ('x.json', '[{"text": "a"}, {"body": "b"}]', "record 2: expected a text under 'text'; it has 'body'"),
+    ('x.json', '[{"text": {"a": 1}}]', "record 1: expected a text under 'text'"),
+    ('x.csv', 'a,b\n1,2\n', "line 2: expected a text under 'text'; it has 'a', 'b'"),
+    ('x.csv', 'text\n"open\n', 'cannot read '), ('x.tsv', 'text\tb\n"a"b\tc\n', 'cannot read '),
+    ('x.csv', 'text\nGr\xf6\xdfe\n', 'line 2 is not UTF-8: byte 2 is 0xf6'),
+    ('x.html', '<p>a</p>', 'is markup, not text: convert it, for instance with pandoc -t plain'),
+    ('x.xml.gz', '', 'is markup, not text'),
+])
+def test_what_is_no_record_is_refused_with_its_place(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content.encode('latin-1'))
+    assert words in refusal(path) and str(path) in refusal(path)
+
+
+@pytest.mark.parametrize('name, content', [
+    ('x.csv', b'text\na\xffb\n'), ('x.jsonl', b'{"text": "a\xffb"}'), ('x.json', b'[{"text": "a\xffb"}]'),
+    ('x.txt', b'a\xffb'),
+    ('x.jsonl', b'{"text": "\\ud800"}'), ('x.json', b'["\\udfff"]')])
+def test_invalid_text_of_a_record_is_refused_repaired_or_left_out(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r'is not UTF-8: byte \d+ is 0xff|half a surrogate'):
+        list(read_records(path))
+    ((text, fault),) = documents(path, errors='replace')
+    assert '\ufffd' in text and str(path) in fault
+    assert documents(path, errors='skip') == [('', fault)]
+
+
+def test_lines_of_a_text_file_are_records_and_end_at_line_breaks_alone(tmp_path):
+    (tmp_path / 'x.txt').write_bytes('\ufeffa\u2028b\x0cc\r\n\n  \nd\x85e'.encode())
+    assert [record.value for record in read_records(tmp_path / 'x.txt')] == ['a\u2028b\x0cc', 'd\x85e']
+
+
+def test_a_list_that_is_too_long_for_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, 'LONGEST', 100)
+    (tmp_path / 'x.json').write_text(json.dumps(['text'] * 50))
+    assert 'x.json has 100 characters or more: convert it to .jsonl' in refusal(tmp_path / 'x.json')
+
+
+@quick
+@given(st.lists(st.text(st.sampled_from('a\n<|e>'), max_size=12)))
+def test_a_separator_ends_a_document_wherever_blocks_end(tmp_path_factory, texts):
+    texts = [text.replace('<|e|>', '') for text in texts]
+    path = tmp_path_factory.getbasetemp() / 'separated.txt'
+    for end in '<|e|>', '<|e|>\n':
+        path.write_bytes(end.join(texts).encode())
+        expected = [text if i == 0 or end[-1] == '\n' else text.removeprefix('\n') for i, text in enumerate(texts)]
+        assert [text for text, _ in documents(path, separator='<|e|>')] == (expected or [''])
+
+
+def test_a_separator_counts_in_a_txt_alone(tmp_path):
+    for name in 'x.txt', 'x.md', 'x.py':
+        (tmp_path / name).write_text('a<|e|>b')
+        assert len(documents(tmp_path / name, separator='<|e|>')) == (2 if name == 'x.txt' else 1)
+        assert Corpus([tmp_path / name], separator='<|e|>').is_one_text() == (name != 'x.txt')
+    assert documents(tmp_path / 'x.txt') == [('a<|e|>b', '')]
+
+
+@quick
+@given(st.text(st.sampled_from('ab\r\n\ufeff世'), max_size=60))
+def test_line_ends_are_plain_wherever_blocks_end(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / 'ends.txt'
+    path.write_bytes(('\ufeff' + text).encode())
+    assert documents(path) == [(text.replace('\r\n', '\n'), '')]
+
+
+def test_a_folder_with_lists_and_tables_says_that_they_are_not_read(tmp_path, capsys):
+    for name in 'a.txt', 'b.json', 'c.csv', 'd.log':
+        (tmp_path / name).touch()
+    assert [file.name for file in find_files(str(tmp_path))] == ['a.txt']
+    assert '2 files that end in .json, .csv, .tsv are not read' in capsys.readouterr().err
+    assert len(find_files(f'{tmp_path}/*.json')) == 1
