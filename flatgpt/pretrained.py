@@ -8,6 +8,7 @@ config.json calls model_type.
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -69,7 +70,9 @@ SUPPORTED = {
              'add_cross_attention': (False,), 'activation_function': (*GELUS,), 'quantization_config': (None,)},
 }
 LLAMA3 = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'   # GPTConfig.rope_scaling
-SMALL_FILES = '*.json', 'merges.txt'   # of a repository: all but its weights
+SMALL_FILES = '*.json', 'merges.txt', 'chat_template.jinja'   # of a repository: all but its weights
+KEPT_FILES = 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json'   # which save() writes back
+USUAL_ENDS = tokenizer.EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>', '<|eot_id|>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,13 +133,13 @@ def hf_architecture(config: GPTConfig) -> str:
                     f'--arch={", --arch=".join(CLASSES)} make, without these')
 
 
-def config_to_hf(config: GPTConfig, architecture: str, dtype: torch.dtype, eot: int | None) -> dict:
-    """The config.json of a model. eot: id of its end-of-text token."""
+def config_to_hf(config: GPTConfig, architecture: str, dtype: torch.dtype, roles: dict) -> dict:
+    """The config.json of a model. roles: {'eos_token_id': id, ...}, the ids of its special tokens."""
     values = {**vars(config), 'n_kv_head': config.n_kv_head or config.n_head, 'head_dim': config.head_width,
               'n_inner': config.n_inner if architecture == 'gpt2' else config.inner_width,
               'norm_eps': config.norm_eps or (1e-5 if architecture == 'gpt2' else 1e-6)}
     hf_config = {'architectures': [CLASSES[architecture]], 'model_type': architecture,
-                 'dtype': str(dtype).removeprefix('torch.'), 'bos_token_id': eot, 'eos_token_id': eot,
+                 'dtype': str(dtype).removeprefix('torch.'), **roles,
                  **{field: values[name] for name, field in FIELDS[architecture].items()}}
     if architecture == 'gpt2':
         activation = next(name for name, gelu in GELUS.items() if gelu == config.gelu)
@@ -293,14 +296,23 @@ def save(folder: Path, model: GPT, architecture: str, dtype: torch.dtype, tok: t
     folder.mkdir(parents=True)
     tensors = {name: tensor.to(dtype) for name, tensor in weights_to_hf(model, architecture).items()}
     save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})   # which transformers asks for
-    write_json(folder / 'config.json', config_to_hf(model.config, architecture, dtype, tok.eot))
-    write_json(folder / 'generation_config.json', {'bos_token_id': tok.eot, 'eos_token_id': tok.eot})
+    # the special tokens have the roles that they had in the model that this one comes from, no others
+    ends = list(tok.ends) if len(tok.ends) > 1 else tok.eot
+    roles = {'bos_token_id': None, 'eos_token_id': ends}
+    names = {} if tok.eot is None else {'eos_token': tok.token_bytes(tok.eot).decode()}
+    files = {'generation_config.json': {'eos_token_id': ends}, 'tokenizer_config.json': {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+        'model_max_length': model.config.block_size, **names}}
+    if isinstance(tok, tokenizer.BpeTokenizer) and tok.files:
+        files = tok.files
+        roles |= files['config.json']
+    write_json(folder / 'config.json', config_to_hf(model.config, architecture, dtype, roles))
     shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
     (folder / 'tokenizer.json').write_text(tokenizer_json(tok), encoding='utf-8')
-    names = {} if tok.eot is None else dict.fromkeys(('bos_token', 'eos_token'), tok.token_bytes(tok.eot).decode())
-    write_json(folder / 'tokenizer_config.json', {
-        'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-        'model_max_length': model.config.block_size, **names})
+    for name in files.keys() & set(KEPT_FILES):
+        write_json(folder / name, {key: value for key, value in files[name].items() if key != 'auto_map'})
+    if 'chat_template.jinja' in files:
+        (folder / 'chat_template.jinja').write_text(files['chat_template.jinja'], encoding='utf-8')
 
 
 def write_json(path: Path, content: dict):
@@ -311,17 +323,66 @@ def write_json(path: Path, content: dict):
 # ---------------------------------------------------------------------------------------------------------------------
 # tokenizers
 
-def tokenizer_in(folder: Path) -> tokenizer.Tokenizer | None:
-    """The tokenizer in a folder: tokenizer.json, or GPT-2's vocab.json with merges.txt; None if it has neither."""
-    eot = read_json(folder / 'config.json').get('eos_token_id')
-    eot = eot[0] if isinstance(eot, list) and eot else eot
-    eot = eot if type(eot) is int and eot >= 0 else None
+def tokenizer_in(folder: Path) -> tokenizer.BpeTokenizer | None:
+    """The tokenizer in a folder: tokenizer.json, or GPT-2's vocab.json with merges.txt, with the tokens that other
+    files add, and with end_tokens(). None if there is none. Raises UserError."""
+    files = {name: read_json(folder / name) for name in (*KEPT_FILES, 'added_tokens.json', 'config.json')
+             if (folder / name).exists()}
     if (folder / 'tokenizer.json').exists():
-        return tokenizer.BpeTokenizer(tokenizer.read_text(folder / 'tokenizer.json'), eot)
-    vocab, merges = folder / 'vocab.json', folder / 'merges.txt'
-    if not vocab.exists() or not merges.exists():
+        tok = tokenizer.BpeTokenizer(tokenizer.read_text(folder / 'tokenizer.json'))
+    elif (folder / 'vocab.json').exists() and (folder / 'merges.txt').exists():
+        tok = tokenizer.BpeTokenizer(tokenizer.of_files(folder / 'vocab.json', folder / 'merges.txt'))
+    elif (folder / 'tokenizer.model').exists():
+        raise UserError(f'{folder} has its tokenizer in tokenizer.model alone: write tokenizer.json once, with '
+                        f'AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers')
+    else:
         return None
-    return tokenizer.BpeTokenizer(tokenizer.of_files(vocab, merges), eot)
+    tok = with_added_tokens(tok, files, folder)
+    ends = end_tokens(files, tok.encoding.get_vocab(with_added_tokens=True), folder)
+    if ends:
+        tok.eot, tok.ends = ends[0], ends
+    if tok.eot is None:
+        print(f'{folder} names no token that ends a text: samples go on to their last token', file=sys.stderr)
+    tok.files = {name: files[name] for name in KEPT_FILES if name in files}
+    tok.files['config.json'] = {name: value for name, value in files.get('config.json', {}).items()
+                                if name.endswith('_token_id')}
+    if (folder / 'chat_template.jinja').exists():
+        tok.files['chat_template.jinja'] = (folder / 'chat_template.jinja').read_text(encoding='utf-8')
+    return tok
+
+
+def with_added_tokens(tok, files, folder):
+    """A tokenizer with the tokens, too, that are in added_tokens.json or tokenizer_config.json alone."""
+    from tokenizers import AddedToken
+
+    added = {name: (i, True) for name, i in files.get('added_tokens.json', {}).items()}
+    for i, token in files.get('tokenizer_config.json', {}).get('added_tokens_decoder', {}).items():
+        added[token['content']] = int(i), token.get('special', True)
+    new = sorted((i, name, special) for name, (i, special) in added.items() if tok.encoding.token_to_id(name) is None)
+    for i, name, special in new:
+        tok.encoding.add_tokens([AddedToken(name, special=special, normalized=False)])
+        if tok.encoding.token_to_id(name) != i:
+            raise UserError(f'{folder}: the id {i} of the added token {name!r} does not follow those of the vocabulary')
+    return tokenizer.BpeTokenizer(tok.encoding.to_str()) if new else tok
+
+
+def end_tokens(files: dict, vocab: dict, folder) -> tuple[int, ...]:
+    """The ids that end a text, first the one that documents end with: those that the files, {name: content}, of a
+    folder name, or else one of the usual names. A notice tells when files disagree. vocab: {token: id}."""
+    named = {}
+    for file in (*KEPT_FILES, 'config.json'):
+        content = files.get(file, {})
+        ends = content.get('eos_token', content.get('eos_token_id'))
+        ends = ends if isinstance(ends, list) else [ends]
+        ends = [end.get('content') if isinstance(end, dict) else end for end in ends]   # an AddedToken
+        ids = [vocab.get(end) if isinstance(end, str) else end for end in ends]
+        named[file] = [i for i in ids if type(i) is int and i in vocab.values()]
+    ends = tuple(dict.fromkeys(i for ids in named.values() for i in ids))
+    if not any(set(ends) == set(ids) for ids in named.values()) and ends:
+        listed = ', '.join(f'{file} has {ids}' for file, ids in named.items() if ids)
+        print(f'{folder}: files disagree on what ends a text, {listed}: each of them ends a sample, a document ends '
+              f'with {ends[0]}', file=sys.stderr)
+    return ends or tuple(vocab[name] for name in USUAL_ENDS if name in vocab)[:1]
 
 
 def tokenizer_json(tok):

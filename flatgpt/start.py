@@ -165,7 +165,8 @@ def evaluation_id(data, eval_iters: int, batch_size: int, block_size: int) -> in
 
 def fit_tokenizer(ckpt: dict, path, data, rt: runtime.Runtime):
     """Raise UserError or UsageError unless the weights of a checkpoint can be trained on a dataset: both need the same
-    tokenizer. If the checkpoint has none, a notice says so."""
+    tokenizer. If the checkpoint has none, a notice says so; else it is the one that the run stores, because it knows
+    the roles of its model's special tokens."""
     vocab_size = ckpt['model_args']['vocab_size']
     if data.vocab_size > vocab_size:
         raise UserError(f'{path} knows {vocab_size:,} tokens and the dataset {data.folder} has {data.vocab_size:,}: '
@@ -175,6 +176,8 @@ def fit_tokenizer(ckpt: dict, path, data, rt: runtime.Runtime):
                   f'trained with the tokenizer of this dataset before')
     elif not tokenizer.same(ckpt['tokenizer'], data.tokenizer):
         raise UsageError(f'{path} was trained with another tokenizer than the dataset {str(data.folder)!r} has')
+    else:
+        data.tokenizer = ckpt['tokenizer']
 
 
 def fit_context(model, block_size: int):

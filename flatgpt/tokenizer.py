@@ -194,9 +194,10 @@ class TiktokenTokenizer(Tokenizer):
 class BpeTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library, of any kind, in the text of its tokenizer.json: one trained here, or one
     that came with pretrained weights. eot: id of its end-of-text token; None: that of '<|endoftext|>', or what its
-    template puts after a text. ends: all ids that end a sample; empty: eot."""
+    template puts after a text. ends: all ids that end a sample; empty: eot. files: {name: content} of other files
+    of its model, which an export writes back."""
 
-    def __init__(self, text: str, eot: int | None = None, ends: Iterable[int] = ()):
+    def __init__(self, text: str, eot: int | None = None, ends: Iterable[int] = (), files: dict | None = None):
         import tokenizers
 
         try:
@@ -206,6 +207,7 @@ class BpeTokenizer(Tokenizer):
         self.encoding.no_padding()
         self.encoding.no_truncation()
         self.json = text
+        self.files = files or {}
         ids = self.encoding.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1   # there may be gaps
         self.added = {i: token.content for i, token in self.encoding.get_added_tokens_decoder().items()}
@@ -351,7 +353,8 @@ class BpeTokenizer(Tokenizer):
 
     def to_dict(self) -> dict:
         ends = {} if self.ends in ((), (self.eot,)) else {'ends': list(self.ends)}
-        return {'kind': 'bpe', 'json': self.json, 'eot': self.eot, **ends}
+        files = {'files': self.files} if self.files else {}
+        return {'kind': 'bpe', 'json': self.json, 'eot': self.eot, **ends, **files}
 
 
 class Encodings(threading.local):
@@ -435,7 +438,7 @@ def from_dict(d: dict):
     """The tokenizer that to_dict() described."""
     try:
         if d['kind'] == 'bpe':
-            return BpeTokenizer(d['json'], d['eot'], d.get('ends', ()))
+            return BpeTokenizer(d['json'], d['eot'], d.get('ends', ()), d.get('files'))
         if d['kind'] == 'tiktoken':
             return TiktokenTokenizer(d['name'])
         return {'char': CharTokenizer}[d['kind']](d['chars'])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_hub import COMMIT, server  # noqa: F401
 
-from flatgpt import checkpoint, pretrained
+from flatgpt import checkpoint, pretrained, tokenizer
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import BpeTokenizer
 from model import ARCHS, GPT, GPTConfig
@@ -227,8 +227,9 @@ def test_the_tokenizer_of_a_folder_comes_along(folders, copy):
     tok = BpeTokenizer.train(['hello world ' * 30, '你好'], 300)
     (folder / 'tokenizer.json').write_text(tok.json, encoding='utf-8')
     change(folder, eos_token_id=[7, 8])
+    (folder / 'generation_config.json').unlink()
     _, found, _ = checkpoint.load_model(folder)
-    assert found.encode('hello 你').tolist() == tok.encode('hello 你').tolist() and found.eot == 7
+    assert found.encode('hello 你').tolist() == tok.encode('hello 你').tolist() and found.ends == (7, 8)
 
 
 def test_gpt2s_two_files_are_a_tokenizer_too(copy):
@@ -243,6 +244,126 @@ def test_gpt2s_two_files_are_a_tokenizer_too(copy):
         text = 'hello, words<|endoftext|> é'
         assert found.encode(text, special=special).tolist() == tok.encode(text, special=special).tolist()
     assert found.decode(found.encode('hello, 你')) == 'hello, 你' and found.eot == 0
+
+
+NAMES = ['<unk>', '<s>', '</s>', '<pad>', '<|im_end|>']   # ids 0 to 4
+
+
+def named_tokenizer(special=NAMES):
+    return BpeTokenizer.train(['hello world ' * 30, '你好'], 300, special=special)
+
+
+def write(folder, **files):
+    """Write JSON files, by their names without .json, into a folder."""
+    for name, content in files.items():
+        (folder / f'{name}.json').write_text(json.dumps(content), encoding='utf-8')
+
+
+@pytest.mark.parametrize(('files', 'ends', 'notice'), [
+    ({'config': {'eos_token_id': [0, 2]}}, (0, 2), ''),
+    ({'config': {'eos_token_id': 2}, 'generation_config': {'eos_token_id': [4, 2]}}, (4, 2), ''),
+    ({'config': {'eos_token_id': 2}, 'generation_config': {'eos_token_id': [2, 4]},
+      'tokenizer_config': {'eos_token': '<|im_end|>'}}, (4, 2), ''),
+    ({'config': {'eos_token_id': 1}, 'tokenizer_config': {'eos_token': '</s>'}}, (2, 1), 'files disagree'),
+    ({'config': {}, 'special_tokens_map': {'eos_token': {'content': '</s>', 'lstrip': False}}}, (2,), ''),
+    ({'config': {'eos_token_id': 99_999}, 'tokenizer_config': {'eos_token': '</s>'}}, (2,), ''),
+    ({'config': {'eos_token_id': None}}, (2,), ''), ({'config': {'eos_token_id': 99_999}}, (2,), ''),
+    ({'config': {'eos_token_id': -1}, 'tokenizer_config': {'eos_token': 'nothing'}}, (2,), ''),
+    ({'config': {'eos_token_id': ['nothing', {}, True]}, 'tokenizer_config': {'eos_token': None}}, (2,), ''),
+])
+def test_all_files_are_searched_for_the_tokens_that_end_a_text(tmp_path, capsys, files, ends, notice):
+    (tmp_path / 'tokenizer.json').write_text(named_tokenizer().json, encoding='utf-8')
+    write(tmp_path, **files)
+    tok = pretrained.tokenizer_in(tmp_path)
+    assert tok.ends == ends and tok.eot == ends[0]
+    err = capsys.readouterr().err
+    assert notice in err and err.count('\n') == bool(notice)
+    again = tokenizer.from_dict(tok.to_dict())
+    assert again.ends == ends and again.files == tok.files
+
+
+def test_a_folder_that_names_no_end_is_told(tmp_path, capsys):
+    (tmp_path / 'tokenizer.json').write_text(named_tokenizer(['<x>']).json, encoding='utf-8')
+    assert pretrained.tokenizer_in(tmp_path).ends == ()
+    assert capsys.readouterr().err.endswith('names no token that ends a text: samples go on to their last token\n')
+
+
+@pytest.mark.parametrize('old', [True, False], ids=['vocab.json', 'tokenizer.json'])
+@pytest.mark.parametrize('files', [
+    {'added_tokens': {'<|user|>': 301, '<|assistant|>': 300}},
+    {'tokenizer_config': {'added_tokens_decoder': {'300': {'content': '<|assistant|>', 'special': False},
+                                                   '301': {'content': '<|user|>', 'special': True}}}},
+    {'added_tokens': {'<|user|>': 301}, 'tokenizer_config': {
+        'added_tokens_decoder': {'300': {'content': '<|assistant|>'}}}},
+], ids=['added_tokens.json', 'tokenizer_config.json', 'both'])
+def test_tokens_beside_the_vocabulary_are_tokens(tmp_path, files, old):
+    tok = BpeTokenizer.train(['hello world ' * 30, '你好', *map(str, range(1000))], 300)
+    assert tok.vocab_size == 300
+    if old:
+        model = json.loads(tok.json)['model']
+        write(tmp_path, vocab=model['vocab'])
+        (tmp_path / 'merges.txt').write_text('\n'.join(' '.join(pair) for pair in model['merges']), encoding='utf-8')
+    else:
+        (tmp_path / 'tokenizer.json').write_text(tok.json, encoding='utf-8')
+    write(tmp_path, **files)
+    found = pretrained.tokenizer_in(tmp_path)
+    assert found.vocab_size == 302
+    assert found.encode('<|user|>hi<|assistant|>', special=True).tolist() == [301, *tok.encode('hi'), 300]
+    assert found.decode([301, 300]) == '<|user|><|assistant|>'
+
+
+def test_added_tokens_with_a_gap_are_refused(tmp_path):
+    (tmp_path / 'tokenizer.json').write_text(named_tokenizer().json, encoding='utf-8')
+    write(tmp_path, added_tokens={'<|user|>': 999})
+    with pytest.raises(UserError, match=r"the id 999 of the added token '<\|user\|>' does not follow"):
+        pretrained.tokenizer_in(tmp_path)
+
+
+ROLES = {'tokenizer_config': {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<s>', 'eos_token': '</s>',
+                              'unk_token': '<unk>', 'pad_token': '<pad>', 'padding_side': 'left',
+                              'model_max_length': 10**30, 'auto_map': {'AutoTokenizer': ['x.Y', None]}},
+         'generation_config': {'bos_token_id': 1, 'eos_token_id': [2, 4], 'pad_token_id': 3, 'temperature': 0.6,
+                               'do_sample': True}}
+
+
+def test_special_tokens_keep_their_roles_from_a_folder_through_a_checkpoint_to_a_folder(copy, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    folder = copy('llama')
+    (folder / 'tokenizer.json').write_text(named_tokenizer().json, encoding='utf-8')
+    write(folder, **ROLES)
+    (folder / 'chat_template.jinja').write_text('{{ messages }}你', encoding='utf-8')
+    change(folder, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    ckpt = checkpoint.load(folder)
+    checkpoint.save(tmp_path / 'ckpt.pt', {**ckpt, 'version': 1})
+    model, tok, _ = checkpoint.load_model(tmp_path / 'ckpt.pt')
+    pretrained.save(tmp_path / 'out', model, 'llama', torch.float32, tok)
+    first, second = (json.loads((where / 'config.json').read_text()) for where in (folder, tmp_path / 'out'))
+    for name in ('bos_token_id', 'eos_token_id', 'pad_token_id', 'max_position_embeddings'):
+        assert first[name] == second[name]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / 'out')
+    assert (theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token) == ('<s>', '</s>', '<unk>', '<pad>')
+    assert theirs.padding_side == 'left' and theirs.chat_template == '{{ messages }}你'
+    assert GenerationConfig.from_pretrained(tmp_path / 'out').to_diff_dict() == \
+        GenerationConfig.from_pretrained(folder).to_diff_dict()
+    assert 'auto_map' not in (tmp_path / 'out' / 'tokenizer_config.json').read_text()
+
+
+def test_a_tokenizer_of_ours_gets_no_roles_that_it_has_not(tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = GPTConfig(300, 8, n_layer=1, n_embd=8, n_head=2, **ARCHS['llama'])
+    pretrained.save(tmp_path / 'out', GPT(config), 'llama', torch.float32, named_tokenizer(['<|endoftext|>', '<s>']))
+    theirs, config = AutoTokenizer.from_pretrained(tmp_path / 'out'), AutoConfig.from_pretrained(tmp_path / 'out')
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == (None, '<|endoftext|>', None)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 0, None)
+
+
+def test_a_tokenizer_that_only_another_library_reads_is_named(copy):
+    folder = copy()
+    (folder / 'tokenizer.model').touch()
+    with pytest.raises(UserError, match=r'tokenizer\.model alone: write tokenizer\.json once'):
+        checkpoint.load(folder)
 
 
 def test_without_a_tokenizer_the_way_out_is_named(copy):

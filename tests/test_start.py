@@ -214,6 +214,7 @@ def test_weights_without_a_tokenizer_are_told_and_a_larger_or_another_one_is_ref
     data = dataset_of(tmp_path, np.arange(200, dtype=np.uint16) % 4)
     ckpt = {'model_args': {'vocab_size': 4}, 'tokenizer': data.tokenizer}
     start.fit_tokenizer(ckpt, 'x.pt', data, RT)
+    assert data.tokenizer is ckpt['tokenizer']   # not the dataset's, which may know less
     assert capsys.readouterr().err == ''
     start.fit_tokenizer({'model_args': {'vocab_size': 4}}, 'x.pt', data, RT)
     assert 'x.pt has no tokenizer' in capsys.readouterr().err
