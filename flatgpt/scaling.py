@@ -48,30 +48,6 @@ UNROUNDED = Law(E=1.6934, A=406.4, alpha=0.3392, B=410.7, beta=0.2849)
 REPLICATION = Law(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
 
 
-def activation_bytes(config, rows, itemsize=2, checkpointing=False):
-    """Bytes that the forward pass of a training step keeps for the backward pass, for rows of block_size tokens.
-
-    config: a GPTConfig with the blocks of GPT-2, without dropout and loss_chunks; ValueError for others. The residual
-    stream is in float32, the inputs of matrix products have itemsize bytes per number: 2 is autocast to bfloat16, which
-    also keeps its copies of the weights. checkpointing: blocks keep only their inputs. Attention is fused and keeps no
-    scores; cf. Korthikanti et al., 2022, sec. 4.
-    """
-    c = config
-    extras = (c.n_kv_head, c.head_dim, c.n_inner, c.window, c.softcap, c.layer_scale, c.qk_norm, c.loss_chunks > 1,
-              c.dropout)
-    if any(extras) or (c.pos, c.norm, c.mlp) != ('learned', 'layernorm', 'gelu'):
-        raise ValueError('activations are counted for the blocks of GPT-2 only, without dropout and loss_chunks')
-    C, H, V = c.n_embd, c.n_head, c.vocab_size
-    norm = 4 * C + 4 * 2                                                # input, and mean and deviation
-    block = 2 * norm + 14 * C * itemsize + 4 * H                        # 2 normed, 3 qkv, 1 heads, 8 MLP; softmax
-    ends = norm + itemsize * C + 4 * V + 2 * 8                          # last norm, head, log-probabilities, ids
-    weights = C * V                                                     # of the head
-    if not checkpointing:
-        weights += c.n_layer * 12 * C * C
-    copies = itemsize * weights if itemsize < 4 else 0
-    return rows * c.block_size * (c.n_layer * (4 * C if checkpointing else block) + ends) + copies
-
-
 def power_law(x, y):
     """(c, p) of y = c x^p, by least squares on logarithms."""
     power, log_c = np.polyfit(np.log(x), np.log(y), 1)
@@ -97,7 +73,7 @@ def fit(params, tokens, losses, start=None, delta=1e-3):
     delta: the difference in log L beyond which a run counts by its distance, not its square, so that one that went
     wrong does not bend the law. It takes five runs at least, of several sizes at several numbers of tokens each.
     """
-    n, d, log_l = (torch.tensor(np.log(np.asarray(values, dtype=float))) for values in (params, tokens, losses))
+    n, d, log_l = (torch.tensor(np.log(values), dtype=torch.float64) for values in (params, tokens, losses))
     mid_n, mid_d = n.mean(), d.mean()
     n, d = n - mid_n, d - mid_d   # what A and B are at the middle of the runs hardly depends on alpha and beta
 
@@ -110,11 +86,11 @@ def fit(params, tokens, losses, start=None, delta=1e-3):
 
     if start is None:
         low, middle = log_l.exp().min(), log_l.exp().median()
+        slopes = (0.1, 0.3, 0.6, 1)
         starts = torch.tensor([[torch.log(low * e), torch.log((middle - low * e) * share),
                                 torch.log((middle - low * e) * (1 - share)), alpha, beta]
-                               for e, share, alpha, beta in itertools.product(
-                                   (0.1, 0.4, 0.7, 0.95), (0.2, 0.5, 0.8), (0.1, 0.3, 0.6, 1), (0.1, 0.3, 0.6, 1))],
-                              dtype=n.dtype)
+                               for e, share, alpha, beta in itertools.product((0.1, 0.4, 0.7, 0.95), (0.2, 0.5, 0.8),
+                                                                              slopes, slopes)], dtype=n.dtype)
         starts = starts[objective(starts).argsort()[:8]]
     else:
         starts = torch.tensor([[np.log(start.E), np.log(start.A) - start.alpha * mid_n,

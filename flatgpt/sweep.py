@@ -52,31 +52,31 @@ from model import GPT, GPTConfig, arch_fields
 COMMON = ('dataset', 'block_size', 'batch_size', 'arch', 'optimizer', 'learning_rate', 'seed')
 EVAL_ITERS = 64   # batches, always the same ones, whose mean loss is the result
 
-# refusals
+SIZE = r'([1-9]\d*)x([1-9]\d*)'
+NUMBER = r'([1-9]\d*(?:\.\d+)?(?:e\d+)?)'
 
 for name in ('min_steps', 'block_size', 'batch_size', 'jobs'):
     if config[name] < 1:
         raise UsageError(f'{name}={config[name]}: expected 1 or more')
 
 
-def read(what, text, pattern, example):
-    """The numbers in a text that has to match a pattern."""
+def parse(name, text, pattern, example):
+    """The numbers in a text, by a pattern. UsageError if it does not match."""
     match = re.fullmatch(pattern, text.strip())
     if not match:
-        raise UsageError(f'{what}={text!r}: expected such as {example}')
-    return [float(number) for number in match.groups()]
+        raise UsageError(f'{name}={text!r}: expected such as {example}')
+    return tuple(map(float, match.groups()))
 
-
-SIZE, NUMBER = r'([1-9]\d*)x([1-9]\d*)', r'([1-9]\d*(?:\.\d+)?(?:e\d+)?)'
-pairs = [(*read('sizes', size, SIZE, '2x64'), *read('budgets', budget, NUMBER, '1e12'))
-         for budget in budgets.split(',') for size in sizes.split(',')]
-unseen = [tuple(read('held_out', held_out, f'{SIZE}:{NUMBER}', '5x160:1e14'))] if held_out else []
 
 # the runs: how large each model is, and for how many steps its budget lasts
 
+wanted = [(*parse('sizes', size, SIZE, '2x64'), *parse('budgets', budget, NUMBER, '1e12'), False)
+          for budget in budgets.split(',') for size in sizes.split(',')]
+if held_out:
+    wanted.append((*parse('held_out', held_out, f'{SIZE}:{NUMBER}', '5x160:1e14'), True))
 data = Dataset(dataset)
 runs = []
-for n_layer, n_embd, budget in pairs + unseen:
+for n_layer, n_embd, budget, is_held_out in wanted:
     shape = {'n_layer': int(n_layer), 'n_embd': int(n_embd), 'n_head': max(int(n_embd) // 32, 1)}
     try:
         with torch.device('meta'):   # sizes without memory
@@ -85,32 +85,29 @@ for n_layer, n_embd, budget in pairs + unseen:
         raise UsageError(error) from None
     steps = round(budget / model.flops_per_token() / (batch_size * block_size))
     tokens = steps * batch_size * block_size
-    run = {**shape, 'params': model.get_num_params(), 'budget': budget, 'steps': steps, 'tokens': tokens,
-           'flops': model.flops_per_token() * tokens, 'learning_rate': learning_rate * 64 / n_embd,
-           'held_out': (n_layer, n_embd, budget) in unseen}
-    if run['held_out'] or steps >= min_steps and tokens <= max_epochs * len(data.data['train']):
-        runs.append(run)
+    if is_held_out or (steps >= min_steps and tokens <= max_epochs * len(data.data['train'])):
+        runs.append({**shape, 'params': model.get_num_params(), 'budget': budget, 'steps': steps, 'tokens': tokens,
+                     'flops': model.flops_per_token() * tokens, 'learning_rate': learning_rate * 64 / n_embd,
+                     'held_out': is_held_out})
 
-# what there is already
+# which of them the file of results has
 
-common, done = {name: config[name] for name in COMMON} | {'train_tokens': len(data.data['train'])}, []
+common = {name: config[name] for name in COMMON} | {'train_tokens': len(data.data['train'])}
 try:
-    before = json.loads(Path(results).read_text(encoding='utf-8'))
-    done = before['runs']
-    other = [f'{name}={before["common"][name]!r}' for name in common if before['common'][name] != common[name]]
+    before = json.loads(Path(results).read_text(encoding='utf-8')) if Path(results).exists() else {}
+    done = before.get('runs', [])
+    other = [f'{name}={value!r}' for name, value in before.get('common', common).items() if common[name] != value]
     missing = [run for run in runs if not any(run.items() <= old.items() for old in done)]
-except FileNotFoundError:
-    other, missing = [], runs
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f'{results} is no file of results ({error}): move it away, or give another --results') from None
+    raise UserError(f'{results} is not a file of results ({error}): move it away, or give another --results') from None
 if other:
     raise UsageError(f'{results} is of runs with {", ".join(other)}: give these too, or another --results')
 
 
 def write():
-    """The file of results, a line per run, in an order that does not depend on which was ready first."""
+    """Write the results, a line per run, in an order that does not depend on which was ready first."""
     ready = sorted(done, key=lambda run: (run['held_out'], run['budget'], run['params']))
-    lines = ',\n  '.join(json.dumps(run) for run in ready)
+    lines = ',\n  '.join(map(json.dumps, ready))
     try:
         write_atomically(results, f'{{"common": {json.dumps(common)},\n "runs": [\n  {lines}]}}\n'.encode())
     except OSError as error:
@@ -118,7 +115,7 @@ def write():
 
 
 def train(run):
-    """The run with its losses, in nats per token."""
+    """Train a run. Returns it with its losses, in nats per token."""
     with tempfile.TemporaryDirectory() as out_dir:
         of_run = {name: run[name] for name in ('n_layer', 'n_embd', 'n_head', 'learning_rate')}
         options = {**{name: config[name] for name in COMMON}, **of_run, 'out_dir': out_dir, 'device': device,

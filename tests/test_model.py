@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flatgpt import optim, pretrained, runtime, tokenizer
-from flatgpt.scaling import activation_bytes
+from flatgpt import optim, pretrained, tokenizer
 from model import (
     ALLOWED,
     ARCHS,
@@ -807,44 +806,6 @@ def test_a_model_drops_in_training_only():
     torch.testing.assert_close(logits_of(model, idx), logits_of(make(), idx), rtol=0, atol=0)
     model.train()
     assert not torch.allclose(logits_of(model, idx), logits_of(model, idx))
-
-
-def kept_for_backward(model, dtype, x, y):
-    """Bytes of the tensors that a forward pass saves, each storage once, but for parameters and single numbers."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def look(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes() * (tensor.numel() > 1)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor), \
-            torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-        loss = model(x, y)[1]   # which holds on to what was kept, so that no address is used twice
-    assert loss.isfinite()
-    return sum(size for address, size in kept.items() if address not in own)
-
-
-@pytest.mark.parametrize('checkpointing', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(('rows', 'shape'), [
-    (3, {'block_size': 64, 'n_layer': 3, 'n_embd': 48, 'n_head': 2, 'bias': True}),
-    (1, {'block_size': 128, 'n_layer': 1, 'n_embd': 64, 'n_head': 4, 'bias': False, 'tie_weights': False}),
-])
-def test_activations_take_as_many_bytes_as_autograd_saves(dtype, checkpointing, rows, shape):
-    model = GPT(GPTConfig(vocab_size=300, attention='sdpa', **shape))
-    for block in model.transformer.h if checkpointing else ():
-        runtime.recompute(block)
-    x, y = torch.randint(300, (2, rows, shape['block_size'])).unbind()
-    measured = kept_for_backward(model, dtype, x.clone(), y.clone())
-    assert activation_bytes(model.config, rows, dtype.itemsize, checkpointing) == measured
-
-
-@with_each({name: CASES[name] for name in ('llama', 'qwen3', 'speedrun', 'alibi', 'rmsnorm', 'relu2', 'n_kv_head 2',
-                                           'window 5', 'softcap', 'layer_scale', 'qk_norm')})
-def test_activations_of_other_blocks_than_gpt2s_are_not_counted(changes):
-    with pytest.raises(ValueError, match='GPT-2 only'):
-        activation_bytes(GPTConfig(**{**SHAPE, **changes}), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -82,10 +82,10 @@ def test_what_cannot_be_is_one_line(char_dataset, tmp_path, change, status, word
 
 
 def test_a_file_that_is_no_file_of_results_stays_as_it_is(char_dataset, tmp_path):
-    for content in ('[]', '{"common": {}, "runs": []}'):
+    for content in ('[]', '{"common": {"depth": 3}, "runs": []}', '{"runs": [1]}', 'x'):
         (tmp_path / 'mine.json').write_text(content)
         args = f'--dataset={char_dataset}', f'--results={tmp_path / "mine.json"}'
-        assert_one_line(call('flatgpt/sweep.py', *TINY, *args), 1, 'no file of results')
+        assert_one_line(call('flatgpt/sweep.py', *TINY, *args), 1, 'not a file of results')
         assert (tmp_path / 'mine.json').read_text() == content
 
 
