@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+ROPE_SCALINGS = {'linear': 1, 'dynamic': 2, 'llama3': 4}   # how many numbers each method has
 NANOGPT_FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 ALLOWED = {   # fields of GPTConfig that have one of a few values
     'attention': ('auto', 'sdpa', 'math'),
@@ -50,7 +51,7 @@ class GPTConfig:
     n_inner: int | None = None          # width inside the MLP; None: 4 n_embd, for 'swiglu' 8/3 n_embd, times 64
     norm_eps: float | None = None       # keeps norms from dividing by zero; None: 1e-5, for 'rmsnorm' 1e-6
     rope_base: float = 10_000.0         # a larger base rotates slower, for longer contexts
-    rope_scaling: tuple | None = None   # stretch RoPE for a longer context: (factor, low, high, original context)
+    rope_scaling: tuple | None = None   # stretch RoPE for a longer context, see rope_angles()
     window: int | None = None   # how many tokens back attention reaches, the token itself included; None: all
     tie_weights: bool = True    # one matrix for the embedding and the head
     softcap: float | None = None        # limit logits to ± this value, with tanh
@@ -77,8 +78,10 @@ class GPTConfig:
                     f'an even n_embd / n_head, because RoPE rotates pairs of channels, not {self.head_width}')
         if self.rope_scaling is not None:
             self.rope_scaling = tuple(self.rope_scaling)
-            numbers = len(self.rope_scaling) == 4 and all(0 < number < math.inf for number in self.rope_scaling)
-            self.expect('rope_scaling', numbers, '(factor, low, high, original context)')
+            method, *numbers = rope_method(self.rope_scaling)
+            valid = len(numbers) == ROPE_SCALINGS.get(method) and all(0 < number < math.inf for number in numbers)
+            self.expect('rope_scaling', valid, "('linear', factor), ('dynamic', factor, original context), or (factor, "
+                                               "low, high, original context)")
 
     def expect(self, name, holds, expected):
         """Raise ValueError with the value of a field and what is expected, unless a condition holds."""
@@ -129,16 +132,30 @@ def arch_fields(arch, **overrides):
 # ---------------------------------------------------------------------------------------------------------------------
 # positions, masks, attention
 
+def rope_method(scaling):
+    """(method, number, ...) of GPTConfig.rope_scaling; four numbers alone are those of 'llama3'."""
+    return scaling if isinstance(scaling[0], str) else ('llama3', *scaling)
+
+
 def rope_angles(positions, D, base, scaling=None):
     """Cosines and sines, (T, D / 2) each in float32, of the rotary angles of positions, (T,) (Su et al., 2021). From
     one position to the next, channel pair i rotates by base^(-2i / D).
 
-    scaling: (factor, low, high, context), as in Llama 3.1 (Grattafiori et al., 2024). Pairs that make fewer than low
-    turns within context tokens are slowed down by factor, those that make more than high are not, those between partly.
+    scaling: ('linear', factor) slows all pairs down (Chen et al., 2023). ('dynamic', factor, context): a larger base
+    once the text is longer than context tokens. (factor, low, high, context), Llama 3.1's (Grattafiori et al., 2024):
+    pairs that make fewer than low turns within context tokens are slowed down, those with more than high are not, those
+    between partly.
     """
+    method, *numbers = (None,) if scaling is None else rope_method(scaling)
+    if method == 'dynamic':
+        factor, context = numbers
+        stretch = ((positions[-1] + 1) / context).clamp(min=1)
+        base = base * (factor * stretch - factor + 1) ** (D / (D - 2))
     speed = base ** (-torch.arange(0, D, 2, device=positions.device).float() / D)     # (D / 2,)
-    if scaling is not None:
-        factor, low, high, context = scaling
+    if method == 'linear':
+        speed = speed / numbers[0]
+    elif method == 'llama3':
+        factor, low, high, context = numbers
         turns = context * speed / (2 * math.pi)
         unscaled = ((turns - low) / (high - low)).clamp(0, 1)   # share of the speed that stays as it is
         speed = speed * (unscaled + (1 - unscaled) / factor)
@@ -443,10 +460,11 @@ class GPT(nn.Module):
         return F.cross_entropy(self.compute_logits(x).float(), targets, ignore_index=-1, reduction='sum')
 
     def crop_block_size(self, block_size):
-        """Shorten the context to block_size tokens, to finetune in less memory. Raises ValueError."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f'block_size={block_size}: this model has {self.config.block_size} positions, expected '
-                             f'1 or more of them')
+        """Set the context to block_size tokens, for instance fewer, to finetune in less memory. It can be longer only
+        without a table of positions. Raises ValueError."""
+        longest = self.config.block_size if self.config.pos == 'learned' else math.inf
+        if not 1 <= block_size <= longest:
+            raise ValueError(f'block_size={block_size}: this model has {longest} positions, expected 1 or more of them')
         if self.config.pos == 'learned' and block_size < self.config.block_size:
             positions = self.transformer.wpe.weight.detach()[:block_size].clone()
             self.transformer.wpe = nn.Embedding.from_pretrained(positions, freeze=False)

@@ -44,6 +44,7 @@ SWITCHES = {
     'norm_eps': {'norm_eps': 0.1}, 'norm_eps, rmsnorm': {'norm_eps': 0.1, 'norm': 'rmsnorm', 'qk_norm': True},
     'rope_base': {'pos': 'rope', 'rope_base': 100.0},
     'rope_scaling': {'pos': 'rope', 'rope_scaling': (8.0, 0.5, 20.0, 64.0)},
+    'rope linear': {'pos': 'rope', 'rope_scaling': ('linear', 4.0)},
     'zero_init': {'zero_init': True}, 'zero_init, untied': {'zero_init': True, 'tie_weights': False},
 }
 CASES = {**ARCHS, **SWITCHES}
@@ -127,7 +128,13 @@ def gpt_in_numpy(weights, ids, c):
         if c.pos != 'rope':
             return x
         speed = [c.rope_base ** (-i / D) for i in range(0, D, 2)]
-        if c.rope_scaling:
+        if c.rope_scaling and c.rope_scaling[0] == 'linear':
+            speed = [s / c.rope_scaling[1] for s in speed]
+        elif c.rope_scaling and c.rope_scaling[0] == 'dynamic':
+            _, factor, context = c.rope_scaling
+            base = c.rope_base * max(factor * T / context - (factor - 1), 1) ** (D / (D - 2))
+            speed = [base ** (-i / D) for i in range(0, D, 2)]
+        elif c.rope_scaling:
             factor, low, high, context = c.rope_scaling
             turns = [context * s / (2 * math.pi) for s in speed]
             share = [min(max((n - low) / (high - low), 0), 1) for n in turns]   # of the speed as it was
@@ -175,6 +182,15 @@ def test_logits_with_every_switch_equal_those_of_the_second_model_in_numpy(atten
     expected = [gpt_in_numpy(model.state_dict(), row, model.config) for row in idx.tolist()]
     atol = 1e-10 if model.config.pos == 'learned' else 2e-6
     np.testing.assert_allclose(logits_of(model, idx).numpy(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize('context', [5, 12, 100])
+def test_dynamic_rope_has_a_larger_base_in_texts_beyond_its_context(context):
+    model, idx = make(pos='rope', rope_scaling=('dynamic', 2.0, context)), tokens()
+    expected = [gpt_in_numpy(model.state_dict(), row, model.config) for row in idx.tolist()]
+    np.testing.assert_allclose(logits_of(model, idx).numpy(), expected, rtol=0, atol=2e-6)
+    plain = logits_of(make(pos='rope'), idx)
+    assert torch.equal(logits_of(model, idx), plain) == (context >= 12)
 
 
 def test_without_targets_the_last_logits_come_alone():
@@ -537,6 +553,9 @@ def test_no_dropout_is_drawn_when_it_is_zero():
     ({'n_kv_head': 8}, ['n_head=4', 'n_kv_head=8', 'a divisor of n_head']),
     ({'pos': 'rope', 'n_embd': 20}, ["pos='rope'", 'an even n_embd / n_head', 'not 5']),
     ({'rope_scaling': (8, 1, 4)}, ['rope_scaling=(8, 1, 4)', 'factor']),
+    ({'rope_scaling': ('linear', 0)}, ["rope_scaling=('linear', 0)", 'factor']),
+    ({'rope_scaling': ('dynamic', 2)}, ["rope_scaling=('dynamic', 2)", 'factor']),
+    ({'rope_scaling': ('yarn', 2.0)}, ["rope_scaling=('yarn', 2.0)", "'linear'", "'dynamic'"]),
     ({'rope_scaling': (8, 1, 4, 0)}, ['rope_scaling=(8, 1, 4, 0)', 'factor']),
     *(({'softcap': value}, [f'softcap={value}', 'expected', '0']) for value in (0, -1.0, math.nan, math.inf)),
     *(({name: 0.0}, [f'{name}=0.0', 'expected', '0']) for name in ('layer_scale', 'norm_eps', 'rope_base')),
@@ -761,8 +780,15 @@ def test_a_cropped_context_without_a_table_of_positions_gives_the_same_logits(ch
     GPT(model.config).load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize('changes', [{'pos': 'rope'}, {'pos': 'alibi'}, {'pos': 'rope', 'window': 5}], ids=str)
+def test_a_context_without_a_table_of_positions_can_grow(changes):
+    model, longer = make(**changes), make(**changes, block_size=30)
+    model.crop_block_size(30)
+    assert torch.equal(logits_of(model, tokens(length=30)), logits_of(longer, tokens(length=30)))
+
+
 @pytest.mark.parametrize('block_size', [13, 0, -1])
-def test_a_context_cannot_be_grown_or_emptied(block_size):
+def test_a_table_of_positions_cannot_be_grown_or_emptied(block_size):
     model = make()
     with pytest.raises(ValueError, match=f'block_size={block_size}: this model has 12 positions'):
         model.crop_block_size(block_size)
