@@ -163,8 +163,9 @@ def build(ckpt: dict, path, merged=False, **overrides) -> GPT:
     try:
         with torch.device('meta'):   # no memory, and no initialisation that would be overwritten
             model = GPT(GPTConfig(**{**ckpt['model_args'], **overrides}))
-        weights = {name: p.float().contiguous() for name, p in ckpt['model'].items()}
-        model.load_state_dict(weights, assign=True)   # no second copy of float32 weights
+        mapped = Path(path).is_dir()   # safetensors maps its files, which somebody may change later
+        weights = {name: p.to(torch.float32, copy=mapped).contiguous() for name, p in ckpt['model'].items()}
+        model.load_state_dict(weights, assign=True)   # what torch has read is not copied
         if model.config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight
         model.requires_grad_()

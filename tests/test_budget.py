@@ -9,7 +9,7 @@ from conftest import log_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatgpt.budget import Budget
+from flatgpt.budget import Budget, duration
 
 
 class Clock:
@@ -130,6 +130,13 @@ def test_processes_set_the_same_number_from_the_mean_of_their_times():
     for thread in threads:
         thread.join()
     assert found[0] == found[1] == pytest.approx(simulate(1, [0.2])[0], abs=2)
+
+
+@pytest.mark.parametrize('seconds, text', [(0, '0 s'), (45.4, '45 s'), (119, '119 s'), (125, '2 min'),
+                                           (7000, '117 min'), (7200, '2.0 h'), (100_000, '27.8 h'),
+                                           (200_000, '2.3 days')])
+def test_a_duration_is_short(seconds, text):
+    assert duration(seconds) == text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

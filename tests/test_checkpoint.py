@@ -347,6 +347,44 @@ def test_the_tokenizer_of_a_nanogpt_checkpoint_is_that_of_the_named_dataset(tmp_
     assert tok.chars == vocabulary
 
 
+@pytest.mark.parametrize('config, vocab_size, found', [
+    ('{dataset}', 20, True), ('{dataset}', 64, True), ('{dataset}', 32, False), ('nowhere', 20, False),
+    (None, 20, False)])
+def test_a_nanogpt_checkpoint_uses_the_dataset_that_its_config_names_if_the_vocabulary_fits(
+        tmp_path, char_dataset, capsys, config, vocab_size, found):
+    config = {'dataset': config.format(dataset=char_dataset)} if config else {}
+    torch.save(as_nanogpt(small_model(vocab_size), config=config), tmp_path / 'ckpt.pt')
+    if not found:
+        with pytest.raises(UserError, match='--tokenizer_of='):
+            checkpoint.load_model(tmp_path)
+        return
+    _, tok, _ = checkpoint.load_model(tmp_path)
+    assert tok.to_dict() == json.loads((char_dataset / 'meta.json').read_text())['tokenizer']
+    assert 'has no tokenizer: that of the dataset' in capsys.readouterr().err
+
+
+def test_a_folder_whose_run_was_moved_says_where_it_is(path):
+    (path.parent / 'previous-1').mkdir()
+    path.rename(path.parent / 'previous-1' / 'ckpt.pt')
+    with pytest.raises(UserError, match='the run that was there is in .*previous-1'):
+        checkpoint.resolve(path.parent)
+
+
+def test_a_model_is_built_without_a_second_copy_of_its_weights_and_trains_all_of_them(path):
+    ckpt = checkpoint.load(path)
+    model = checkpoint.build(ckpt, path)
+    for name, p in model.named_parameters():
+        assert p.data_ptr() == ckpt['model'][name].data_ptr() and p.requires_grad
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_any_dtype_become_float32(path, dtype):
+    ckpt = checkpoint.load(path)
+    ckpt['model'] = {name: p.to(dtype) for name, p in ckpt['model'].items()}
+    assert {p.dtype for p in checkpoint.build(ckpt, path).parameters()} == {torch.float32}
+
+
 def test_the_tokenizer_of_the_named_dataset_must_not_be_larger_than_the_model(tmp_path, char_dataset):
     torch.save(as_nanogpt(small_model(5)), tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match='do not belong together'):

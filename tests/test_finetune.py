@@ -88,6 +88,23 @@ def test_an_adapter_loads_on_its_base_alone(adapted, trained, tmp_path, earlier)
         checkpoint.load_model(tmp_path / 'best.pt')
 
 
+def test_a_base_may_be_trained_further_or_anew_and_its_adapters_stay_usable(trained, tiny, tmp_path):
+    base, adapter = shutil.copytree(trained, tmp_path / 'base'), tmp_path / 'adapter'
+    done = call('train.py', tiny, '--lora_rank=2', f'--init_from={base}', f'--out_dir={adapter}', '--max_iters=1',
+                *HERE)
+    assert done.returncode == 0, done.stderr
+    assert os.path.samefile(base / 'best.pt', adapter / 'base.pt')   # no second file on the disk
+    before = checkpoint.load_model(adapter)[0].state_dict()
+    for args in ((tiny, '--max_iters=1'), ('--init_from=resume', '--max_iters=2')):
+        done = call('train.py', f'--out_dir={base}', *args, *HERE)
+        assert done.returncode == 0, done.stderr
+    shutil.move(adapter, tmp_path / 'elsewhere' / 'adapter')
+    assert_same_weights(checkpoint.load_model(tmp_path / 'elsewhere' / 'adapter')[0].state_dict(), before)
+    done = call('train.py', f'--out_dir={tmp_path / "elsewhere" / "adapter"}', '--init_from=resume', '--max_iters=2',
+                *HERE)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize('at', [0, 4_000_000, 9_999_999])
 def test_the_fingerprint_of_a_large_file_changes_with_its_size_and_with_each_block_that_it_samples(tmp_path, at):
     path = tmp_path / 'weights.pt'

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flatgpt import optim, pretrained, tokenizer
+from flatgpt import lora, optim, pretrained, tokenizer
 from model import (
     ALLOWED,
     ARCHS,
@@ -748,6 +748,20 @@ def test_flops_per_token_are_those_that_torch_counts(changes):
         loss.backward()
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
     assert 6 * vectors < (0.03 if model.config.n_embd == 64 else 0.05) * model.flops_per_token()
+
+
+@pytest.mark.parametrize('trained', ['all', 'c_proj', 'h.2', 'lm_head', 'ln_f', 'adapters'])
+def test_flops_of_a_model_that_is_trained_in_part_are_near_those_that_torch_counts(trained):
+    """A layer counts as a whole: it passes a gradient if anything in it or before it is trained."""
+    model, idx = make(n_layer=3, attention='math', n_embd=64, tie_weights=False), tokens()
+    if trained == 'adapters':
+        lora.put(model, 2, 4.0, 0.0, 'attn|mlp')
+    elif trained != 'all':
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained in name)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    assert model.flops_per_token(idx.size(1)) * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -271,3 +271,21 @@ def test_append_log_that_finds_no_room_says_so_and_goes_on_with_whole_lines(tmp_
     assert out == '' and err.count('\n') == 1 and 'cannot write' in err and 'log.jsonl' in err
     outdir.append_log(tmp_path, {'iter': 2})
     assert (tmp_path / 'log.jsonl').read_text() == '{"iter": 0}\n{"iter": 2}\n'
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_a_kept_file_has_the_content_that_its_source_had(tmp_path, monkeypatch, links):
+    source, target = tmp_path / 'source', tmp_path / 'target'
+    if not links:
+        def refuse(*args):
+            raise OSError(errno.EXDEV, 'Invalid cross-device link')
+        monkeypatch.setattr(os, 'link', refuse)
+    for content in ('first', 'second'):
+        source.write_text(content) if not source.exists() else None
+        outdir.link(source, target)
+        assert target.read_text() == content
+        (tmp_path / 'new').write_text('second')
+        os.replace(tmp_path / 'new', source)
+        assert target.read_text() == content
+    outdir.link(tmp_path / 'nowhere', tmp_path / 'nothing')
+    assert not (tmp_path / 'nothing').exists()

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -529,6 +530,132 @@ def test_any_integer_is_a_seed_and_dropout_a_function_of_it_and_the_step(char_da
         drawn.append(torch.rand(4).tolist())
         Dataset(str(char_dataset)).train_batch(step, seed, 1, 2, 16, CPU)
     assert drawn[0] == drawn[3] and len({tuple(numbers) for numbers in drawn}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run keeps, counts and tells
+
+def other_text(folder, char_dataset):
+    """A dataset of the same characters in another order."""
+    data = Dataset(str(char_dataset))
+    tok = CharTokenizer(data.tokenizer['chars'])
+    write(folder, {split: np.ascontiguousarray(ids[::-1]) for split, ids in data.data.items()}, tok, {})
+    return folder
+
+
+def test_a_run_that_goes_on_with_another_text_begins_its_best_loss_anew_and_keeps_its_best_weights(
+        tmp_path, again, char_dataset):
+    best = load(again / 'best.pt')
+    other = other_text(tmp_path / 'other', char_dataset)
+    args = (f'--dataset={other}', '--batch_size=2', '--max_iters=22', '--learning_rate=0', '--min_lr=0')
+    done = call('train.py', f'--out_dir={again}', '--init_from=resume', *args, *HERE)
+    assert done.returncode == 0, done.stderr
+    assert 'evaluations measure other text than before' in done.stderr
+    last = records(again, 'step')[-1]
+    ckpt, replaced = load(again / 'ckpt.pt'), load(again / 'best.pt')
+    assert ckpt['best_val_loss'] == replaced['best_val_loss'] == last['val_loss'] > best['best_val_loss'] + 0.5
+    assert ckpt['bad_evals'] == 1 and f'best val loss {last["val_loss"]:.4f}' in done.stderr.splitlines()[-1]
+    assert_same_weights(load(again / 'best-20.pt')['model'], best['model'])
+    tokens = [record['tokens'] for record in records(again, 'step')]
+    assert tokens == [0, 10 * 128, 20 * 128, 20 * 128, 20 * 128 + 2 * 64]   # counted; the text of step 20 is another
+    flops = [record['flops'] for record in records(again, 'step')]
+    assert flops == [n * flops[1] / tokens[1] for n in tokens]
+
+
+@pytest.mark.parametrize('args, words', [
+    ('--dataset=nowhere', 'no dataset'), ('--block_size=5000', 'too few'), ('--batch_size=100000000', 'GiB of memory'),
+    ('--init_from=nowhere.pt', 'nowhere.pt'), ('--n_embd=33', 'n_embd=33'), ('--device=tpu', 'tpu'),
+    ('--freeze=(', 'freeze'), ('--init_from=resume', 'ckpt.pt'), ('--max_iters=-1', 'max_iters'),
+    ('--lora_rank=2', 'lora_rank')])
+@pytest.mark.parametrize('before', ['nothing', 'a run'])
+def test_a_start_that_fails_leaves_all_as_it_was(tmp_path, trained, tiny, args, words, before):
+    out_dir = tmp_path / 'a' / 'b'
+    if before == 'a run':
+        shutil.copytree(trained, out_dir)
+        if args == '--init_from=resume':
+            (out_dir / 'ckpt.pt').unlink()
+    there = contents(tmp_path), sorted(tmp_path.rglob('*'))
+    done = call('train.py', tiny, *HERE, f'--out_dir={out_dir}', *args.split())
+    assert done.returncode in (1, 2) and words in done.stderr.splitlines()[-1], done.stderr
+    assert (contents(tmp_path), sorted(tmp_path.rglob('*'))) == there
+
+
+def test_a_run_that_dies_before_it_writes_has_not_moved_the_earlier_one(again, tiny, tmp_path):
+    """As a batch that is too large for the memory makes it."""
+    (tmp_path / 'die.py').write_text('from model import GPT\ndef _die(*args):\n    raise MemoryError\n'
+                                     'GPT.logits_and_loss = _die\n')
+    before = contents(again)
+    done = run('train.py', tiny, tmp_path / 'die.py', f'--out_dir={again}', *HERE)
+    assert_one_line(done, 1, 'out of memory')
+    assert contents(again) == before
+
+
+@pytest.mark.parametrize('option', ['eval_iters', 'block_size'])
+def test_evaluation_windows_without_a_token_to_learn_name_the_options(tmp_path, tiny, option):
+    tok, ids, mask = CharTokenizer('ab'), np.zeros(3000, np.uint16), np.zeros(3000, bool)
+    mask[1000:1010] = True   # far from all windows of the evaluation
+    (tmp_path / 'data').mkdir()
+    write(tmp_path / 'data', {'train': ids, 'val': ids}, tok, {}, {'train': mask, 'val': mask})
+    done = call('train.py', tiny, f'--dataset={tmp_path / "data"}', f'--out_dir={tmp_path / "out"}', '--eval_iters=1',
+                '--batch_size=2', '--gradient_accumulation_steps=1', *HERE)
+    assert_one_line(done, 1, 'no token is to be learnt in the 2 evaluation windows of train',
+                    'raise eval_iters, now 1', 'block_size, now 16')
+    assert 'learning_rate' not in done.stderr
+
+
+@pytest.mark.parametrize('arch, context', [('gpt2', 8), ('llama', 16), ('speedrun', 16)])
+def test_rows_shorter_than_the_context_cut_learned_positions_only(tmp_path, tiny, arch, context):
+    common = (tiny, f'--arch={arch}', '--max_iters=1', *HERE)
+    for args in ((f'--out_dir={tmp_path / "a"}',),
+                 (f'--init_from={tmp_path / "a"}', f'--out_dir={tmp_path / "b"}', '--block_size=8')):
+        done = call('train.py', *common, *args)
+        assert done.returncode == 0, done.stderr
+    ckpt = load(tmp_path / 'b' / 'ckpt.pt')
+    assert ckpt['model_args']['block_size'] == context and ckpt['config']['block_size'] == 8
+    per_token = records(tmp_path / 'b', 'step')[-1]['flops'] / (64)
+    assert per_token == GPT(GPTConfig(**ckpt['model_args'])).flops_per_token(8)
+    done = call('train.py', f'--out_dir={tmp_path / "b"}', '--init_from=resume', '--max_iters=2', *HERE)
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / 'b' / 'ckpt.pt')['model_args']['block_size'] == context
+    if arch == 'llama':
+        done = call('train.py', *common, f'--init_from={tmp_path / "a"}', f'--out_dir={tmp_path / "c"}',
+                    '--block_size=24')
+        assert done.returncode == 0, done.stderr
+        assert load(tmp_path / 'c' / 'ckpt.pt')['model_args']['block_size'] == 24
+
+
+def test_equal_perplexities_are_told_once(tmp_path, trained, tiny):
+    done = call('train.py', tiny, f'--out_dir={tmp_path}', '--max_iters=1', *HERE)
+    assert re.search(r'done at step 1: .*a perplexity of [\d.]+ per character, in ', done.stderr.splitlines()[-1])
+
+
+def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, tiny, monkeypatch):
+    calls = []
+
+    class Wandb:
+        Error = ValueError
+        run = SimpleNamespace(id='abc')
+        init = staticmethod(lambda **args: calls.append(args))
+        log = finish = staticmethod(lambda *args, **more: None)
+
+    monkeypatch.setitem(sys.modules, 'wandb', Wandb)
+    for args in ((tiny, '--max_iters=1'), ('--init_from=resume', '--max_iters=2')):
+        done = call('train.py', *args, f'--out_dir={tmp_path}', '--wandb_log', *HERE)
+        assert done.returncode == 0, done.stderr
+    assert [(args['id'], args['resume']) for args in calls] == [(None, None), ('abc', 'allow')]
+    assert load(tmp_path / 'ckpt.pt')['wandb_id'] == 'abc' and 'wandb_id' not in load(tmp_path / 'best.pt')
+
+
+def test_the_peak_of_a_busy_machine_is_measured_again(tmp_path, tiny):
+    """The first measurement is a thousandth of the others."""
+    (tmp_path / 'busy.py').write_text('from flatgpt.runtime import Runtime\n_found = [1e9, 1e12, 1e11, 1e11]\n'
+                                      'Runtime.peak_flops = lambda self: _found.pop(0)\n')
+    done = run('train.py', tiny, tmp_path / 'busy.py', f'--out_dir={tmp_path / "out"}', '--max_iters=6',
+               '--eval_interval=3', '--device=cpu')
+    assert done.returncode == 0, done.stderr
+    model = fresh_model()
+    for record in records(tmp_path / 'out', 'iter')[1:]:
+        assert record['mfu'] == pytest.approx(model.flops_per_token() * record['tok_per_s'] / 1e12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
