@@ -36,7 +36,7 @@ tensorboard = False                   # also write the log to out_dir/tensorboar
 # data
 dataset = 'openwebtext'               # a folder in data/, or a path
 batch_size = 12                       # rows per micro-batch
-block_size = 1024                     # tokens per row: the context
+block_size = 1024                     # tokens per row; a new model has this context
 gradient_accumulation_steps = 5 * 8   # micro-batches per step, over all processes
 # model
 arch = 'gpt2'                         # a set of switches in model.py: 'gpt2', 'llama', 'qwen3', 'speedrun'
@@ -175,9 +175,7 @@ if not rt.same_everywhere(run.step):
 
 # log, save, evaluate
 
-log = outdir.Log(out_dir, config, rt, run, resuming)   # log.jsonl, Weights & Biases, TensorBoard
-if adapter and not resuming:
-    log.base_file = start_path   # it will be kept beside the adapter
+log = outdir.Log(out_dir, config, rt, run, resuming, start_path if adapter else None)   # log.jsonl, W&B, TensorBoard
 signals = []   # of Ctrl-C or SIGTERM, which end the run after the current step
 if not eval_only:
     signals = runtime.catch_signals(rt)
@@ -387,9 +385,7 @@ elif first_step >= end and resuming:
     rt.notice(f'nothing to do: the run has made {first_step:,} steps, max_iters={end:,}: raise --max_iters to go on')
 else:
     early = f'no better loss in {run.bad_evals} evaluations, ' if no_progress else ''
-    # equal numbers are printed once, with the last unit
-    units = {f'{value:,.2f}': unit for unit, value in data.perplexity(run.best_val_loss).items()}
-    perplexity = ', '.join(f'{number} per {unit}' for number, unit in units.items())
+    perplexity = start.describe_perplexity(data, run.best_val_loss)
     rt.notice(f'done at step {run.step:,}: {early}best val loss {run.best_val_loss:.4f}, a perplexity of {perplexity}, '
               f'in {out_dir}')
 if rt.master and run.evaluated >= 0 and not eval_only and not write_error:

@@ -193,15 +193,15 @@ class Log:
     does nothing in processes other than the master; with eval_only it writes no file.
 
     progress: of the run, with its step and its id in Weights & Biases. resuming: whether it goes on.
-    .base_file: of an adapter, the file of its base, which will be kept beside it.
+    base_path: of an adapter, where its base is; a file is kept beside it.
     """
 
-    def __init__(self, out_dir, options: dict, rt: Runtime, progress, resuming: bool):
+    def __init__(self, out_dir, options: dict, rt: Runtime, progress, resuming: bool, base_path=None):
         self.rt = rt
         self.out_dir = Path(out_dir)
         self.writes = rt.master and not options['eval_only']
         self.started = resuming
-        self.base_file = None
+        self.base_path = base_path
         self.wandb = None
         self.board = None
         if rt.master and options['wandb_log']:
@@ -222,8 +222,8 @@ class Log:
             previous = set_aside(self.out_dir)
             if previous:
                 self.rt.notice(f'the run that was in {self.out_dir} is now in {previous}')
-            if self.base_file and os.path.isfile(self.base_file):
-                link(self.base_file, self.out_dir / 'base.pt')
+            if self.base_path and os.path.isfile(self.base_path):
+                link(self.base_path, self.out_dir / 'base.pt')
 
     def add(self, **record):
         """Add a record, {name: value}, of a step: 'step' or 'iter' has its number."""

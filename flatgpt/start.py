@@ -233,3 +233,10 @@ def require_memory(model, options: dict, rt: runtime.Runtime):
         raise UserError(f'training needs {needed / 2**30:.1f} GiB of memory or more, {free / 2**30:.1f} GiB are free: '
                         f'lower batch_size and raise gradient_accumulation_steps, or give --activation_checkpointing, '
                         f'--loss_chunks=8, a smaller model, or --lora_rank=8 when finetuning')
+
+
+def describe_perplexity(data, loss: float) -> str:
+    """Return '4.17 per token, 2.20 per byte' for a mean loss on the validation text: equal numbers once, with the last
+    unit."""
+    units = {f'{value:,.2f}': unit for unit, value in data.perplexity(loss).items()}
+    return ', '.join(f'{number} per {unit}' for number, unit in units.items())

@@ -761,7 +761,7 @@ def test_flops_of_a_model_that_is_trained_in_part_are_near_those_that_torch_coun
             p.requires_grad_(trained in name)
     with FlopCounterMode(display=False) as counter:
         model(idx, idx)[1].backward()
-    assert model.flops_per_token(idx.size(1)) * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.06)
+    assert model.flops_per_token(idx.size(1)) * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
