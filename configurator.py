@@ -25,9 +25,11 @@ from flatgpt.errors import UsageError, show_error
 
 # name, annotation and comment of an option: `top_k: int | None = None   # sample among the k most likely tokens`
 OPTION = re.compile(r'([a-z][a-z0-9_]*)(?:\s*:([^=]+))?\s*=(?!=).*?(?:  # (.*))?', re.ASCII)
+# options that hold a text; in all others that are strings, a leading ~/ is the home folder
+TEXTS = {'start', 'stop', 'separator', 'template', 'inspect', 'special', 'versus'}
 BOOLS = {'true': True, 'false': False}
 PARSERS = {NoneType: {'None': None}.__getitem__, bool: lambda text: BOOLS[text.lower()],
-           int: int, float: float, str: str}
+           int: lambda text: float(text) if 'e' in text else int(text), float: float, str: str}   # 1e3 is whole
 TYPE_NAMES = {NoneType: 'None', bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}
 RETIRED = {   # nanoGPT's options that are not needed here
     'always_save_checkpoint': 'ckpt.pt is always the latest state and best.pt the best one',
@@ -55,8 +57,8 @@ class Config(dict):
 
     def put(self, name: str, value, source: str):
         """Set an option that the user gives, here and in the globals of the script; an int becomes a float where a
-        float is expected. Of a retired option, print what replaces it. Raises UsageError for another type.
-        source: where the value comes from, for messages."""
+        float is expected, a whole float an int, ~/ the home folder. Of a retired option, print what replaces it.
+        Raises UsageError for another type. source: where the value comes from, for messages."""
         if name not in self:
             line = f'{source}: {name} is not needed: {RETIRED[name]}'
             if name == 'find_lr' and value is True:   # who asks for it does not want a whole run
@@ -69,6 +71,10 @@ class Config(dict):
         types = self.types[name]
         if type(value) is int and float in types and int not in types:
             value = float(value)
+        if type(value) is float and int in types and value.is_integer():
+            value = int(value)
+        if type(value) is str and (name not in TEXTS or value.startswith('FILE:')):   # a path, or some with commas
+            value = re.sub('(^|,|^FILE:)~(?=[/,]|$)', lambda found: found[1] + os.path.expanduser('~'), value)
         if type(value) not in types:
             raise UsageError(f'{source}: {name}={value!r:.100}: {expected(types)}')
         self[name] = self.namespace[name] = value
@@ -84,13 +90,31 @@ class Config(dict):
 
 def configure(namespace: dict, argv: list[str] | None = None) -> Config:
     """Apply config files and --key=val arguments, in their order, to the options of the script that has these
-    globals(), and return all options. Prints them and exits for --help. Raises UsageError."""
+    globals(), and return all options. Prints them and exits for --help. Raises UsageError.
+
+    Side effects: an error of the user is shown as one line (sys.excepthook); what a stream cannot show, or bytes typed
+    that are invalid UTF-8, are escaped, as in \\u4f60.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     sys.excepthook = functools.partial(show_error, to_lower=[n for n in ('batch_size', 'block_size') if n in namespace])
     config = Config(namespace)
     words = list(sys.argv[1:] if argv is None else argv)
-    if '--help' in words or '-h' in words:
+    asks = {'--help', '-h'}
+    try:
+        apply_words([word for word in words if word not in asks], config)
+    except UsageError:
+        if not asks & {*words}:
+            raise
+    if asks & {*words}:
         print(help_text(config))
         raise SystemExit(0)
+    return config
+
+
+def apply_words(words, config):
+    """Apply the arguments of a command line."""
     while words:
         word = words.pop(0)
         if not word.startswith('--'):
@@ -105,8 +129,20 @@ def configure(namespace: dict, argv: list[str] | None = None) -> Config:
             if alone and bool not in types:
                 raise UsageError(f'--{name} needs a value: {expected(types)}')
             text = 'True' if alone else words.pop(0)
+        if name in TEXTS:
+            text = readable(name, text)
         config.put(name, parse(name, text, types), 'command line')
-    return config
+
+
+def readable(name, text):
+    """A text from the command line without bytes that are invalid UTF-8; a shell hands over \\n as two characters."""
+    text = text.encode(errors='surrogateescape').decode(errors='backslashreplace')
+    if name in ('stop', 'separator') and not text.startswith('['):   # a JSON list has its own escapes
+        return text.replace('\\n', '\n').replace('\\t', '\t').replace('\\r', '\r')
+    if name == 'start' and '\\n' in text:
+        print(r"--start has a backslash and an n; for a line break give --start=$'a\nb' or --start=FILE:prompt.txt",
+              file=sys.stderr)
+    return text
 
 
 def apply_file(path, config):
@@ -114,9 +150,10 @@ def apply_file(path, config):
     try:
         source = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        near = config.script.parent / path
-        hint = f'do you mean {near}?' if os.path.isfile(near) else 'expected a Python file or --key=val'
-        raise UsageError(f'config file {path!r}: {getattr(error, "strerror", None) or error}; {hint}') from None
+        reason = getattr(error, 'strerror', None) or error
+        raise UsageError(f'config file {path!r}: {reason}; {guess(path, config)}') from None
+    if not path.endswith('.py'):
+        raise UsageError(f'{path!r} is not a Python file; {guess(path, config)}')
     if b'configure(globals())' in source:
         raise UsageError(f'{path} is a script, expected a config file such as config/train_shakespeare_char.py')
     scope = {**config, '__name__': '__config__', '__file__': os.path.abspath(path)}
@@ -140,12 +177,30 @@ def apply_file(path, config):
         print(f'{path}: not options of {config.script.name}, ignored: {", ".join(ignored)}', file=sys.stderr)
 
 
+def guess(word, config):
+    """What a user may mean by an argument that is not a config file: 'do you mean ...?'"""
+    option = word.lstrip('-\u2013\u2014')   # dashes, as word processors write them
+    if '=' in option and option.partition('=')[0] in config:
+        return f'do you mean --{option}?'
+    operands = [name for name in ('out_dir', 'runs', 'input') if name in config]
+    if os.path.exists(word) and not word.endswith('.py') and operands:
+        return f'do you mean --{operands[0]}={word}?'
+    recipes = {path.stem: path for path in Path(__file__).parent.glob('config/*.py')}
+    near = difflib.get_close_matches(Path(word).stem, recipes, n=1)
+    path = config.script.parent / word   # given from another folder
+    if near and not os.path.isfile(path):
+        path = recipes[near[0]]
+    if os.path.isfile(path):
+        return f'do you mean {min(str(path), os.path.relpath(path), key=len)}?'
+    return 'expected a Python file or --key=val'
+
+
 def parse(name, text, types):
     """The value of an option, of one of its types, from its text on the command line. Raises UsageError."""
     for each in [*PARSERS, *types]:   # a string last, which may be anything
         with contextlib.suppress(Exception):
             value = PARSERS.get(each, ast.literal_eval)(text)   # a list or a tuple is a literal
-            if each in types and type(value) is each:
+            if each in types:
                 return value
     raise UsageError(f'--{name}={text!r:.100}: {expected(types)}')
 

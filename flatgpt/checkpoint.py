@@ -18,7 +18,7 @@ import torch
 
 from flatgpt import hub, lora, pretrained, tokenizer
 from flatgpt.dataset import find, read_meta
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, nothing_at
 from model import GPT, NANOGPT_FIELDS, GPTConfig
 
 VERSION = 1
@@ -134,6 +134,8 @@ def in_folder(path) -> Path:
     """Return where the model in a folder is: in best.pt, else in ckpt.pt, else the folder itself if it is one of
     Hugging Face. A path that is no folder is returned as it is."""
     path = Path(path)
+    if not os.path.exists(path):
+        raise UserError(f'{nothing_at(path)}; train into it first, or give --out_dir or --init_from')
     if not os.path.isdir(path):
         return path
     for name in ('best.pt', 'ckpt.pt'):

@@ -3,6 +3,7 @@ The errors that a user can correct, how a script shows them (one line on stderr 
 """
 
 import contextlib
+import difflib
 import os
 import sys
 
@@ -15,6 +16,20 @@ class UserError(Exception):
 class UsageError(UserError):
     """An option has a wrong name or value, or options exclude each other. Exit status 2."""
     status = 2
+
+
+def do_you_mean(name: str, names) -> str:
+    """'; do you mean X?' with the nearest of some names, '' if none is near: the end of an error's message."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f'; do you mean {near[0]}?' if near else ''
+
+
+def nothing_at(path: str | os.PathLike) -> str:
+    """'there is no X' for a path that does not exist, with the nearest name in its folder: an error's message."""
+    folder, name = os.path.split(os.path.normpath(path))
+    names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+    near = difflib.get_close_matches(name, names, n=1)
+    return f'there is no {path}' + (f'; do you mean {os.path.join(folder, near[0])}?' if near else '')
 
 
 def show_error(error_type, error, trace, to_lower=()):

@@ -325,10 +325,30 @@ def test_a_file_or_folder_goes_before_a_name_on_the_hub(tmp_path, monkeypatch, n
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f'{name} is not in the cache'):
         checkpoint.resolve(name)
-    assert checkpoint.model_path(name, 'resume') == Path(name)
+    with pytest.raises(UserError, match=f'^there is no {name}; train into it first'):
+        checkpoint.model_path(name, 'resume')
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
     assert checkpoint.resolve(name) == Path(name)
+
+
+@pytest.mark.parametrize('typed, near', [('out-python-chr', 'out-python-char'), ('out-python-char/', 'out-python-char'),
+                                         ('./out-pyton-char', './out-python-char'), ('runs/modle', 'runs/model'),
+                                         ('runs/model/bets.pt', 'runs/model/best.pt'), ('elsewhere', None)])
+def test_a_model_that_is_not_there_is_named_with_the_nearest_that_is(tmp_path, monkeypatch, typed, near):
+    (tmp_path / 'out-python-char').mkdir()
+    (tmp_path / 'runs/model').mkdir(parents=True)
+    (tmp_path / 'runs/model/best.pt').touch()
+    monkeypatch.chdir(tmp_path)
+    if typed.endswith('/'):
+        (tmp_path / 'out-python-char').rename(tmp_path / 'out-python-chat')
+        near = 'out-python-chat'
+    for path in (typed, tmp_path / typed):
+        with pytest.raises(UserError) as error:
+            checkpoint.in_folder(path)
+        assert str(error.value).startswith('there is no ')
+        assert ('do you mean' in str(error.value)) == bool(near)
+        assert not near or f'{near.removeprefix("./")}?' in str(error.value)
 
 
 def test_load_model_gives_the_model_and_the_tokenizer_that_travelled_with_it(path):

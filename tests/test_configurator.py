@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -165,6 +166,8 @@ def test_any_value_set_by_key_and_next_word_comes_back(folder, assignment):
     (['--choice', 'fast'], {'choice': 'fast'}),
     (['--choice=true'], {'choice': True}),
     (['--rate=3'], {'rate': 3.0}),
+    (['--count=1e3'], {'count': 1000}),
+    (['--maybe_count=2.5e2'], {'maybe_count': 250}),
     (['--maybe_rate', '-3'], {'maybe_rate': -3.0}),
     (['--maybe_rate=None'], {'maybe_rate': None}),
     (['--text=None'], {'text': 'None'}),
@@ -207,7 +210,8 @@ def test_an_int_becomes_a_float_where_one_is_expected(folder, name, value):
 
 
 @pytest.mark.parametrize('source', [
-    'count = True', 'count = 2.0', 'count = None', 'count = "3"', 'rate = False', 'rate = "fast"', 'rate = None',
+    'count = True', 'count = 2.5', 'count = 1e400', 'count = None',
+    'count = "3"', 'rate = False', 'rate = "fast"', 'rate = None',
     'flag = 1', 'flag = 0.0', 'flag = "True"', 'flag = None', 'text = 3', 'text = None', 'text = b"x"',
     'maybe_count = True', 'maybe_count = 1.5', 'maybe_rate = True', 'maybe_text = 1', 'choice = 1', 'choice = None',
     'sizes = (1, 2)', 'sizes = 1', 'sizes = None', 'count = int', 'count = lambda: 3',
@@ -220,7 +224,8 @@ def test_a_value_of_another_type_in_a_config_file_is_refused(folder, source):
 
 @pytest.mark.parametrize('word, expected', [
     ('--count=True', 'expected an integer'), ('--count=2.0', 'expected an integer'),
-    ('--count=None', 'expected an integer'), ('--count=1e3', 'expected an integer'),
+    ('--count=None', 'expected an integer'), ('--count=15e-1', 'expected an integer'),
+    ('--count=1e400', 'expected an integer'), ('--count=e', 'expected an integer'),
     ('--count=0x10', 'expected an integer'), ('--rate=0x10', 'expected a number'), ('--rate=[1]', 'expected a number'),
     ('--count=', 'expected an integer'), ('--count=' + '9' * 5000, 'expected an integer'),
     ('--rate=fast', 'expected a number'), ('--rate=True', 'expected a number'), ('--rate=', 'expected a number'),
@@ -234,6 +239,39 @@ def test_a_value_of_another_type_in_a_config_file_is_refused(folder, source):
 def test_a_value_of_another_type_on_the_command_line_is_refused(folder, word, expected):
     line = refusal(folder, word, '--flag')
     assert word.partition('=')[0].strip('-') in line and line.endswith(expected) and len(line) < 150
+
+
+def test_a_whole_float_of_a_config_file_is_an_int_where_one_is_expected(folder):
+    assert same(call(folder, write(folder, 'count = 1e3\nmaybe_count = 2e0'))[0]['count'], 1000)
+
+
+@pytest.fixture
+def sampler(tmp_path, monkeypatch):
+    """A function of arguments: the options of a script that has paths and texts; its home is a name with a blank."""
+    monkeypatch.setenv('HOME', '/home/张 三')
+    options = {'out_dir': 'out', 'runs': '', 'start': '', 'stop': '', 'separator': '', 'template': '', 'inspect': ''}
+    lines = [f'{name} = {value!r}' for name, value in options.items()]
+    (tmp_path / 'options.py').write_text('\n'.join([*lines, 'configure(globals())']))
+    return lambda *argv: configure({'__file__': str(tmp_path / 'options.py'), **options}, argv)
+
+
+@pytest.mark.parametrize('name, text, expected', [
+    ('out_dir', '~/x', '/home/张 三/x'), ('out_dir', '~', '/home/张 三'), ('out_dir', 'a~/x', 'a~/x'),
+    ('out_dir', './~/x', './~/x'), ('out_dir', '~x', '~x'), ('runs', '~/a,b,~/c', '/home/张 三/a,b,/home/张 三/c'),
+    ('start', 'FILE:~/x', 'FILE:/home/张 三/x'), ('start', '~/x', '~/x'), ('inspect', '~/x', '~/x')])
+def test_the_home_folder_stands_for_a_tilde_in_every_path(sampler, tmp_path, name, text, expected):
+    assert sampler(f'--{name}={text}')[name] == expected
+    assert sampler(write(tmp_path, f'{name} = {text!r}'))[name] == expected
+
+
+@pytest.mark.parametrize('name, text, expected', [
+    ('stop', r'\n', '\n'), ('stop', r'\n\n', '\n\n'), ('stop', r'\nQ:\t', '\nQ:\t'), ('separator', r'\r\n', '\r\n'),
+    ('stop', r'["\n"]', r'["\n"]'),   # which JSON reads
+    ('start', r'a\nb', r'a\nb'), ('inspect', r'\n', r'\n'), ('out_dir', r'a\n', r'a\n'),
+    ('start', 'caf\udce9', r'caf\xe9'), ('stop', '\udcff', r'\xff'), ('out_dir', 'caf\udce9', 'caf\udce9')])
+def test_escapes_that_a_shell_hands_over_and_invalid_bytes_of_a_text_are_read(sampler, capsys, name, text, expected):
+    assert sampler(f'--{name}={text}')[name] == expected
+    assert capsys.readouterr().err.count('line break') == (name == 'start' and 'n' in text)
 
 
 def test_given_holds_what_was_set_and_nothing_else(folder):
@@ -379,12 +417,27 @@ def test_a_script_given_as_a_config_is_refused(folder):
 
 
 @pytest.mark.parametrize('word, reason', [
-    ('nowhere.py', 'No such file'), ('.', 'Is a directory'), ('', 'Is a directory'), ('count=3', 'No such file'),
-    ('-count=3', 'No such file'), ('x' * 300, 'File name too long'), ('nul\0', 'embedded null'), ('\ud800', 'encode'),
+    ('nowhere.py', 'No such file'), ('.', 'Is a directory'), ('', 'Is a directory'), ('cnt=3', 'No such file'),
+    ('x' * 300, 'File name too long'), ('nul\0', 'embedded null'), ('\ud800', 'encode'),
 ])
 def test_a_config_file_that_cannot_be_read_is_refused(folder, word, reason):
     line = refusal(folder, word)
     assert reason in line and repr(word) in line and line.endswith('expected a Python file or --key=val')
+
+
+@pytest.mark.parametrize('word, meant', [
+    ('count=3', '--count=3'), ('-count=3', '--count=3'), ('\u2014count=3', '--count=3'),   # a word processor's dash
+    ('data', '--out_dir=data'), ('book.txt', '--out_dir=book.txt'),
+    ('config/train_python.py', 'config/train_python_char.py'), ('train_gpt2', 'config/train_gpt2.py'),
+    ('config/train_gpt2.yaml', 'config/train_gpt2.py'), ('finetune_sq.py', 'config/finetune_sql.py')])
+def test_what_a_user_may_mean_by_an_argument_is_suggested(tmp_path, monkeypatch, word, meant):
+    (tmp_path / 'options.py').write_text("count = 1\nout_dir = 'out'\nconfigure(globals())\n")
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'book.txt').write_text('count = 2')   # text, also if it is Python
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as error:
+        configure({'__file__': 'options.py', 'count': 1, 'out_dir': 'out'}, [word])
+    assert str(error.value).endswith(f'{meant}?') and 'do you mean ' in str(error.value)
 
 
 def test_a_config_file_beside_the_script_is_suggested_from_elsewhere(folder):
@@ -541,6 +594,13 @@ def test_no_python_in_a_config_file_gives_a_traceback(folder, lines):
 # ---------------------------------------------------------------------------------------------------------------------
 # help
 
+def test_help_shows_the_values_of_a_config_file(folder, capsys):
+    with pytest.raises(SystemExit):
+        call(folder, '--help', write(folder, 'count = 77'), '--text=x')
+    out = capsys.readouterr().out
+    assert '--count=77 ' in out and "--text='x' " in out and '--rate=0.5 ' in out
+
+
 @pytest.mark.parametrize('argv', [['--help'], ['-h'], ['--count=wrong', 'nowhere.py', '--help']])
 def test_help_prints_every_option_with_default_and_comment(folder, capsys, argv):
     with pytest.raises(SystemExit) as stop:
@@ -649,6 +709,19 @@ def test_out_of_memory_is_one_line_that_names_what_the_script_can_lower(folder, 
 
 def test_usage_errors_are_user_errors_with_a_status_of_their_own():
     assert issubclass(UsageError, UserError) and (UserError.status, UsageError.status) == (1, 2)
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'utf-8'])
+def test_what_a_stream_cannot_show_is_escaped(folder, monkeypatch, encoding):
+    streams = [io.TextIOWrapper(io.BytesIO(b'caf\xe9'), encoding=encoding) for _ in range(3)]
+    for name, stream in zip(('stdin', 'stdout', 'stderr'), streams):
+        monkeypatch.setattr(sys, name, stream)
+    call(folder)
+    print('é 你 \udce9')
+    sys.stdout.flush()
+    shown = 'é 你' if encoding == 'utf-8' else 'é \\u4f60' if encoding == 'cp1252' else '\\xe9 \\u4f60'
+    assert streams[1].buffer.getvalue().decode(encoding) == shown + ' \\udce9\n'
+    assert sys.stdin.read() == ('café' if encoding == 'cp1252' else 'caf\\xe9')
 
 
 def test_importing_the_configurator_changes_nothing():

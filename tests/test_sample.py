@@ -125,7 +125,7 @@ def bad(tmp_path_factory, trained):
     (['--start=FILE:{bad}/nowhere.txt'], ['nowhere.txt', 'No such file']),
     (['--start=FILE:{bad}/latin'], ['latin', 'not UTF-8']),
     (['--start=größer?'], ['ö', 'ß', '?']),
-    (['--out_dir={bad}/nowhere'], ['nowhere', 'No such file']),
+    (['--out_dir={bad}/nowhere'], ['nowhere', 'there is no']),
     (['--init_from={bad}/nanogpt.pt'], ['nanogpt.pt', '--tokenizer_of=']),
     (['--init_from={bad}/nan.pt'], ['NaN']),
     (['--prompts={bad}/nowhere.txt'], ['nowhere.txt']),
