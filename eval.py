@@ -11,17 +11,7 @@ How good a model is: the exact loss of a text, multiple choice, last words, and 
 A table goes to stderr, one JSON object to stdout. What the figures mean: docs/evaluation.md.
 """
 
-import dataclasses
-import json
-import math
-from pathlib import Path
-
-import numpy as np
-
 from configurator import configure
-from flatgpt import checkpoint, engine, evaluation, runtime, tokenizer, validate
-from flatgpt.dataset import SPLITS, Dataset, open_ids
-from flatgpt.errors import UsageError, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the model
@@ -49,6 +39,17 @@ dtype = 'float32'                     # 'float32', 'bfloat16' or 'float16' (less
 compile: str | bool = False           # torch.compile: True, False, 'auto' (where it is a GPU)
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from flatgpt import checkpoint, engine, evaluation, runtime, tokenizer, validate
+from flatgpt.dataset import SPLITS, Dataset, open_ids
+from flatgpt.errors import UsageError, UserError
 
 # refusals
 

@@ -11,18 +11,7 @@ stdout holds the samples, a line of dashes after each, or with --json one object
 goes to stderr. The same command gives the same samples; in float32 also however many are drawn together.
 """
 
-import contextlib
-import sys
-import time
-from json import dumps, loads  # the name json is an option
-from pathlib import Path
-
-from tqdm import tqdm
-
 from configurator import configure
-from flatgpt import checkpoint, engine, runtime, tokenizer, validate
-from flatgpt.errors import UserError
-from flatgpt.quantize import int8, pack
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what to continue
@@ -53,6 +42,19 @@ dtype = 'auto'                        # 'float32', 'bfloat16', 'float16', 'auto'
 compile: str | bool = False           # torch.compile of the decoding step: True, False, 'auto' (where it is a GPU)
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
+
+import contextlib
+import sys
+import time
+from json import dumps, loads  # the name json is an option
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flatgpt import checkpoint, engine, runtime, tokenizer, validate
+from flatgpt.errors import UserError
+from flatgpt.quantize import int8, pack
+
 validate.sample_options(config)
 stops = engine.parse_stops(stop)
 terminal = sys.stdout.isatty() and not json

@@ -444,7 +444,7 @@ def test_texts_of_records(tmp_path, name, content, how, texts):
     ('x.html', '<p>a</p>', 'is markup, not text: convert it, for instance with pandoc -t plain'),
     ('x.xml.gz', '', 'is markup, not text'),
 ])
-def test_what_is_no_record_is_refused_with_its_place(tmp_path, name, content, words):
+def test_an_invalid_record_is_refused_with_its_place(tmp_path, name, content, words):
     path = tmp_path / name
     path.write_bytes(content.encode('latin-1'))
     assert words in refusal(path) and str(path) in refusal(path)

@@ -242,7 +242,7 @@ def test_options_stand_between_the_rulers_each_alone_on_its_line(script):
     assert lines[ruler[1]].startswith(('configure(globals())', 'config = configure(globals())'))
 
 
-@pytest.mark.parametrize('script', sorted({*RUNNABLE} - {'sample.py', 'eval.py'}))
+@pytest.mark.parametrize('script', RUNNABLE)
 def test_options_are_read_before_anything_slow_is_imported_and_no_import_hides_one(script):
     call_line = max(number for *_, number in configurator.read_options(ROOT / script))
     above = all_imports(node for node in ast.walk(tree(script)) if getattr(node, 'lineno', call_line) < call_line)
