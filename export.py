@@ -29,7 +29,7 @@ from pathlib import Path
 import torch  # not above the options: --help and a misspelt option need not wait for it
 from safetensors import SafetensorError
 
-from flatgpt import checkpoint, lora, machine, pretrained, tokenizer, validate
+from flatgpt import architectures, checkpoint, lora, machine, pretrained, tokenizer, validate
 from flatgpt.errors import UserError
 
 validate.export_options(config)
@@ -40,7 +40,7 @@ path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of, merged=not adapter)
 if adapter and 'base' not in ckpt:
     raise UserError(f'{path} is not an adapter, it has all its weights: remove --adapter')
-architecture = pretrained.hf_architecture(model.config)
+architecture = architectures.hf_architecture(model.config)
 model.to(machine.DTYPES[dtype]).float()
 
 # what the folder must give again: the ids of a text, and the logits of random ids
@@ -101,5 +101,5 @@ except (OSError, SafetensorError) as error:
 
 size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
 also = f', by {reader} too' if reader else ''
-print(f'{path} as {pretrained.CLASSES[architecture]}, {size:,.1f} MB, read back and compared{also}', file=sys.stderr)
+print(f'{path} as {architectures.CLASSES[architecture]}, {size:,.1f} MB, read back and compared{also}', file=sys.stderr)
 print(to)

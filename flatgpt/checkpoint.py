@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from flatgpt import hub, lora, pretrained, tokenizer
+from flatgpt import architectures, hub, lora, pretrained, tokenizer
 from flatgpt.dataset import find, read_meta
 from flatgpt.errors import UserError, nothing_at
 from model import GPT, NANOGPT_FIELDS, GPTConfig
@@ -296,7 +296,8 @@ def fields(path) -> dict:
     """Return the fields of GPTConfig, {name: value}, of what resolve() would find. Of a model on the hub only its
     config.json is downloaded."""
     if hub.is_name(path):
-        return pretrained.config_from_hf(pretrained.read_json(pretrained.fetch_config(str(path)) / 'config.json'), path)
+        config = pretrained.read_json(pretrained.fetch_config(str(path)) / 'config.json')
+        return architectures.config_from_hf(config, path)
     return load(resolve(path))['model_args']
 
 

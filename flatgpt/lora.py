@@ -11,8 +11,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from flatgpt.architectures import hf_names, hf_rows
 from flatgpt.errors import UserError
-from flatgpt.pretrained import hf_names, hf_rows, write_json
+from flatgpt.pretrained import write_json
 from model import dropout
 
 

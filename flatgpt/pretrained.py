@@ -1,8 +1,5 @@
 """
-Folders of Hugging Face, both ways: config.json and GPTConfig, model.safetensors and our parameters, tokenizers.
-
-The tables below give the names of Hugging Face, hf, for ours. They are read in both directions. An architecture is what
-config.json calls model_type.
+Folders of Hugging Face, both ways, and models on its hub: weights, configuration, tokenizer, special tokens.
 """
 
 import json
@@ -14,215 +11,22 @@ from pathlib import Path
 import torch
 
 from flatgpt import hub, tokenizer
+from flatgpt.architectures import BUFFERS, config_from_hf, config_to_hf, weights_from_hf, weights_to_hf
 from flatgpt.errors import UserError
-from model import ARCHS, GPT, GPTConfig
+from model import GPT, GPTConfig
 
-CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
-           'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
-
-# {module of ours: modules of hf}; # is the number of a layer. Several are rows of ours, one below the other
-GPT2 = {name: [name] for name in ('transformer.wte', 'transformer.wpe', 'transformer.ln_f', 'lm_head', *(
-    f'transformer.h.#.{part}' for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj')))}
-LLAMA = {
-    'transformer.wte': ['model.embed_tokens'],
-    'transformer.h.#.ln_1': ['model.layers.#.input_layernorm'],
-    'transformer.h.#.attn.c_attn': [f'model.layers.#.self_attn.{part}_proj' for part in 'qkv'],
-    'transformer.h.#.attn.c_proj': ['model.layers.#.self_attn.o_proj'],
-    'transformer.h.#.ln_2': ['model.layers.#.post_attention_layernorm'],
-    'transformer.h.#.mlp.c_fc': [f'model.layers.#.mlp.{part}_proj' for part in ('gate', 'up')],
-    'transformer.h.#.mlp.c_proj': ['model.layers.#.mlp.down_proj'],
-    'transformer.ln_f': ['model.norm'],
-    'lm_head': ['lm_head'],
+# Files that are met where weights are expected, by their first bytes
+SIGNS = {
+    b'version https://git-lfs': 'it is a pointer of Git LFS: run `git lfs pull` in its folder',
+    b'GGUF': 'it is a GGUF file: give the folder, or the name on the hub, of the model that it was made from',
+    (20240326).to_bytes(4, 'little'): "it is a model of llm.c: convert it with llm.c's dev/eval/export_hf.py, and give "
+                                      "that folder",
+    b'<': 'it is a web page: download it again',
 }
-MODULES = {**dict.fromkeys(CLASSES, LLAMA), 'gpt2': GPT2, 'qwen3': {
-    **LLAMA, **{f'transformer.h.#.attn.{part}_norm': [f'model.layers.#.self_attn.{part}_norm'] for part in 'qk'}}}
-TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')   # in GPT-2 these are stored input by output
-BUFFERS = r'(^|\.)attn\.(masked_)?bias$|rotary_emb\.inv_freq$'   # constants that old files hold
-
-# {field of GPTConfig: field of config.json}
-LLAMA_FIELDS = {
-    'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings', 'n_layer': 'num_hidden_layers',
-    'n_embd': 'hidden_size', 'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads',
-    'head_dim': 'head_dim', 'n_inner': 'intermediate_size', 'norm_eps': 'rms_norm_eps', 'rope_base': 'rope_theta',
-    'bias': 'attention_bias', 'tie_weights': 'tie_word_embeddings'}
-FIELDS = {**dict.fromkeys(CLASSES, LLAMA_FIELDS), 'mistral': {**LLAMA_FIELDS, 'window': 'sliding_window'}, 'gpt2': {
-    'vocab_size': 'vocab_size', 'block_size': 'n_positions', 'n_layer': 'n_layer', 'n_embd': 'n_embd',
-    'n_head': 'n_head', 'n_inner': 'n_inner', 'norm_eps': 'layer_norm_epsilon', 'tie_weights': 'tie_word_embeddings'}}
-# What a config.json means that is silent
-LLAMA_DEFAULTS = {'num_key_value_heads': None, 'head_dim': None, 'rms_norm_eps': 1e-6, 'rope_theta': 10_000.0,
-                  'attention_bias': False, 'mlp_bias': False, 'tie_word_embeddings': False}
-DEFAULTS = {
-    'gpt2': {'n_inner': None, 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
-             'activation_function': 'gelu_new'},
-    'llama': LLAMA_DEFAULTS,
-    'mistral': {**LLAMA_DEFAULTS, 'num_key_value_heads': 8, 'sliding_window': 4096},
-    'qwen2': {**LLAMA_DEFAULTS, 'num_key_value_heads': 32, 'attention_bias': True},
-    'qwen3': {**LLAMA_DEFAULTS, 'num_key_value_heads': 32, 'head_dim': 128},
-}
-GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'erf'}   # {activation_function: gelu}
-# Fields that change the result, with the values that we can compute, the usual one first
-LLAMA_SUPPORTED = {'hidden_act': ('silu',), 'rope_type': ('default', 'llama3'), 'use_sliding_window': (False,),
-                   'quantization_config': (None,)}
-SUPPORTED = {
-    **dict.fromkeys(CLASSES, LLAMA_SUPPORTED),
-    'qwen3': {**LLAMA_SUPPORTED, 'attention_bias': (False,)},
-    'gpt2': {'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
-             'add_cross_attention': (False,), 'activation_function': (*GELUS,), 'quantization_config': (None,)},
-}
-LLAMA3 = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'   # GPTConfig.rope_scaling
+WRAPPERS = r'^(_orig_mod\.|module\.|base_model\.model\.)+'   # prefixes of names: torch.compile, DDP, PEFT
 SMALL_FILES = '*.json', 'merges.txt', 'chat_template.jinja'   # of a repository: all but its weights
 KEPT_FILES = 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json'   # which save() writes back
 USUAL_ENDS = tokenizer.EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>', '<|eot_id|>'
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# configuration
-
-def config_from_hf(hf_config: dict, source) -> dict:
-    """The fields of GPTConfig, {name: value}, for the config.json of a source, a folder or repository. UserError names
-    what it asks for and we cannot compute."""
-    try:
-        architecture = hf_config.get('model_type')
-        if architecture not in CLASSES:
-            raise UserError(f'{source} is a model of type {architecture!r}: expected one of '
-                            f'{", ".join(map(repr, CLASSES))}')
-        rope = {**(hf_config.get('rope_parameters') or {}), **(hf_config.get('rope_scaling') or {})}
-        rope.setdefault('rope_type', rope.get('type', 'default'))   # its name before transformers 4.43
-        values = {**DEFAULTS[architecture], **hf_config, **rope}
-        refused = [f'{name}={values[name]!r}' for name, allowed in SUPPORTED[architecture].items()
-                   if values.get(name, allowed[0]) not in allowed]
-        if refused:
-            raise UserError(f'{source}: our {architecture} cannot compute {", ".join(refused)}')
-        config = {**ARCHS.get(architecture, ARCHS['llama']),
-                  **{name: values[field] for name, field in FIELDS[architecture].items()}}
-        if architecture == 'gpt2':
-            config |= {'bias': True, 'gelu': GELUS[values['activation_function']]}
-        else:
-            config['bias'] = values['attention_bias'] or values['mlp_bias']
-        if values.get('rope_type') == 'llama3':
-            config['rope_scaling'] = tuple(float(values[name]) for name in LLAMA3)
-        with torch.device('meta'):
-            c = GPT(GPTConfig(**config)).config
-    except KeyError as error:
-        raise UserError(f'{source}/config.json does not say its {error.args[0]}') from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f'{source}/config.json says what cannot be: {error}') from None
-    # What an open field means is left open: nanoGPT, which has not these fields, reads a finetuned GPT-2 too
-    usual = {'norm_eps': 1e-5 if architecture == 'gpt2' else 1e-6, 'n_kv_head': c.n_head,
-             'head_dim': c.n_embd / c.n_head, 'n_inner': 4 * c.n_embd if architecture == 'gpt2' else None}
-    return {name: None if value == usual.get(name) else value for name, value in config.items()}
-
-
-def hf_architecture(config: GPTConfig) -> str:
-    """The architecture whose class computes what a GPTConfig says. UserError names the fields that no class has."""
-    unsupported = {}
-    for architecture in CLASSES:
-        wanted = {**ARCHS.get(architecture, ARCHS['llama']), 'tie_weights': config.tie_weights, 'layer_scale': None}
-        if architecture == 'gpt2':
-            wanted |= {'n_kv_head': config.n_head if config.n_kv_head else None, 'head_dim': None}
-        if architecture in ('mistral', 'qwen3'):
-            wanted['bias'] = False
-        if architecture != 'mistral':
-            wanted['window'] = None
-        unsupported[architecture] = [f'{name}={getattr(config, name)!r}' for name, value in wanted.items()
-                                     if getattr(config, name) != value]
-        if not unsupported[architecture]:
-            return architecture
-    nearest = min(reversed(unsupported.values()), key=len)
-    raise UserError(f'no class of Hugging Face has {", ".join(nearest)}: what can be exported is what '
-                    f'--arch={", --arch=".join(CLASSES)} make, without these')
-
-
-def config_to_hf(config: GPTConfig, architecture: str, dtype: torch.dtype, roles: dict) -> dict:
-    """The config.json of a model. roles: {'eos_token_id': id, ...}, the ids of its special tokens."""
-    values = {**vars(config), 'n_kv_head': config.n_kv_head or config.n_head, 'head_dim': config.head_width,
-              'n_inner': config.n_inner if architecture == 'gpt2' else config.inner_width,
-              'norm_eps': config.norm_eps or (1e-5 if architecture == 'gpt2' else 1e-6)}
-    hf_config = {'architectures': [CLASSES[architecture]], 'model_type': architecture,
-                 'dtype': str(dtype).removeprefix('torch.'), **roles,
-                 **{field: values[name] for name, field in FIELDS[architecture].items()}}
-    if architecture == 'gpt2':
-        activation = next(name for name, gelu in GELUS.items() if gelu == config.gelu)
-        return {**hf_config, 'activation_function': activation,
-                **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout)}
-    hf_config |= {'hidden_act': 'silu', 'attention_dropout': config.dropout}
-    if architecture == 'llama':
-        hf_config['mlp_bias'] = config.bias
-    if config.rope_scaling:
-        hf_config['rope_scaling'] = {'rope_type': 'llama3', **dict(zip(LLAMA3, config.rope_scaling))}
-        hf_config['rope_scaling'][LLAMA3[3]] = int(config.rope_scaling[3])
-    return hf_config
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# weights
-
-def hf_names(name: str, architecture: str) -> list[str]:
-    """The names that a parameter of ours has in an architecture: several if it is made of several of theirs."""
-    module, leaf = name.rsplit('.', 1)
-    layer = re.search(r'\.h\.(\d+)\.', name)
-    number = layer[1] if layer else ''
-    return [f'{part.replace("#", number)}.{leaf}'
-            for part in MODULES[architecture][re.sub(r'\.h\.\d+\.', '.h.#.', module)]]
-
-
-def hf_rows(name: str, config: GPTConfig) -> list[int]:
-    """How many rows of a parameter that is made of several belong to each of them."""
-    D, K = config.head_width, config.n_kv_head or config.n_head
-    return [config.n_head * D, K * D, K * D] if '.c_attn.' in name else [config.inner_width] * 2
-
-
-def weights_from_hf(hf_tensors: dict, config: GPTConfig, architecture: str, source) -> dict:
-    """Our parameters, {name: tensor}, from those of an architecture, of a source, a folder or repository. Biases that
-    no layer has are zeros. UserError if a parameter is missing, left over or of another shape."""
-    prefix = 'transformer.' if architecture == 'gpt2' else 'model.'
-    hf_tensors = {name if name.startswith((prefix, 'lm_head.')) else prefix + name: tensor
-                  for name, tensor in hf_tensors.items() if not re.search(BUFFERS, name)}
-    head = hf_tensors.pop('lm_head.weight', None) if config.tie_weights else None
-    with torch.device('meta'):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    tensors, kinds = {}, {re.sub(r'\d+', '#', name) for name in hf_tensors}
-    for name, shape in shapes.items():
-        names = hf_names(name, architecture)
-        missing = [other for other in names if other not in hf_tensors]
-        if name.endswith('.bias') and len(missing) == len(names) and re.sub(r'\d+', '#', names[0]) not in kinds:
-            tensors[name] = torch.zeros(shape)
-            continue
-        if missing:
-            raise UserError(f'{source} has no weights {missing[0]}: it is not complete')
-        parts = [hf_tensors.pop(other) for other in names]
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise UserError(f'{source}: {", ".join(names)} have different widths')
-        tensor = torch.cat(parts)
-        if architecture == 'gpt2' and name.endswith(TRANSPOSED):
-            tensor = tensor.T
-        if tensor.shape != shape:
-            raise UserError(f'{source}: {names[0]} has shape {tuple(tensor.shape)}, and its config.json means {shape}')
-        tensors[name] = tensor
-    if config.tie_weights:
-        tensors['lm_head.weight'] = tensors['transformer.wte.weight']
-    if head is not None and not torch.equal(head, tensors['lm_head.weight']):
-        raise UserError(f'{source}: config.json says tie_word_embeddings, and lm_head.weight is another matrix')
-    if hf_tensors:
-        raise UserError(f'{source} has weights that a {architecture} has not: {", ".join(sorted(hf_tensors)[:3])}')
-    return tensors
-
-
-def weights_to_hf(model: GPT, architecture: str) -> dict:
-    """The parameters of a model, {name: tensor}, as an architecture has them."""
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
-    if architecture == 'gpt2' and not model.config.bias:   # its class always has biases
-        for name, tensor in list(tensors.items()):
-            if not name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')):
-                tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(tensor.size(0))
-    hf_tensors = {}
-    for name, tensor in tensors.items():
-        names = hf_names(name, architecture)
-        if architecture == 'gpt2' and name.endswith(TRANSPOSED):
-            tensor = tensor.T
-        parts = tensor.split(hf_rows(name, model.config)) if len(names) > 1 else [tensor]
-        hf_tensors |= {other: part.contiguous() for other, part in zip(names, parts)}
-    return hf_tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +36,8 @@ def fetch(name: str) -> Path:
     """The folder, in the cache, of a model on the hub, with all that load() reads. Raises UserError."""
     folder = fetch_config(name)
     config_from_hf(read_json(folder / 'config.json'), name)   # before weights of an unknown kind are downloaded
-    return hub.snapshot(name, *SMALL_FILES, 'model.safetensors', 'model-*.safetensors')
+    folder = hub.snapshot(name, *SMALL_FILES, 'model.safetensors', 'model-*.safetensors')
+    return folder if list(folder.glob('*.safetensors')) else hub.snapshot(name, *SMALL_FILES, 'pytorch_model*.bin')
 
 
 def fetch_config(name: str) -> Path:
@@ -246,8 +51,13 @@ def fetch_config(name: str) -> Path:
 def load(folder: Path) -> dict:
     """A checkpoint, as checkpoint.load() gives it, from a folder: weights, configuration, tokenizer if it has one."""
     hf_config = read_json(folder / 'config.json')
-    config = GPTConfig(**config_from_hf(hf_config, folder))
-    ckpt = {'model': weights_from_hf(read_weights(folder), config, hf_config['model_type'], folder),
+    fields = config_from_hf(hf_config, folder)
+    hf_tensors = read_weights(folder)
+    if not fields['tie_weights'] and 'lm_head.weight' not in hf_tensors:
+        print(f'{folder} has no lm_head.weight: the embedding is the head, too', file=sys.stderr)
+        fields['tie_weights'] = True
+    config = GPTConfig(**fields)
+    ckpt = {'model': weights_from_hf(hf_tensors, config, hf_config['model_type'], folder),
             'model_args': config.to_dict()}
     tok = tokenizer_in(folder)
     return {**ckpt, 'tokenizer': tok.to_dict()} if tok else ckpt
@@ -265,27 +75,59 @@ def read_json(path: Path) -> dict:
 
 
 def read_weights(folder: Path) -> dict:
-    """All tensors of model.safetensors, or of the files that its index names: {name: tensor}. Raises UserError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    files, index = ['model.safetensors'], folder / 'model.safetensors.index.json'
-    if index.exists() and not (folder / files[0]).exists():
-        named = read_json(index).get('weight_map')
-        files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
-        if not files or not all(re.fullmatch(r'[\w.-]+\.safetensors', file) for file in files):
-            raise UserError(f'{index} names {files[:1] or "no file"}: expected files of weights, *.safetensors')
+    """All tensors, {name: tensor}, of model.safetensors or pytorch_model.bin, in one file or in those that an index
+    names; names without the prefixes of wrappers. Raises UserError."""
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        files, index = [name], folder / f'{name}.index.json'
+        if not (folder / name).exists() and index.exists():
+            named = read_json(index).get('weight_map')
+            files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+            if not files or not all(re.fullmatch(r'[\w.-]+\.(safetensors|bin)', file) for file in files):
+                raise UserError(f'{index} names {files[:1] or "no file"}: expected files of weights')
+        if (folder / name).exists() or index.exists():
+            break
+    else:
+        raise UserError(f'{folder} has no weights: expected model.safetensors or pytorch_model.bin')
     tensors = {}
     for file in files:
-        try:
-            tensors |= load_file(folder / file)
-        except FileNotFoundError:
-            raise UserError(f'{folder} has no {file}: weights in other formats, which may carry code, are not '
-                            f'read') from None
-        except (OSError, SafetensorError) as error:
-            raise UserError(f'cannot read {folder / file}: {" ".join(str(error).split())[:80]}; it is cut off or '
-                            f'damaged, get it again') from None
+        tensors |= {re.sub(WRAPPERS, '', name).replace('.base_layer.', '.'): tensor
+                    for name, tensor in read_tensors(folder / file).items()}
     return tensors
+
+
+def read_tensors(path: Path) -> dict:
+    """The tensors, {name: tensor}, in a .safetensors file or a pickled state_dict. Nothing in it is executed. Raises
+    UserError."""
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == '.safetensors':
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'{path.parent} has no {path.name}: it is not complete') from None
+    except Exception as error:   # a damaged or hostile file may raise anything
+        raise UserError(f'cannot read {path}: {describe_file(path, error)}') from None
+    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()
+             and not re.search(BUFFERS, name)]
+    if wrong:
+        raise UserError(f'{path}: {wrong[0]} has type {tensors[wrong[0]].dtype}, quantized weights are not read: get '
+                        f'the model in 16 or 32 bits')
+    return tensors
+
+
+def describe_file(path: Path, error: Exception) -> str:
+    """What a file is that could not be read, and what helps."""
+    with open(path, 'rb') as f:
+        start = f.read(32)
+    for sign, words in SIGNS.items():
+        if start.startswith(sign):
+            return words
+    code = re.search(r'GLOBAL ([\w.]+)', str(error))
+    if code:
+        return f'it carries code ({code[1]}), which is not run'
+    return 'it is cut off, damaged or not a file of weights: get it again'
 
 
 def save(folder: Path, model: GPT, architecture: str, dtype: torch.dtype, tok: tokenizer.Tokenizer):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flatgpt import checkpoint, optim, pretrained, runtime, tokenizer
+from flatgpt import architectures, checkpoint, optim, runtime, tokenizer
 from flatgpt.budget import duration
 from flatgpt.errors import UsageError, UserError
 from model import GPTConfig, arch_fields
@@ -210,7 +210,7 @@ def notices(options: dict, model, steps: int, flops_per_iter: int, rt, peak: flo
                          f'{duration(evaluation)}, a step {duration(step)} and the run {duration(total)}; '
                          f'expect two or three times as much')
     try:
-        pretrained.hf_architecture(model.config)
+        architectures.hf_architecture(model.config)
     except UserError as error:
         lines.append(f'export.py will not be able to export this model: {error}')
     return lines

@@ -10,7 +10,7 @@ from conftest import SHARED, assert_one_line, needs, run
 from in_process import call
 from test_checkpoint import state_of
 
-from flatgpt import checkpoint, lora, pretrained, tokenizer
+from flatgpt import architectures, checkpoint, lora, pretrained, tokenizer
 from flatgpt.engine import generate
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, TiktokenTokenizer
 from model import ARCHS, GPT, GPTConfig
@@ -78,7 +78,7 @@ def hugging_face():
 @each
 def test_their_pipeline_gives_the_same_greedy_text(models, exported, hugging_face, name):
     folder, done = exported(name)
-    assert done.stdout == f'{folder}\n' and f'as {pretrained.CLASSES[name]}, ' in done.stderr
+    assert done.stdout == f'{folder}\n' and f'as {architectures.CLASSES[name]}, ' in done.stderr
     assert f'by transformers {hugging_face.__version__} too' in done.stderr and 'Traceback' not in done.stderr
     model, tok, _ = checkpoint.load_model(models[name])
     ids = torch.from_numpy(tok.encode('12 times 3').astype('int64'))[None]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_hub import COMMIT, server  # noqa: F401
 
-from flatgpt import checkpoint, pretrained, tokenizer
+from flatgpt import architectures, checkpoint, pretrained, tokenizer
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import BpeTokenizer
 from model import ARCHS, GPT, GPTConfig
@@ -102,7 +102,7 @@ def test_logits_are_those_of_their_own_class(folders, name):
 def test_in_out_and_in_again_is_the_same_bit_for_bit(folders, name, tmp_path):
     folder, _ = folders[name]
     model, tok = loaded(folder), BpeTokenizer.train(['abc'], 300)
-    kind = pretrained.hf_architecture(model.config)
+    kind = architectures.hf_architecture(model.config)
     pretrained.save(tmp_path / 'again', model, kind, torch.float32, tok)
     first, second = load_file(folder / 'model.safetensors'), load_file(tmp_path / 'again' / 'model.safetensors')
     more = second.keys() - first.keys()   # a class that has a bias everywhere or nowhere
@@ -120,7 +120,7 @@ def test_what_goes_out_is_read_by_their_own_class(folders, name, tmp_path):
 
     folder, theirs = folders[name]
     model = loaded(folder)
-    pretrained.save(tmp_path / 'again', model, pretrained.hf_architecture(model.config), torch.float32,
+    pretrained.save(tmp_path / 'again', model, architectures.hf_architecture(model.config), torch.float32,
                     BpeTokenizer.train(['abc'], 300))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / 'again').eval()
     with torch.inference_mode():
@@ -139,10 +139,10 @@ def test_a_model_of_ours_gives_the_same_logits_in_their_class(changes, tmp_path)
     with torch.no_grad():
         for p in model.eval().parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
-    kind = pretrained.hf_architecture(model.config)
+    kind = architectures.hf_architecture(model.config)
     pretrained.save(tmp_path / 'new', model, kind, torch.float32, BpeTokenizer.train(['abc'], 300))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'new')
-    assert type(theirs).__name__ == pretrained.CLASSES[kind]
+    assert type(theirs).__name__ == architectures.CLASSES[kind]
     with torch.inference_mode():
         torch.testing.assert_close(theirs(tokens()).logits, model(tokens(), tokens())[0], rtol=0, atol=1e-4)
 
@@ -154,7 +154,7 @@ def test_a_model_of_ours_gives_the_same_logits_in_their_class(changes, tmp_path)
     (ARCHS['speedrun'], 'softcap=15.0')])
 def test_an_architecture_that_no_class_has_is_refused_with_the_switch(changes, words):
     with pytest.raises(UserError, match=r'no class of Hugging Face has .*--arch=gpt2') as refusal:
-        pretrained.hf_architecture(GPTConfig(**{**changes}))
+        architectures.hf_architecture(GPTConfig(**{**changes}))
     assert words in str(refusal.value)
 
 
@@ -200,8 +200,7 @@ def test_a_tied_head_that_is_stored_twice_must_be_the_same(copy):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize('name, rope', [('llama, tied', LLAMA3), ('qwen3', {'rope_type': 'default'})],
-                         ids=['llama3', 'default'])
+@pytest.mark.parametrize('name, rope', [('llama, tied', LLAMA3), ('qwen3', {'rope_type': 'default'})])
 def test_older_and_newer_configurations_of_rotary_positions_mean_the_same(copy, folders, name, rope):
     """transformers 5 writes rope_parameters; before, there were rope_theta and rope_scaling, with a type."""
     base = THEIRS[name][1]['rope_theta']
@@ -211,7 +210,8 @@ def test_older_and_newer_configurations_of_rotary_positions_mean_the_same(copy, 
         fields.pop(key, None)
     older = {'type': rope['rope_type'], **{key: value for key, value in rope.items() if key != 'rope_type'}}
     for written in ({'rope_parameters': {'rope_theta': base, **rope}}, {'rope_theta': base, 'rope_scaling': rope},
-                    {'rope_theta': base, 'rope_scaling': older if len(older) > 1 else None}):
+                    {'rope_theta': base, 'rope_scaling': older if len(older) > 1 else None},
+                    {'rope_parameters': {'rope_type': 'default', 'rope_theta': base}, 'rope_scaling': older}):
         (folder / 'config.json').write_text(json.dumps({**fields, **written}))
         assert loaded(folder).config == loaded(folders[name][0]).config
 
@@ -423,15 +423,93 @@ def test_a_damaged_configuration_is_refused(copy, content):
 def test_truncated_weights_are_refused(copy, left):
     path = copy() / 'model.safetensors'
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(UserError, match=r'cannot read .*model\.safetensors: .*cut off or damaged'):
+    with pytest.raises(UserError, match=r'cannot read .*model\.safetensors: .*it is cut off, damaged or not'):
         checkpoint.load(path.parent)
 
 
-def test_weights_in_a_pickle_are_not_read(copy):
+class Evil:
+    def __reduce__(self):
+        return print, ('executed',)
+
+
+LLM_C = (20240326).to_bytes(4, 'little')
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin'])
+@pytest.mark.parametrize(('content', 'words'), [
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:00\n', 'pointer of Git LFS: run `git lfs pull`'),
+    (b'GGUF\3', 'a GGUF file: give the folder'), (LLM_C + b'0' * 99, "a model of llm.c: convert it"),
+    (b'<!DOCTYPE html>', 'a web page'), (b'what', 'cut off, damaged')])
+def test_a_file_that_holds_no_weights_is_named_with_what_helps(copy, name, content, words):
     folder = copy()
-    (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
-    with pytest.raises(UserError, match=r'no model\.safetensors: weights in other formats, which may carry code'):
+    (folder / 'model.safetensors').unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=f'cannot read .*{name}: .*{words}'):
         checkpoint.load(folder)
+
+
+def test_nothing_in_a_pickle_is_executed(copy, capsys):
+    folder = copy()
+    (folder / 'model.safetensors').unlink()
+    torch.save({'x': Evil()}, folder / 'pytorch_model.bin')
+    with pytest.raises(UserError, match=r'it carries code \([\w.]*print\), which is not run'):
+        checkpoint.load(folder)
+    assert capsys.readouterr().out == ''
+
+
+def test_quantized_weights_and_none_are_refused(copy):
+    folder = copy()
+    tensors = load_file(folder / 'model.safetensors')
+    tensors['transformer.h.0.attn.c_attn.weight'] = tensors['transformer.h.0.attn.c_attn.weight'].to(torch.int8)
+    save_file(tensors, folder / 'model.safetensors')
+    with pytest.raises(UserError, match=r'c_attn\.weight has type torch\.int8, quantized weights are not read'):
+        checkpoint.load(folder)
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(UserError, match=r'has no weights: expected model\.safetensors or pytorch_model\.bin'):
+        checkpoint.load(folder)
+
+
+def in_shards(tensors, folder):
+    """Write tensors into two pickles and their index."""
+    names = sorted(tensors)
+    parts = {'pytorch_model-00001-of-00002.bin': names[::2], 'pytorch_model-00002-of-00002.bin': names[1::2]}
+    for file, part in parts.items():
+        torch.save({name: tensors[name] for name in part}, folder / file)
+    (folder / 'pytorch_model.bin.index.json').write_text(json.dumps(
+        {'weight_map': {name: file for file, part in parts.items() for name in part}}))
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'llama, tied'])
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.', 'base_model.model.'])
+@pytest.mark.parametrize('form', ['safetensors', 'bin', 'bins'])
+def test_weights_are_read_with_the_prefixes_of_wrappers_from_all_formats(copy, folders, name, prefix, form):
+    folder = copy(name)
+    tensors = {prefix + key: tensor for key, tensor in load_file(folder / 'model.safetensors').items()}
+    (folder / 'model.safetensors').unlink()
+    if form == 'safetensors':
+        save_file(tensors, folder / 'model.safetensors')
+    elif form == 'bin':
+        torch.save(tensors, folder / 'pytorch_model.bin')
+    else:
+        in_shards(tensors, folder)
+    assert all(torch.equal(p, q) for p, q in zip(loaded(folder).parameters(), loaded(folders[name][0]).parameters()))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_all_floating_types_are_read(copy, dtype):
+    folder = copy('llama')
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / 'model.safetensors').items()}
+    save_file(tensors, folder / 'model.safetensors')
+    model = loaded(folder)
+    assert torch.equal(model.lm_head.weight, tensors['lm_head.weight'].float())
+
+
+@pytest.mark.parametrize('name', ['llama, tied', 'qwen3'])
+def test_a_tied_head_that_is_not_declared_is_tied_and_told(copy, folders, name, capsys):
+    folder = copy(name)
+    change(folder, tie_word_embeddings=False)
+    assert loaded(folder).config == loaded(folders[name][0]).config
+    assert capsys.readouterr().err.count('has no lm_head.weight: the embedding is the head, too\n') == 1
 
 
 def test_the_later_of_two_places_for_the_base_of_positions_counts(copy, folders):
@@ -474,10 +552,13 @@ def serve(server, folder, name='owner/name'):   # noqa: F811
     server.repos[name] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'llama'])
+@pytest.mark.parametrize('name', ['gpt2', 'llama', 'pickle'])
 def test_a_model_on_the_hub_is_fetched_whole(server, folders, tmp_path, name):   # noqa: F811
-    folder, theirs = folders[name]
+    folder, theirs = folders['llama' if name == 'pickle' else name]
     theirs.save_pretrained(tmp_path / 'shards', max_shard_size='20KB' if name == 'llama' else '1GB')
+    if name == 'pickle':
+        in_shards(load_file(tmp_path / 'shards' / 'model.safetensors'), tmp_path / 'shards')
+        (tmp_path / 'shards' / 'model.safetensors').unlink()
     (tmp_path / 'shards' / 'tokenizer.json').write_text(BpeTokenizer.train(['abc'], 300).json)
     serve(server, tmp_path / 'shards')
     found = checkpoint.resolve('owner/name')

@@ -23,9 +23,9 @@ from model import GPTConfig
 SCRIPTS = ['train', 'sample', 'eval', 'bench', 'export', 'plot']
 # Each part imports only parts that stand before it
 PARTS = [part for part in (
-    'errors', 'budget', 'tokenizer', 'download', 'hub', 'machine', 'runtime', 'engine', 'quantize', 'pretrained',
-    'lora', 'dataset', 'corpus', 'ingest', 'optim', 'validate', 'checkpoint', 'start', 'evaluation', 'plots',
-    'outdir', 'scaling', 'sweep') if (ROOT / f'flatgpt/{part}.py').exists()]
+    'errors', 'budget', 'tokenizer', 'hub', 'machine', 'runtime', 'engine', 'quantize', 'architectures', 'pretrained',
+    'lora', 'dataset', 'corpus', 'ingest', 'optim', 'validate', 'checkpoint', 'start', 'evaluation', 'plots', 'outdir',
+    'scaling', 'sweep') if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]
 CONFIGS = [f'config/{name}.py' for name in (

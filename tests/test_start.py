@@ -212,7 +212,7 @@ def test_the_free_memory_of_this_machine_is_known_on_linux():
 
 def test_weights_without_a_tokenizer_are_told_and_a_larger_or_another_one_is_refused(tmp_path, capsys):
     data = dataset_of(tmp_path, np.arange(200, dtype=np.uint16) % 4)
-    ckpt = {'model_args': {'vocab_size': 4}, 'tokenizer': data.tokenizer}
+    ckpt = {'model_args': {'vocab_size': 4}, 'tokenizer': dict(data.tokenizer)}
     start.fit_tokenizer(ckpt, 'x.pt', data, RT)
     assert data.tokenizer is ckpt['tokenizer']   # not the dataset's, which may know less
     assert capsys.readouterr().err == ''
