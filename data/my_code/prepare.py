@@ -58,7 +58,7 @@ texts = {}
 unreadable = []
 for name in sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
     try:
-        texts[name] = (root / name).read_text(encoding='utf-8')
+        texts[name] = (root / name).read_text(encoding='utf-8-sig')
     except OSError as error:
         unreadable.append(f'{name}, {error.strerror}')
     except UnicodeDecodeError:
@@ -76,12 +76,10 @@ if tabs is True or (tabs == 'auto' and of_characters):
              for name, text in texts.items()}
 if tok is None:
     tok = CharTokenizer.of(''.join(['\n', *texts.values()]))
-unknown = set()
-if of_characters:
-    unknown = set(''.join(texts.values())) - set(tok.chars)
-    texts = {name: text.translate(dict.fromkeys(map(ord, unknown))) for name, text in texts.items()}
-end = tok.encode('\n\n') if tok.eot is None else np.array([tok.eot])
-ids = [np.concatenate((tok.encode(text), end)) for text in texts.values()]
+unknown = tok.unknown(''.join(texts.values()))
+texts = {name: text.translate(dict.fromkeys(map(ord, unknown))) for name, text in texts.items()}
+end = tok.encode('\n\n') if tok.eot is None else []
+ids = [np.concatenate((tok.encode_document(text), end)).astype(np.uint32) for text in texts.values()]
 
 # the first files are for validation, until they have enough text
 
@@ -94,7 +92,7 @@ for file_ids in ids:
     length += len(file_ids)
 
 print(f'{len(texts):,} files, {sum(map(len, texts.values())):,} characters')
-for left_out, what in ((unreadable, 'files'), (sorted(unknown), 'characters that the tokenizer lacks')):
+for left_out, what in ((unreadable, 'files'), (unknown, 'characters that the tokenizer lacks')):
     if left_out:
         print(f'left out: {len(left_out):,} {what}, such as {left_out[0]!r}')
 write(Path(__file__).resolve().parent, {split: np.concatenate(parts) for split, parts in splits.items()}, tok,

@@ -108,16 +108,15 @@ prompts = {split: [(f'question: {question}\nsql:', f' {sql}\n') for question in 
            for split, part in (('val', questions[:num_val]), ('train', questions[num_val:]))}
 text = ''.join(prompt + answer for part in prompts.values() for prompt, answer in part)
 tok = CharTokenizer.of(text) if tokenizer == 'char' else checkpoint.load_tokenizer(tokenizer)
-end = [] if tok.eot is None else [tok.eot]
 splits = {'val': [], 'train': []}
 masks = {'val': [], 'train': []}
 for split, part in prompts.items():
     for prompt, answer in part:
-        prompt_ids = tok.encode(prompt)
-        ids = np.concatenate((tok.encode(prompt + answer), end)).astype(np.int64)
-        same = prompt_ids == ids[:len(prompt_ids)]
+        ids = tok.encode_document(prompt + answer)
+        prompt_ids = tok.encode_prompt(prompt)[:len(ids)]
+        in_prompt = (prompt_ids == ids[:len(prompt_ids)]).cumprod().sum()
         splits[split].append(ids)
-        masks[split].append(np.arange(len(ids)) >= same.cumprod().sum())
+        masks[split].append(np.arange(len(ids)) >= in_prompt)
 folder = Path(__file__).resolve().parent
 write(folder, {split: np.concatenate(parts) for split, parts in splits.items()}, tok,
       {'path': Path(input).name if input else 'made up', 'sha256': hashlib.sha256(text.encode()).hexdigest()},
