@@ -162,6 +162,7 @@ class Corpus:
     fetch: object = None        # function: number of a file -> its path
     duplicates: list = None     # for each file booleans, one per document: whether it is not read
     longest: int | None = None  # characters of a piece; None: PIECE
+    border: object = tokenizer.BORDER   # regular expression of where a document may be cut
     position = 0                # bytes read so far of the current file
 
     def __post_init__(self):
@@ -180,7 +181,7 @@ class Corpus:
         path = self.fetch(i) if self.fetch else self.files[i]
         self.position = reported = number = 0
         parts = self.texts(path) if text_suffix(path) in RECORDS else self.parts(path)
-        for piece in in_pieces(parts, self.longest):
+        for piece in in_pieces(parts, self.longest, self.border):
             if self.duplicates is None or not self.duplicates[i][number]:
                 yield piece
             if piece.last:
@@ -389,7 +390,7 @@ def split_documents(blocks, separator):
     yield from ((document, '', True) for document in [*documents, text])
 
 
-def in_pieces(parts, longest=None) -> Iterator[Piece]:
+def in_pieces(parts, longest=None, border=tokenizer.BORDER) -> Iterator[Piece]:
     """The pieces of documents, given as (text, fault, whether the document ends) of their parts. Where they end depends
     on the text of the document alone."""
     longest = longest or PIECE
@@ -401,7 +402,7 @@ def in_pieces(parts, longest=None) -> Iterator[Piece]:
         held += text
         start = 0
         while len(held) - start > longest:
-            end = last_border(held, start, longest)
+            end = last_border(held, start, longest, border)
             yield Piece(held[start:end], held_start + start, False)
             start = end
         held = held[start:]
@@ -411,10 +412,10 @@ def in_pieces(parts, longest=None) -> Iterator[Piece]:
             held, held_start, first_fault = '', 0, ''
 
 
-def last_border(text: str, start: int, length: int) -> int:
+def last_border(text: str, start: int, length: int, border=tokenizer.BORDER) -> int:
     """Where a piece that begins at start ends: at the last border before start + length, or there, if it has none."""
     for width in (2**6, 2**12, length):   # it is usually close to the end
         first = start + max(length - width, 2)   # a border shows by two characters before it
-        for match in reversed(list(tokenizer.BORDER.finditer(text, first, start + length))):
+        for match in reversed(list(border.finditer(text, first, start + length))):
             return match.start()
     return start + length

@@ -33,6 +33,7 @@ AHEAD = 16   # batches per thread that are read before they are written
 # vocabulary needs a hundred times as much memory for them, because the texts between spaces occur only once.
 UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
                       '\U00020000-\U0003ffff]')
+BLANK = re.compile(r'(?<=[^\W_])(?= [^\W_])')   # where a tokenizer that is not cuttable is cut, if need be
 
 
 @dataclass
@@ -199,11 +200,17 @@ def write_documents(corpus, writer, state, options):
     threads = options.threads or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     tok = writer.tok
     tok.encode_texts([''])   # the first call sets up what the threads share
-    corpus.longest = PIECE if tok.cuttable else 16 * PIECE
+    blank = ''   # what is left out of a piece that continues a document
+    if not tok.cuttable:   # many put a blank before each text themselves
+        corpus.longest = 16 * PIECE
+        corpus.border = BLANK
+        blank = ' ' if np.array_equal(tok.encode('a b'), np.concatenate((tok.encode('a'), tok.encode('b')))) else ''
     saved = 0   # characters
 
     def encode(batch):
         texts, first, last = batch
+        if not first:
+            texts = [(split, text.removeprefix(blank)) for split, text in texts]
         return {split: tok.encode_texts([text for of, text in texts if of == split], end=last, begin=first)
                 for split in {of for of, _ in texts}}
 

@@ -324,6 +324,17 @@ def in_several_files(folder, n):
     (folder / 'meta.json').write_text(json.dumps(meta))
 
 
+def test_a_long_document_of_such_a_tokenizer_is_cut_at_blanks_and_has_the_ids_of_the_whole(tmp_path, uncuttable):
+    texts = [prose(1, 20), ' '.join(prose(2, 4000).split()), prose(3, 20)]
+    path = tmp_path / 'x.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    tok, _ = build(tmp_path / 'out', [path], uncuttable, val_fraction=0.1)
+    cut = Corpus([path], longest=16 * 300, border=ingest.BLANK)
+    assert len(list(cut.pieces(0))) > 5 and max(len(piece.text) for piece in cut.pieces(0)) <= 4800
+    ids = [i for split in Dataset(f'{tmp_path / "out"}/').data.values() for i in split.tolist()]
+    assert ids == [i for text in texts for i in tok.encode_document(text).tolist()]
+
+
 def test_several_files_read_as_one(files, tmp_path, bpe_path):
     build(tmp_path / 'one', files, bpe_path)
     build(tmp_path / 'many', files, bpe_path)
