@@ -114,8 +114,7 @@ def read_ids(name):
         if dataset.mask:
             learnt = dataset.mask[part].astype(bool)
     fits = len(ids) == 0 or ids.max() < tok.vocab_size
-    start = ids[:1000]
-    if not fits or (made_with != tok.to_dict() and tokenizer.from_dict(made_with).decode(start) != tok.decode(start)):
+    if not fits or not tokenizer.same(made_with, tok):
         raise UserError(f'{where} was made with another tokenizer than the model: give its text instead, or a dataset '
                         f'that the model can read')
     return ids, np.ones(len(ids), bool) if learnt is None else learnt, where

@@ -41,9 +41,9 @@ def state_of(model: GPT, optimizer, scaler, description: dict, config: dict, pro
         weights = {'model': lora.adapters(model), 'base': base, 'lora': adapter}
     else:
         weights = {'model': model.state_dict(keep_vars=True)}   # tied weights stay one tensor
-    return {'version': VERSION, 'model_args': model.config.to_dict(), **weights, 'tokenizer': description,
-            'config': dict(config), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-            'machine': machine, **plain}
+    return {'version': VERSION, 'model_args': model.config.to_dict(), **weights,
+            'tokenizer': tokenizer.portable(description), 'config': dict(config), 'optimizer': optimizer.state_dict(),
+            'scaler': scaler.state_dict(), 'machine': machine, **plain}
 
 
 def save(path, state: dict):
@@ -278,18 +278,30 @@ def tokenizer_of_dataset(name: str, vocab_size: int, path) -> dict | None:
     return meta['tokenizer']
 
 
-def load_tokenizer(name):
-    """Return the tokenizer that a user names: one of tiktoken's, such as 'gpt2', or that of a model, a path or a name
-    on the hub, whose weights are not downloaded."""
+def load_tokenizer(spec: str, *how):
+    """Return the tokenizer that a user names: what tokenizer.load() knows (how: its other arguments), or that of a
+    folder of Hugging Face, of a run or of a dataset, of a checkpoint, or of a name on the hub, whose weights are not
+    downloaded. Raises UserError."""
     import tiktoken
 
-    if name in tiktoken.list_encoding_names():
-        return tokenizer.TiktokenTokenizer(name)
-    path = pretrained.fetch_config(name) if hub.is_name(name) else resolve(name)
-    tok = pretrained.tokenizer_in(path) if path.is_dir() else load(path).get('tokenizer')
+    if spec in ('', 'char', *tiktoken.list_encoding_names()) or spec.startswith('bpe:'):
+        return tokenizer.load(spec, *how)
+    path = Path(spec).expanduser()
+    if path.name == 'tokenizer.json' and path.exists():   # what ends a text is in other files of the folder
+        path = path.parent
+    if not (path.is_dir() or path.suffix == '.pt' or hub.is_name(spec)):
+        return tokenizer.load(str(path))
+    if hub.is_name(spec):
+        path = pretrained.fetch_config(spec)
+    tok = pretrained.tokenizer_in(path) if path.is_dir() else None
+    if tok is None and (path / 'meta.json').exists():
+        tok = tokenizer.from_dict(read_meta(path)['tokenizer'])
     if tok is None:
-        raise UserError(f'{path} carries no tokenizer: name another model, or an encoding of tiktoken')
-    return tokenizer.from_dict(tok) if isinstance(tok, dict) else tok
+        description = load(resolve(path)).get('tokenizer')
+        if description is None:
+            raise UserError(f'{path} carries no tokenizer: name another model, or an encoding of tiktoken')
+        tok = tokenizer.from_dict(description)
+    return tok
 
 
 def fields(path) -> dict:

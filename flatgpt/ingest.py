@@ -95,7 +95,7 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
     """Write a dataset of all documents of a corpus, or continue to. Returns (tokenizer, report); the report is in
     meta.json too. source: {key: value} for meta.json, where the documents came from."""
     made = options.tokenizer == 'char' or tokenizer.trained_size(options.tokenizer) is not None
-    tok = None if made else tokenizer.make(options.tokenizer)   # before anything is read: a typo is found at once
+    tok = None if made else load_tokenizer(options.tokenizer)   # before anything is read: a typo is found at once
     same = {**asdict(options), 'threads': None, 'save_mb': None}   # these two do not change the bytes
     key = json.dumps([FORMAT, same, tok and tok.to_dict(), [str(file) for file in corpus.files], corpus.sizes,
                       corpus.versions, corpus.field, corpus.column, corpus.errors, corpus.template, corpus.separator])
@@ -172,11 +172,22 @@ def make_tokenizer(corpus: Corpus, options: Options, one_text: bool):
         share = options.train_mb * 1e6 / max(size, 1)
     texts = sample(corpus, share, options.seed, 'reading the vocabulary')
     separator = [] if one_text else ['\n']   # between documents, if there is no end-of-text token
-    tok = tokenizer.make(options.tokenizer, itertools.chain(texts, separator), options.min_frequency, options.special)
+    tok = tokenizer.load(options.tokenizer, itertools.chain(texts, separator), options.min_frequency, options.special)
     if options.tokenizer != 'char':
         print(f'{tok.vocab_size:,} tokens trained on {min(share, 1):.1%} of the text in '
               f'{time.perf_counter() - start:.1f} s', file=sys.stderr)
     return tok
+
+
+def load_tokenizer(spec: str, *how):
+    """The tokenizer that a user names, see checkpoint.load_tokenizer(), which needs torch: here only for models."""
+    import tiktoken
+
+    if spec in ('char', *tiktoken.list_encoding_names()) or spec.endswith('.tiktoken'):
+        return tokenizer.load(spec, *how)
+    from flatgpt import checkpoint
+
+    return checkpoint.load_tokenizer(spec, *how)
 
 
 def sample(corpus: Corpus, share: float, seed: int, title: str) -> Iterator[str]:

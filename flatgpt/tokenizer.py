@@ -12,15 +12,19 @@ Prompts and documents are encoded by one rule: the ids in `begin`, unless the te
 which the names of special tokens are read as these tokens.
 """
 
+import base64
 import codecs
+import contextlib
 import functools
 import itertools
 import json
 import os
 import re
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -31,6 +35,7 @@ GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 PROBE = ("It's 12,345 o'clock:\n\n    don't  __init__(self) -> naïve café, Größe 你好，世界 😀\t!!\r\n"
          'A line\n2 more x1\n世界\nend.\nÉ')
 BORDER = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S\n)(?=[^\W_])')   # no encoding in use has a token that goes across
+LONG_WORD = re.compile(r'[^\W\d_]{256}|\d{256}|(?:[^\w\s]|_){256}|\s{256}')
 CONTEXT = 8   # how many tokens back the text of a token can depend on others
 
 
@@ -171,6 +176,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def __init__(self, name: str, parts: dict | None = None):
         self.name = name
+        self.by_name = parts is None
         self.parts = parts or tiktoken_parts(name)
         self.ranks = Encodings(self.parts)
         self.vocab_size = self.ranks.encoding.n_vocab
@@ -188,7 +194,8 @@ class TiktokenTokenizer(Tokenizer):
             return '\ufffd'.encode()
 
     def to_dict(self) -> dict:
-        return {'kind': 'tiktoken', 'name': self.name}
+        found = {'kind': 'tiktoken', 'name': self.name}
+        return found if self.by_name else {**found, 'parts': with_ranks_as_text(self.parts)}
 
 
 class BpeTokenizer(Tokenizer):
@@ -237,9 +244,9 @@ class BpeTokenizer(Tokenizer):
             raise UsageError(f'a vocabulary of {vocab_size}: expected {256 + len(special)} or more, the bytes and '
                              f'{len(special)} special tokens')
         encoding = byte_level(models.BPE())
-        encoding.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False,
-            initial_alphabet=list(byte_alphabet())))
+        encoding.train_from_iterator(itertools.chain.from_iterable(map(cut_long_words, texts)), trainers.BpeTrainer(
+            vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special,
+            show_progress=sys.stderr.isatty(), initial_alphabet=list(byte_alphabet())))
         return cls(encoding.to_str())
 
     @functools.cached_property
@@ -379,13 +386,50 @@ def tiktoken_parts(name: str) -> dict:
 
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise UsageError(f"tokenizer {name!r}: expected 'char', 'bpe:5000', the path of a tokenizer.json, or one of "
-                         f"tiktoken's: {', '.join(names)}")
+        raise UsageError(f"tokenizer {name!r}: expected 'char', 'bpe:5000', a tokenizer.json or .tiktoken file, the "
+                         f"folder or the hub name of a model, or one of tiktoken's: {', '.join(names)}")
     try:
         return tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
     except Exception as error:   # requests' and tiktoken's many ways of not getting or not reading the file
         raise UserError(f'cannot load the encoding {name!r} ({type(error).__name__}): it is downloaded once; '
                         f'without network set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept it') from None
+
+
+def tiktoken_file(path: str) -> dict:
+    """The arguments of tiktoken.Encoding for the ranks in a file. One of tiktoken's own, such as cl100k_base.tiktoken,
+    is the encoding of that name; another cuts words as GPT-2 does, and <|endoftext|> follows its tokens."""
+    import tiktoken
+
+    try:
+        ranks = parse_ranks(read_text(path))
+    except ValueError:
+        raise UserError(f'{path} has no ranks: expected a token in base64 and its rank on each line') from None
+    name = Path(path).stem
+    if name in set(tiktoken.list_encoding_names()) - {'gpt2'}:
+        constructor = tiktoken.registry.ENCODING_CONSTRUCTORS[name]
+        with mock.patch.dict(constructor.__globals__, load_tiktoken_bpe=lambda *_, **__: ranks):   # no download
+            return constructor()
+    special = {EOT: max(ranks.values()) + 1}
+    return {'name': name, 'pat_str': GPT2_WORDS, 'mergeable_ranks': ranks, 'special_tokens': special}
+
+
+def parse_ranks(text):
+    pairs = [line.split() for line in text.splitlines()]
+    return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+
+
+def with_ranks_as_text(parts):
+    ranks = (f'{base64.b64encode(token).decode()} {rank}' for token, rank in parts['mergeable_ranks'].items())
+    return {**parts, 'mergeable_ranks': '\n'.join(ranks)}
+
+
+def portable(d: dict) -> dict:
+    """A description, as to_dict() gives it, with the ranks of an encoding of tiktoken if they are here: from it the
+    encoding can be made without a download."""
+    if d.get('kind') == 'tiktoken' and 'parts' not in d:
+        with contextlib.suppress(UserError):
+            return {**d, 'parts': with_ranks_as_text(tiktoken_parts(d['name']))}
+    return d
 
 
 def byte_level(model):
@@ -409,6 +453,16 @@ def of_files(vocab: str, merges: str) -> str:
         raise UserError(f'{vocab} and {merges} are no encoding: {str(error)[:80]}') from None
     encoding.add_special_tokens([EOT] if encoding.token_to_id(EOT) is not None else [])
     return encoding.to_str()
+
+
+def cut_long_words(text: str) -> Iterator[str]:
+    """A text in pieces, cut within words of more than 256 characters: the time to train grows with the square of their
+    length."""
+    start = 0
+    for match in LONG_WORD.finditer(text):
+        yield text[start:match.end()]
+        start = match.end()
+    yield text[start:]
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -440,7 +494,9 @@ def from_dict(d: dict):
         if d['kind'] == 'bpe':
             return BpeTokenizer(d['json'], d['eot'], d.get('ends', ()), d.get('files'))
         if d['kind'] == 'tiktoken':
-            return TiktokenTokenizer(d['name'])
+            parts = d.get('parts')
+            ranks = parts and parse_ranks(parts['mergeable_ranks'])
+            return TiktokenTokenizer(d['name'], parts and {**parts, 'mergeable_ranks': ranks})
         return {'char': CharTokenizer}[d['kind']](d['chars'])
     except (KeyError, TypeError, AttributeError):
         raise UserError(f'tokenizer {str(d)[:60]!r}: expected a description of kind char, tiktoken or bpe') from None
@@ -449,24 +505,28 @@ def from_dict(d: dict):
 def same(a, b) -> bool:
     """Whether two tokenizers, or descriptions of them, mean the same ids: the tokens of both are the same bytes, and a
     text that has something of everything is cut in the same places."""
-    if a == b:
+    a, b = (tok if isinstance(tok, dict) else tok.to_dict() for tok in (a, b))
+    by_name = [{key: d.get(key) for key in ('kind', 'name')} for d in (a, b)]
+    if a == b or (by_name[0] == by_name[1] and 'name' in a and not ('parts' in a and 'parts' in b)):
         return True
-    a, b = (from_dict(tok) if isinstance(tok, dict) else tok for tok in (a, b))
+    a, b = from_dict(a), from_dict(b)
     return (a.vocab_size == b.vocab_size and all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
             and (CharTokenizer in (type(a), type(b)) or np.array_equal(a.encode(PROBE), b.encode(PROBE))))
 
 
-def make(spec, texts=(), min_frequency=2, special=()):
-    """The tokenizer that a short text names: 'char' (the characters of texts, an iterable), 'bpe:5000' (trained on
-    texts to so many tokens, see BpeTokenizer.train; special: further special tokens), the path of a tokenizer.json, or
-    the name of one of tiktoken's encodings."""
+def load(spec: str, texts: Iterable[str] = (), min_frequency: int = 2, special: Iterable[str] = ()):
+    """The tokenizer that a short text names: 'char' (the characters of texts), 'bpe:5000' (trained on texts to so many
+    tokens, see BpeTokenizer.train; special: further special tokens), the path of a tokenizer.json or of a .tiktoken
+    file, or one of tiktoken's names. checkpoint.load_tokenizer() knows those of models too. Raises UserError."""
     if spec == 'char':
         return CharTokenizer.of(texts)
     size = trained_size(spec)
     if size is not None:
         return BpeTokenizer.train(texts, size, min_frequency, dict.fromkeys([EOT, *special]))
-    if spec.endswith('.json') or '/' in spec:
-        return BpeTokenizer(read_text(spec), end_of_text(spec))
+    if spec.endswith('.tiktoken'):
+        return TiktokenTokenizer(Path(spec).stem, tiktoken_file(spec))
+    if spec.endswith('.json'):
+        return BpeTokenizer(read_text(spec))
     return TiktokenTokenizer(spec)
 
 
@@ -478,22 +538,6 @@ def trained_size(spec):
     if not size.isdecimal() or not 256 < int(size) < 2**31:
         raise UsageError(f'tokenizer {spec!r}: expected a number of tokens above 256, as in bpe:5000')
     return int(size)
-
-
-def end_of_text(path):
-    """The id of the end-of-text token of a tokenizer.json, by the tokenizer_config.json beside it, else by the names
-    that are in use; None if there is none."""
-    try:
-        added = {token['content']: token['id'] for token in json.loads(read_text(path))['added_tokens']}
-    except (ValueError, KeyError, TypeError):   # no such file; whoever reads it in earnest will say so
-        return None
-    try:
-        named = json.loads((Path(path).parent / 'tokenizer_config.json').read_text(encoding='utf-8'))['eos_token']
-        named = named['content'] if isinstance(named, dict) else named
-    except (OSError, ValueError, KeyError, TypeError):
-        named = None
-    names = (named, EOT, '<|end_of_text|>', '</s>', '<eos>')
-    return next((added[name] for name in names if name in added), None)
 
 
 def read_text(path):

@@ -638,7 +638,7 @@ def test_a_vocabulary_is_trained_on_an_even_sample_that_needs_no_more_memory_tha
     path = tmp_path / 'x.jsonl'
     path.write_text(''.join(json.dumps({'text': text + f'{i:03}'}) + '\n' for i in range(500)))
     drawn = []
-    monkeypatch.setattr(tokenizer, 'make', lambda spec, texts, *args: drawn.append([*texts]) or CharTokenizer('a'))
+    monkeypatch.setattr(tokenizer, 'load', lambda spec, texts, *args: drawn.append([*texts]) or CharTokenizer('a'))
     for seed in 1, 2:
         ingest.make_tokenizer(Corpus([path]), ingest.Options('bpe:300', seed=seed, train_mb=(weight + 3) * 100 / 1e6),
                               False)

@@ -24,7 +24,7 @@ SCRIPTS = ['train', 'sample', 'eval', 'bench', 'export', 'plot']
 # Each part imports only parts that stand before it
 PARTS = [part for part in (
     'errors', 'budget', 'tokenizer', 'hub', 'machine', 'runtime', 'engine', 'quantize', 'architectures', 'pretrained',
-    'lora', 'dataset', 'corpus', 'ingest', 'optim', 'validate', 'checkpoint', 'start', 'evaluation', 'plots', 'outdir',
+    'lora', 'dataset', 'checkpoint', 'corpus', 'ingest', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir',
     'scaling', 'sweep') if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import quick
 
-from flatgpt import tokenizer
+from flatgpt import checkpoint, tokenizer
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, from_dict, id_type, same
 
@@ -766,35 +766,94 @@ def test_every_character_is_of_the_same_kind_to_both_libraries():
 
 def test_a_tokenizer_is_made_by_its_name(trained, tmp_path):
     (tmp_path / 'tokenizer.json').write_text(trained.json, encoding='utf-8')
-    assert tokenizer.make('char', ['ba', 'c']).chars == 'abc'
-    assert tokenizer.make(f'{tmp_path}/tokenizer.json').to_dict() == trained.to_dict()
-    made = tokenizer.make('bpe:400', LINES)
+    assert tokenizer.load('char', ['ba', 'c']).chars == 'abc'
+    assert tokenizer.load(f'{tmp_path}/tokenizer.json').to_dict() == trained.to_dict()
+    made = tokenizer.load('bpe:400', LINES)
     assert made.json == trained.json
-    more = tokenizer.make('bpe:400', LINES, 10**6, ['<pad>', '<|endoftext|>', '<unk>'])
+    more = tokenizer.load('bpe:400', LINES, 10**6, ['<pad>', '<|endoftext|>', '<unk>'])
     assert more.vocab_size == 259 and more.eot == 0 and more.encode('<unk>', special=True).tolist() == [2]
 
 
 @pytest.mark.parametrize('spec, words', [
-    ('gpt5', "expected 'char', 'bpe:5000', the path of a tokenizer.json, or one of tiktoken's: gpt2,"),
+    ('gpt5', "expected 'char', 'bpe:5000', a tokenizer.json or .tiktoken file, the folder or "),
     ('', "tokenizer ''"), ('bpe', 'expected a number of tokens'), ('bpe:-5', 'expected a number of tokens'),
-    ('nowhere.json', 'cannot read nowhere.json'), ('a/folder', 'cannot read a/folder')])
+    ('nowhere.json', 'cannot read nowhere.json'), ('x.tiktoken', 'cannot read x.tiktoken'), ('a/folder', 'expected')])
 def test_a_tokenizer_by_another_name_is_refused(spec, words):
     with pytest.raises(UserError) as refusal:
-        tokenizer.make(spec, LINES)
+        tokenizer.load(spec, LINES)
     assert words in str(refusal.value)
 
 
-@pytest.mark.parametrize('names, config, eot', [
-    (['</s>', '<x>'], None, '</s>'), (['<eos>', '<|endoftext|>'], None, '<|endoftext|>'), (['<x>'], None, None),
-    (['</s>', '<x>'], {'eos_token': '<x>'}, '<x>'), (['</s>', '<x>'], {'eos_token': {'content': '<x>'}}, '<x>'),
-    (['</s>', '<x>'], {'eos_token': '<y>'}, '</s>'), (['</s>', '<x>'], {'eos_token': None}, '</s>'),
-    (['</s>'], 7, '</s>')])
-def test_the_end_of_text_of_a_tokenizer_json_is_found(trained, tmp_path, names, config, eot):
-    d = json.loads(trained.json.replace('<|endoftext|>', 'nothing'))
-    first = d['added_tokens'][0]
-    d['added_tokens'] += [{**first, 'content': name, 'id': 400 + i} for i, name in enumerate(names)]
-    (tmp_path / 'tokenizer.json').write_text(json.dumps(d), encoding='utf-8')
-    if config is not None:
-        (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
-    tok = tokenizer.make(f'{tmp_path}/tokenizer.json')
-    assert tok.eot == (None if eot is None else 400 + names.index(eot))
+def test_ranks_in_a_file_are_an_encoding(few, tmp_path, monkeypatch):
+    import base64
+
+    from tiktoken_ext import openai_public
+    lines = [f'{base64.b64encode(token).decode()} {rank}' for token, rank in FEW['mergeable_ranks'].items()]
+    for name in ('mine', 'cl100k_base'):
+        (tmp_path / f'{name}.tiktoken').write_text('\n'.join(lines) + '\n')
+    text = 'abc 12345 你好 I\'LL<|endoftext|>'
+    mine = tokenizer.load(f'{tmp_path}/mine.tiktoken')
+    assert mine.encode(text, special=True).tolist() == few.encode(text, special=True).tolist() and mine.eot == 258
+    loader = openai_public.load_tiktoken_bpe
+    known = tokenizer.load(f'{tmp_path}/cl100k_base.tiktoken')
+    assert openai_public.load_tiktoken_bpe is loader
+    assert known.eot == 100257 and "(?i:[sdmt]|ll|ve|re)" in known.parts['pat_str']
+    (tmp_path / 'bad.tiktoken').write_text('YQ== 1\nno base64 2\n')
+    with pytest.raises(UserError, match=r'bad\.tiktoken has no ranks'):
+        tokenizer.load(f'{tmp_path}/bad.tiktoken')
+
+
+def test_the_ranks_of_an_encoding_travel_in_its_description(few, monkeypatch):
+    monkeypatch.setattr(tokenizer, 'tiktoken_parts', lambda name: FEW)
+    short = {'kind': 'tiktoken', 'name': 'few'}
+    whole = json.loads(json.dumps(tokenizer.portable(short)))
+
+    def no_file(name):
+        raise UserError('cannot be downloaded')
+
+    monkeypatch.setattr(tokenizer, 'tiktoken_parts', no_file)
+    again = from_dict(whole)
+    assert again.encode('abc<|fim|>', special=True).tolist() == [257, 300] and again.to_dict() == whole
+    assert same(short, whole) and same(whole, again) and not same({**whole, 'name': 'other', 'parts': {
+        **whole['parts'], 'mergeable_ranks': whole['parts']['mergeable_ranks'].replace('YWI= 256', 'YWQ= 256')}}, whole)
+    assert tokenizer.portable(short) == short   # nothing better is here
+    assert tokenizer.portable({'kind': 'char', 'chars': 'ab'}) == {'kind': 'char', 'chars': 'ab'}
+
+
+@pytest.mark.parametrize('word', ['a', 'ACGT', '你', '7', '=', '_', ' '])
+def test_long_words_are_cut_before_training(word):
+    text = f'{LINES[0]}x{word * 3000}\n{LINES[1]}'
+    pieces = list(tokenizer.cut_long_words(text))
+    assert ''.join(pieces) == text and len(pieces) > 10 and max(map(len, pieces[1:-1])) <= 256
+    assert list(tokenizer.cut_long_words(LINES[0])) == [LINES[0]]
+    tok = BpeTokenizer.train([text], 300)
+    assert tok.decode(tok.encode(text)) == text
+
+
+def test_training_sees_words_of_bounded_length():
+    tok = BpeTokenizer.train(['a' * 2048], 300, min_frequency=1)   # the time grows with the square of a word's length
+    assert max(len(tok.token_bytes(i)) for i in range(tok.vocab_size)) == 256
+
+
+def test_the_tokenizer_of_a_model_or_a_dataset_is_named_by_its_folder(tmp_path, char_dataset, folder, monkeypatch):
+    for spec in (folder, folder / 'tokenizer.json'):
+        tok = checkpoint.load_tokenizer(str(spec))
+        assert tok.encode('hello').tolist() == BpeTokenizer(sentencepiece()).encode('hello').tolist() and tok.eot == 2
+    assert isinstance(checkpoint.load_tokenizer(str(char_dataset)), CharTokenizer)
+    assert isinstance(checkpoint.load_tokenizer('char', ['ab']), CharTokenizer)
+    with pytest.raises(UserError, match="tokenizer 'no/where': expected .* folder or the hub name of a model"):
+        (tmp_path / 'no').mkdir()
+        monkeypatch.chdir(tmp_path)
+        checkpoint.load_tokenizer('no/where')
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='no best.pt, ckpt.pt or config.json in '):
+        checkpoint.load_tokenizer(str(tmp_path / 'empty'))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the tokenizer of a model, whose end another file names."""
+    (tmp_path / 'model').mkdir()
+    (tmp_path / 'model' / 'tokenizer.json').write_text(sentencepiece(), encoding='utf-8')
+    (tmp_path / 'model' / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '</s>'}))
+    return tmp_path / 'model'

@@ -55,7 +55,6 @@ configure(globals())
 import time
 
 from flatgpt import ingest
-from flatgpt import tokenizer as tokenizers
 from flatgpt.corpus import Corpus, find_files
 from flatgpt.errors import UsageError
 
@@ -78,7 +77,7 @@ if inspect is not None:
     for spec in tokenizer.split(','):
         if spec.startswith('bpe:'):
             raise UsageError(f'tokenizer={spec!r}: to inspect, give the tokenizer.json of a dataset made with it')
-        tok = tokenizers.make(spec, [inspect])
+        tok = ingest.load_tokenizer(spec, [inspect])
         ids = tok.encode(inspect)
         size = len(inspect.encode(errors='replace'))
         print(f'{spec}: {len(ids):,} tokens of {tok.vocab_size:,}, {size / max(len(ids), 1):.2f} bytes per token')
@@ -105,7 +104,7 @@ if (folder / 'prepare.py').exists():
 # write the dataset
 
 corpus = Corpus(find_files(input), field, column, errors, template, separator)
-others = {spec: tokenizers.make(spec) for spec in compare.split(',') if spec}
+others = {spec: ingest.load_tokenizer(spec) for spec in compare.split(',') if spec}
 start = time.perf_counter()
 tok, report = ingest.build(folder, corpus, options, {'input': input})
 seconds = time.perf_counter() - start
