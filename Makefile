@@ -18,15 +18,18 @@ WORKERS := -n auto --maxprocesses=4 --dist=worksteal
 .PHONY: all train sample test test-full test-all test-gpu test-oldest lint bench notebooks scaling clean
 all: sample
 
-# the pins are installed again only when they change
+# the pins are installed again only when they change; matplotlib, so that a run leaves loss.png, has its pin there too
+PLOT = $(shell grep -E '^(matplotlib|plotext)==' requirements-dev.txt)
 .venv/runtime: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("flatgpt needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@echo 'Installing into .venv: on Linux with CUDA about 3 GB to download; README.md says how to get it without, 0.3 GB.'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check --progress-bar=on -r requirements.txt $(PLOT)
 	@touch $@
 
 .venv/dev: .venv/runtime requirements-dev.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo 'Installing what the tests need: about 0.2 GB to download.'
+	$(PY) -m pip install --disable-pip-version-check --progress-bar=on -r requirements-dev.txt
 	@touch $@
 
 data/python_char/meta.json: .venv/runtime data/python_char/prepare.py

@@ -16,12 +16,13 @@ import difflib
 import functools
 import os
 import re
+import signal
 import symtable
 import sys
 from pathlib import Path
 from types import NoneType
 
-from flatgpt.errors import UsageError, show_error
+from flatgpt.errors import UsageError, on_interrupt, show_error
 
 # name, annotation and comment of an option: `top_k: int | None = None   # sample among the k most likely tokens`
 OPTION = re.compile(r'([a-z][a-z0-9_]*)(?:\s*:([^=]+))?\s*=(?!=).*?(?:  # (.*))?', re.ASCII)
@@ -92,12 +93,14 @@ def configure(namespace: dict, argv: list[str] | None = None) -> Config:
     """Apply config files and --key=val arguments, in their order, to the options of the script that has these
     globals(), and return all options. Prints them and exits for --help. Raises UsageError.
 
-    Side effects: an error of the user is shown as one line (sys.excepthook); what a stream cannot show, or bytes typed
-    that are invalid UTF-8, are escaped, as in \\u4f60.
+    Side effects: errors of the user and Ctrl-C end in one line (sys.excepthook, SIGINT). What a stream cannot show, and
+    typed bytes that are invalid UTF-8, are escaped, as in \\u4f60.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:   # not in the background of a shell
+        signal.signal(signal.SIGINT, on_interrupt)
     sys.excepthook = functools.partial(show_error, to_lower=[n for n in ('batch_size', 'block_size') if n in namespace])
     config = Config(namespace)
     words = list(sys.argv[1:] if argv is None else argv)

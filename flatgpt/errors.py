@@ -32,6 +32,17 @@ def nothing_at(path: str | os.PathLike) -> str:
     return f'there is no {path}' + (f'; do you mean {os.path.join(folder, near[0])}?' if near else '')
 
 
+def on_interrupt(number, frame):
+    """Raise KeyboardInterrupt, as Python does at Ctrl-C; while something is imported, end at once, because libraries
+    lose the exception there. The handler of SIGINT until a script sets another."""
+    while frame:
+        if 'importlib' in frame.f_code.co_filename:
+            print(f'{os.path.basename(sys.argv[0])}: interrupted', file=sys.__stderr__, flush=True)
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def show_error(error_type, error, trace, to_lower=()):
     """Print an error that the user can correct as one line and exit with its status; sys.excepthook of a script.
     Any other error keeps its traceback. to_lower: options to lower when memory runs out."""
@@ -39,7 +50,7 @@ def show_error(error_type, error, trace, to_lower=()):
     status = 1
     if issubclass(error_type, UserError):
         status = error.status
-    elif issubclass(error_type, KeyboardInterrupt):
+    elif issubclass(error_type, KeyboardInterrupt) or 'KeyboardInterrupt' in line:   # which C++ hides in its own errors
         line = 'interrupted'
         status = 130
     elif issubclass(error_type, BrokenPipeError):   # the reader of our stdout has seen enough

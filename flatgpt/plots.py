@@ -6,13 +6,14 @@ goes on, Weights & Biases and TensorBoard get its records.
 import atexit
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from flatgpt.errors import UserError, exit_callbacks
+from flatgpt.errors import UserError, exit_callbacks, nothing_at
 
 SCALES = {'step': 'step', 'tokens': 'tokens', 'seconds': 'seconds', 'flops': 'FLOPs'}   # of the horizontal axis
 PANELS = {'loss': 'loss, nats per token', 'lr': 'learning rate', 'grad_norm': 'norm of the gradient',
@@ -38,7 +39,8 @@ def read(folder) -> Run:
     try:
         records, broken = parse(path)
     except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}; give folders that train.py has written') from None
+        reason = f'cannot read {path}: {error.strerror}' if os.path.isdir(folder) else nothing_at(folder)
+        raise UserError(f'{reason}; give folders that train.py has written') from None
     if broken:
         print(f'{path}: skipped line {", ".join(broken)}, not a JSON object', file=sys.stderr)
     evals = [record for record in records if {'step', 'train_loss', 'val_loss'} <= record.keys()]

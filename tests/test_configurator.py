@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -70,10 +71,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope='module')
-def same_excepthook():
-    hook = sys.excepthook
+def same_hooks():
+    hook, handler = sys.excepthook, signal.getsignal(signal.SIGINT)
     yield
     sys.excepthook = hook
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -649,11 +651,30 @@ def run_body(folder, body, *args, run=call_script):
     ('raise UserError("no data: make some")', 1, 'body.py: no data: make some'),
     ('raise UsageError("top_k=0: expected 1 or more")', 2, 'body.py: top_k=0: expected 1 or more'),
     ('raise KeyboardInterrupt', 130, 'body.py: interrupted'),
+    ('raise RuntimeError("in C++: KeyboardInterrupt: ")', 130, 'body.py: interrupted'),
+    ('import signal; signal.raise_signal(signal.SIGINT)', 130, 'body.py: interrupted'),
     ('bytearray(2 ** 62)', 1, 'body.py: out of memory'),
-], ids=['UserError', 'UsageError', 'Ctrl-C', 'memory'])
+], ids=['UserError', 'UsageError', 'Ctrl-C', 'hidden', 'signal', 'memory'])
 def test_an_error_of_the_user_is_one_line_and_its_status(folder, body, status, line):
     done = run_body(folder, body)
     assert (done.returncode, done.stdout, done.stderr) == (status, '', line + '\n')
+
+
+def test_ctrl_c_while_something_is_imported_ends_in_one_line_whatever_the_import_does_with_it(folder):
+    (folder / 'swallows.py').write_text('import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\n'
+                                        'except BaseException:\n    pass\n')
+    done = run_body(folder, 'import swallows\nprint("goes on")', run=run)
+    assert (done.returncode, done.stdout, done.stderr) == (130, '', 'body.py: interrupted\n')
+
+
+@pytest.mark.parametrize('handler', [signal.SIG_IGN, lambda number, frame: None])
+def test_another_handler_of_ctrl_c_stays(folder, handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        call(folder)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_wrong_argument_of_a_script_is_one_line_and_status_2(folder):
