@@ -91,7 +91,7 @@ def curves(run: Run, panel: str = 'loss', by: str = 'step', smooth: int | None =
     y = column(run.steps, panel)
     known = ~np.isnan(y) & ~np.isnan(steps)   # gradients may be infinite, the first step has no MFU
     x, y = steps[known], y[known]
-    found = {'raw': (x, y, '')} if len(y) else {}
+    found = {'raw': (x, y, 'training, single steps' if panel == 'loss' else '')} if len(y) else {}
     width = min(max(len(y) // 12, 1) if smooth is None else smooth, len(y))
     if width > 1 and panel != 'lr':
         means = np.convolve(y, np.ones(width) / width, 'valid')
@@ -133,12 +133,14 @@ def figure(runs: list[Run], by: str = 'step', panels=('loss',), smooth: int | No
     for axes, panel in zip(grid, panels):
         for i, (run, name) in enumerate(zip(runs, labels(runs))):
             for kind, (x, y, label) in curves(run, panel, by, smooth, log_x, log_y).items():
-                if kind != 'train' or not name:   # of several runs it would be too much to look at
+                if not name or panel != 'loss' or kind == 'val':   # of several runs all would be too much to look at
                     color = COLORS[(i if name else int(kind != 'val')) % len(COLORS)]
                     axes.plot(x, y, color=color, label=label and name + label, gid=f'{panel}-{kind}', **STYLES[kind])
             if panel == 'loss':
                 axes.plot(run.best[by], run.best['val_loss'], '*', color=COLORS[i % len(COLORS)], markersize=14)
                 axes.legend(frameon=False)
+                if not name:
+                    axes.set_title(run.name)
         axes.set_ylabel(PANELS[panel])
         axes.grid(alpha=0.25)
         axes.spines[['top', 'right']].set_visible(False)
