@@ -6,6 +6,7 @@ checkpoint of an adapter holds the adapter alone, with the name and the fingerpr
 read too, and nanoGPT reads ours. A Hugging Face folder, or a name on the hub, counts as a checkpoint as well.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -244,38 +245,36 @@ def digest(model: GPT) -> str:
 
 def load_model(path, tokenizer_of=None, merged=True, **overrides) -> tuple:
     """Return (model in eval mode, tokenizer, checkpoint) of what resolve() finds, with an adapter merged or not.
-    tokenizer_of: the dataset whose tokenizer belongs to a checkpoint of nanoGPT, which has none; GPT-2's is taken for
-    one with a vocabulary of GPT-2's size."""
+    tokenizer_of: see describe_tokenizer()."""
     path = resolve(path)
     ckpt = load(path)
     model = build(ckpt, path, merged, **overrides).eval()
-    description = ckpt.get('tokenizer')
-    if description is None and tokenizer_of:
-        description = read_meta(find(tokenizer_of))['tokenizer']
-    if description is None and 'dataset' in ckpt['config']:
-        description = tokenizer_of_dataset(ckpt['config']['dataset'], model.config.vocab_size, path)
-    if description is None and model.config.vocab_size in (50257, 50304):
-        description = {'kind': 'tiktoken', 'name': 'gpt2'}
-    if description is None:
-        raise UserError(f'{path} carries no tokenizer: name its dataset, as in --tokenizer_of=shakespeare_char')
-    tok = tokenizer.from_dict(description)
+    tok = tokenizer.from_dict(describe_tokenizer(ckpt, path, tokenizer_of))
     if tok.vocab_size > model.config.vocab_size:
         raise UserError(f'{path} knows {model.config.vocab_size:,} tokens and its tokenizer {tok.vocab_size:,}: '
                         f'they do not belong together')
     return model, tok, ckpt
 
 
-def tokenizer_of_dataset(name: str, vocab_size: int, path) -> dict | None:
-    """Return the tokenizer of the dataset that the checkpoint at path was trained on, as its config says, and tell the
-    user; None if the dataset is not here or has not the vocabulary of the model."""
-    try:
-        meta = read_meta(find(name))
-    except UserError:
-        return None
-    if vocab_size not in (meta['vocab_size'], 64 * math.ceil(meta['vocab_size'] / 64)):
-        return None
-    print(f'{path} has no tokenizer: that of the dataset {name!r}, which its config names, is used', file=sys.stderr)
-    return meta['tokenizer']
+def describe_tokenizer(ckpt: dict, path, tokenizer_of: str | None) -> dict:
+    """Return the description of the tokenizer of the checkpoint at path. If it has none, as nanoGPT's, that of the
+    dataset tokenizer_of or, with a notice, of the dataset that its config names, or GPT-2's, where the vocabulary has
+    the size of the model's. UserError if there is none."""
+    if ckpt.get('tokenizer'):
+        return ckpt['tokenizer']
+    if tokenizer_of:
+        return read_meta(find(tokenizer_of))['tokenizer']
+    vocab_size = ckpt['model_args']['vocab_size']
+    dataset = ckpt['config'].get('dataset')
+    with contextlib.suppress(UserError):   # the dataset is not here
+        meta = read_meta(find(dataset)) if dataset else {'vocab_size': 0}
+        if vocab_size in (meta['vocab_size'], 64 * math.ceil(meta['vocab_size'] / 64)):
+            print(f'{path} has no tokenizer: that of the dataset {dataset!r}, which it names, is used', file=sys.stderr)
+            return meta['tokenizer']
+    if vocab_size in (50257, 50304):
+        print(f"{path} has no tokenizer: GPT-2's is used, which knows as many tokens", file=sys.stderr)
+        return {'kind': 'tiktoken', 'name': 'gpt2'}
+    raise UserError(f'{path} carries no tokenizer: name its dataset, as in --tokenizer_of=shakespeare_char')
 
 
 def load_tokenizer(spec: str, *how):

@@ -413,11 +413,12 @@ def test_the_tokenizer_of_the_named_dataset_must_not_be_larger_than_the_model(tm
 
 @needs('gpt2_encoding')
 @pytest.mark.parametrize('vocab_size', [pytest.param(50257, marks=pytest.mark.full), 50304])
-def test_a_nanogpt_checkpoint_of_gpt2s_vocabulary_gets_its_tokenizer(tmp_path, monkeypatch, vocab_size):
+def test_a_nanogpt_checkpoint_of_gpt2s_vocabulary_gets_its_tokenizer(tmp_path, monkeypatch, capsys, vocab_size):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
     torch.save(as_nanogpt(small_model(vocab_size)), tmp_path / 'ckpt.pt')
     _, tok, _ = checkpoint.load_model(tmp_path)
     assert tok.encode('hello world').tolist() == [31373, 995]
+    assert "has no tokenizer: GPT-2's is used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('description', ['gpt2', {'kind': 'runes'}, {'kind': 'char'}, {'kind': 'char', 'chars': 5}],

@@ -174,7 +174,9 @@ def test_a_run_of_hours_is_told_before_its_first_evaluation_and_a_fast_one_is_no
 
 def test_a_model_that_cannot_be_exported_is_told():
     for arch in ARCHS:
-        lines = told('--warmup_iters=1', model=GPT(GPTConfig(**SMALL, **ARCHS[arch], bias=False)))
+        model = GPT(GPTConfig(**SMALL, **ARCHS[arch], bias=False))
+        lines = told('--warmup_iters=1', '--max_iters=100', model=model)
+        assert not told('--warmup_iters=1', '--max_iters=200', model=model)   # a run that goes on
         assert any('export.py' in line for line in lines) == (arch == 'speedrun')
 
 
