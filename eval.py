@@ -24,14 +24,14 @@ choices: str | None = None            # accuracy: .jsonl of {"context", "choices
 last_word: str | None = None          # accuracy, perplexity: .jsonl of {"text"}, all but its last word is given
 generate: str | None = None           # BLEU, chrF, ROUGE: .jsonl of {"prompt", "reference"}
 # how
-split = 'val'                         # of a dataset: 'train', 'val'
+split = 'val'                         # split of a dataset: 'train', 'val'
 stride: int | None = None             # tokens from one window to the next, up to block_size (fastest); None: half of it
 shots = 0                             # examples with answers before a question of choices or generate, out of its file
 delimiter = ' '                       # what joins a context or a prompt to its answer; empty: nothing
-max_new_tokens = 64                   # to generate, at most
+max_new_tokens = 64                   # length of a generated answer at most
 stop = ''                             # text before which an answer ends; several as a JSON list: '["\n", "Q:"]'
 limit: int | None = None              # take only so many tokens of data, and the first so many lines of a .jsonl
-seed = 1337                           # of the choice of examples
+seed = 1337                           # of the choice of examples for --shots
 # machine
 batch_size = 16                       # windows, answers or prompts at once
 device = 'auto'                       # 'cuda', 'cuda:1', 'mps', 'cpu', 'auto' (the first of them that is there)

@@ -17,7 +17,7 @@ by = 'step'                  # what runs along the bottom: 'step', 'tokens', 'se
 panels = 'loss'              # from top to bottom, separated by commas: 'loss', 'lr', 'grad_norm', 'mfu', 'tok_per_s'
 smooth: int | None = None    # how many values each point of a smoothed curve averages, None: a 12th, 1: no such curve
 log_x = False                # a logarithmic scale along the bottom
-log_y = False                # and up the side
+log_y = False                # a logarithmic scale up the side
 to: str | None = None        # the picture, its ending says which kind; None: loss.png in the first folder
 text = False                 # a chart in the terminal and no picture
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,15 +22,15 @@ start: str | None = None              # the prompt, may be empty, None: a line b
 prompts: str | None = None            # a file of prompts, one per line, or .jsonl with {"prompt": ...}
 # how
 num_samples = 10                      # per prompt, each from a random stream of its own
-max_new_tokens = 500                  # per sample
+max_new_tokens = 500                  # length of a sample at most
 temperature = 0.8                     # lower is safer, higher is wilder, 0 always takes the likeliest token
 top_k: int | None = 200               # draw among so many likeliest tokens, None among all
-top_p: float | None = None            # of these the fewest that together are so probable, such as 0.9
-min_p: float | None = None            # and those at least so many times as probable as the likeliest, such as 0.05
+top_p: float | None = None            # nucleus: the fewest likely tokens that add up to this probability, such as 0.9
+min_p: float | None = None            # tokens at least so many times as probable as the most likely one, such as 0.05
 repetition_penalty = 1.0              # above 1: what was there already becomes less likely
 stop = ''                             # text before which a sample ends; several as a JSON list: '["\n", "Q:"]'
 exact_window = False                  # past block_size, read the whole context anew for each token, as nanoGPT does
-seed = 1337
+seed = 1337                           # of the random numbers; the same seed gives the same samples
 # how to show it
 stream: bool | str = 'auto'           # tokens as they come, one sample after another; 'auto': if typed in a terminal
 json = False                          # {"prompt", "text", "tokens", "finish_reason", "mean_logprob"} per line

@@ -30,7 +30,7 @@ eval_only = False                     # evaluate once and exit; write nothing
 log_interval = 1                      # steps between loss lines
 patience = 0                          # stop after this many evaluations in a row without a new best; 0: never
 wandb_log = False                     # also send the log to Weights & Biases
-wandb_project = 'flatgpt'
+wandb_project = 'flatgpt'             # project of Weights & Biases
 wandb_run_name: str | None = None     # None: the name of out_dir
 tensorboard = False                   # also write the log to out_dir/tensorboard: tensorboard --logdir=OUT_DIR
 # data
@@ -43,9 +43,9 @@ arch = 'gpt2'                         # a set of switches in model.py: 'gpt2', '
 pos: str | None = None                # 'learned', 'rope', 'alibi'; None: as in arch
 window: int | None = None             # how many tokens back attention reaches; None: all
 layer_scale: float | None = None      # initial gain of each block's output; None: no gains
-n_layer = 12
-n_embd = 768
-n_head = 12
+n_layer = 12                          # number of blocks
+n_embd = 768                          # width: numbers per token between blocks
+n_head = 12                           # attention heads per block; they divide n_embd
 bias = False                          # biases in Linear and LayerNorm, as in GPT-2
 dropout = 0.0                         # 0.0 for pretraining; 0.1 or more for finetuning and small data
 attention = 'auto'                    # 'sdpa' (torch's fused kernels), 'math' (written out), 'auto' (the faster one)
@@ -56,10 +56,10 @@ max_iters = 600000                    # steps of the whole run; one step is one 
 max_minutes: float | None = None      # make as many steps as fit into this time, at most max_iters; None: no limit
 weight_decay = 1e-1                   # on matrices only
 grad_clip = 1.0                       # largest norm of the gradient; 0.0: no limit
-beta1 = 0.9
-beta2 = 0.95
+beta1 = 0.9                           # AdamW: decay per step of the mean of gradients
+beta2 = 0.95                          # AdamW: decay per step of the mean of their squares
 # learning rate
-learning_rate = 6e-4                  # the peak
+learning_rate = 6e-4                  # the peak of the learning rate
 schedule = 'cosine'                   # after the warmup: 'cosine', 'linear' or 'constant'
 warmup_iters = 2000                   # steps of linear rise
 lr_decay_iters: int | None = None     # step at which min_lr is reached; None: max_iters

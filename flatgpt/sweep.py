@@ -19,7 +19,7 @@ sizes = '1x16,1x24,1x32,2x32,2x48,2x64,3x64,3x80,4x96,4x128'   # layers x width,
 budgets = '1e11,3e11,1e12,3e12,1e13'   # FLOPs of a run, as model.py counts them
 held_out: str | None = '5x160:1e14'   # size and budget of the run that no fit gets to see
 min_steps = 130                   # a size that a budget would train for less is left out of it,
-max_epochs = 4.0                  # and one that would see the text more often
+max_epochs = 4.0                  # a size that would see the text more often is left out too
 # what they have in common
 dataset = 'python_char'           # a folder in data/, or a path
 block_size = 64                   # tokens per row: the context

@@ -243,6 +243,12 @@ def test_options_stand_between_the_rulers_each_alone_on_its_line(script):
 
 
 @pytest.mark.parametrize('script', RUNNABLE)
+def test_every_option_has_words_that_can_be_read_alone(script):
+    for name, _, comment, _ in configurator.read_options(ROOT / script):
+        assert len(comment) > 11 and not re.match('(and|those|them) ', comment), name
+
+
+@pytest.mark.parametrize('script', RUNNABLE)
 def test_options_are_read_before_anything_slow_is_imported_and_no_import_hides_one(script):
     call_line = max(number for *_, number in configurator.read_options(ROOT / script))
     above = all_imports(node for node in ast.walk(tree(script)) if getattr(node, 'lineno', call_line) < call_line)

@@ -26,7 +26,7 @@ column = 'text'                     # the column of the text
 shards: int | None = None           # use only the first files, so many, None: all
 tokenizer = 'gpt2'                  # a tiktoken name, or the path of a tokenizer.json
 val_fraction = 0.0005               # the share of the documents that are for validation
-seed = 1337                         # which ones
+seed = 1337                         # which documents are for validation
 threads: int | None = None          # that encode, None: one per core
 save_mb = 1000.0                    # megabytes of text between two points where a killed run continues
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ input: str | None = None   # a file of pairs, None: generate some
 n_pairs = 20000            # how many to generate
 tokenizer = 'char'         # 'char', or that of a model: a folder, a checkpoint, a name on the hub
 val_fraction = 0.1         # the share of the questions that are for validation
-seed = 1337                # which ones, and what is generated
+seed = 1337                # which questions are for validation, and what is generated
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
 

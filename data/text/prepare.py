@@ -35,7 +35,7 @@ separator = '<|endoftext|>'      # what ends a document in a .txt; empty: nothin
 errors = 'strict'                # invalid UTF-8: 'strict' (stop), 'replace' (by U+FFFD), 'skip' (the document)
 deduplicate = False              # leave out documents that are equal to an earlier one
 val_fraction = 0.1               # the share of validation
-seed = 1337                      # which ones, and what a vocabulary is trained on if there is more than train_mb
+seed = 1337                      # which documents are for validation, and which text a vocabulary is trained on
 # how to encode
 tokenizer = 'gpt2'               # 'char', 'bpe:5000' (trained here), the path of a tokenizer.json, or a tiktoken name
 min_frequency = 2                # bpe:N: how often a pair must occur to become a token
