@@ -128,7 +128,7 @@ if data:
     if not learnt[1:].any():
         raise UserError(f'{where} has no token to score: expected two, or one of text if the model knows ends of texts')
     loss, error, n = evaluation.rolling_loss(model, rt, ids, stride, batch_size, learnt)
-    n_chars, n_bytes = tok.count(ids[1:][learnt[1:]])
+    n_chars, n_bytes = tok.count(ids[1:][learnt[1:]])   # 0 if all of the text is special tokens
     bits = loss / math.log(2)
     report['data'] = {'of': where, 'tokens': n, 'bytes': n_bytes, 'characters': n_chars, 'stride': stride,
                       'loss': loss, 'loss_stderr': error, 'perplexity': evaluation.perplexity(loss),

@@ -378,7 +378,7 @@ if write_error:
     status = 1
 elif eval_only:
     pass
-elif interrupted and not (last and run.evaluated == run.step):
+elif interrupted and not (last and run.evaluated == run.step):   # a signal after the last evaluation stops nothing
     rt.notice(f'interrupted at step {run.step:,}, saved in {ckpt_path}: go on with --init_from=resume')
     status = 130
 elif first_step >= end and resuming:
