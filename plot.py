@@ -14,7 +14,7 @@ from configurator import configure
 # ---------------------------------------------------------------------------------------------------------------------
 runs = 'out'                 # folders with a log.jsonl, separated by commas
 by = 'step'                  # what runs along the bottom: 'step', 'tokens', 'seconds' or 'flops'
-panels = 'loss'              # from top to bottom, separated by commas: 'loss', 'lr', 'grad_norm', 'mfu', 'tok_per_s'
+panels = 'loss'              # comma-separated: loss,bits_per_byte,bits_per_character,lr,grad_norm,mfu,tok_per_s
 smooth: int | None = None    # how many values each point of a smoothed curve averages, None: a 12th, 1: no such curve
 log_x = False                # a logarithmic scale along the bottom
 log_y = False                # a logarithmic scale up the side
@@ -42,6 +42,9 @@ if text and to:
     raise UsageError(f'text=True prints, to={to!r} writes a picture: give one of them')
 
 found = [plots.read(folder) for folder in runs.split(',')]
+if 'loss' in names and not plots.comparable(found):
+    print('these runs have tokens of different lengths, so that losses per token do not compare: give '
+          '--panels=bits_per_byte or bits_per_character', file=sys.stderr)
 path = Path(to) if to else found[0].log.with_name('loss.png')
 try:
     if text:

@@ -280,7 +280,7 @@ while True:
             run.bad_evals = 0
             run.best_val_loss = losses['val']
         log.add(step=run.step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=run.best_val_loss,
-                tokens=run.tokens, flops=run.flops, seconds=time.perf_counter() - begun)
+                tokens=run.tokens, flops=run.flops, seconds=time.perf_counter() - begun, **data.bits(losses['val']))
         if peak and not peak_flops:
             peak = max(peak, rt.peak_flops())   # a measurement on a busy machine is too low
     if eval_only:

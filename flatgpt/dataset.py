@@ -348,6 +348,12 @@ class Dataset:
             sizes |= {'byte': self.bytes, 'character': self.characters}
         return {unit: math.exp(min(loss * num_tokens / n[split], 700)) for unit, n in sizes.items() if n and n[split]}
 
+    def bits(self, loss: float, split: str = 'val') -> dict:
+        """{'bits_per_byte': ..., 'bits_per_character': ...} for a mean loss per token in nats, as far as perplexity()
+        knows them."""
+        return {f'bits_per_{unit}': math.log2(value) for unit, value in self.perplexity(loss, split).items()
+                if unit != 'token'}
+
     def train_batch(self, step: int, seed: int, micro_batches: int, batch_size: int, block_size: int, device,
                     rank: int = 0, world_size: int = 1):
         """The inputs and targets, (micro_batches / world_size, B, T) each, of process `rank` in a step: its share of a

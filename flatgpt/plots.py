@@ -16,8 +16,9 @@ import numpy as np
 from flatgpt.errors import UserError, exit_callbacks, nothing_at
 
 SCALES = {'step': 'step', 'tokens': 'tokens', 'seconds': 'seconds', 'flops': 'FLOPs'}   # of the horizontal axis
-PANELS = {'loss': 'loss, nats per token', 'lr': 'learning rate', 'grad_norm': 'norm of the gradient',
-          'mfu': 'MFU', 'tok_per_s': 'tokens per second'}
+PANELS = {'loss': 'loss, nats per token', 'bits_per_byte': 'bits per byte of the validation text',
+          'bits_per_character': 'bits per character of the validation text', 'lr': 'learning rate',
+          'grad_norm': 'norm of the gradient', 'mfu': 'MFU', 'tok_per_s': 'tokens per second'}
 COLORS = ('#d1495b', '#00798c', '#edae49', '#30638e', '#6a994e', '#8e5ea2', '#3d3d3d', '#f28482')
 STYLES = {'raw': {'alpha': 0.25, 'linewidth': 0.8}, 'smooth': {'alpha': 0.6}, 'train': {'linestyle': '--'},
           'val': {'linewidth': 1.8, 'marker': '.'}}
@@ -84,8 +85,8 @@ def positions(run: Run, by: str) -> tuple[np.ndarray, np.ndarray]:
 
 def curves(run: Run, panel: str = 'loss', by: str = 'step', smooth: int | None = None, log_x: bool = False,
            log_y: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
-    """{kind: (x, y, label)} of the curves of a panel: 'raw' of single steps, 'smooth' of means over them, and of the
-    loss 'train' and 'val', at evaluations. smooth: how many steps a mean is over; None: a 12th of them, 1: no such
+    """{kind: (x, y, label)} of the curves of a panel: 'raw' of single steps, 'smooth' of means over them, and at
+    evaluations 'val' and for the loss 'train'. smooth: how many steps a mean is over; None: a 12th of them, 1: no such
     curve. What a logarithmic axis has no place for is dropped."""
     marks, steps = positions(run, by)
     y = column(run.steps, panel)
@@ -100,12 +101,20 @@ def curves(run: Run, panel: str = 'loss', by: str = 'step', smooth: int | None =
         at = f'step {run.best["step"]:,.0f}' if by == 'step' else f'{short(run.best[by])} {SCALES[by]}'
         found['train'] = marks, column(run.evals, 'train_loss'), 'training, as evaluated'
         found['val'] = marks, column(run.evals, 'val_loss'), f'validation, best {run.best["val_loss"]:.4f} at {at}'
+    elif panel.startswith('bits') and panel in run.best:
+        found['val'] = marks, column(run.evals, panel), f'{run.best[panel]:.4f} at the best loss'
     for kind, (x, y, label) in found.items():
         seen = ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
         found[kind] = x[seen], y[seen], label
     if not any(len(x) for x, _, _ in found.values()):
         raise UserError(f'{run.log} has nothing to draw of {panel} by {by}: choose other panels or axes')
     return found
+
+
+def comparable(runs: list[Run]) -> bool:
+    """Whether losses per token of runs can be compared: as far as is known, their tokens are as long as each other."""
+    ratios = [run.best['val_loss'] / run.best['bits_per_byte'] for run in runs if run.best.get('bits_per_byte')]
+    return not ratios or max(ratios) < 1.001 * min(ratios)
 
 
 def labels(runs: list[Run]) -> list[str]:
@@ -138,9 +147,10 @@ def figure(runs: list[Run], by: str = 'step', panels=('loss',), smooth: int | No
                     axes.plot(x, y, color=color, label=label and name + label, gid=f'{panel}-{kind}', **STYLES[kind])
             if panel == 'loss':
                 axes.plot(run.best[by], run.best['val_loss'], '*', color=COLORS[i % len(COLORS)], markersize=14)
-                axes.legend(frameon=False)
                 if not name:
                     axes.set_title(run.name)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
         axes.set_ylabel(PANELS[panel])
         axes.grid(alpha=0.25)
         axes.spines[['top', 'right']].set_visible(False)
@@ -187,9 +197,9 @@ def chart(runs: list[Run], by: str = 'step', panel: str = 'loss', smooth: int | 
     spans = [], []   # of x and of y
     for i, (run, name) in enumerate(zip(runs, labels(runs))):
         found = curves(run, panel, by, smooth, log_x, log_y)
-        kinds = [next(kind for kind in ('smooth', 'raw', 'train') if kind in found)]
-        if panel == 'loss':
-            kinds = ['val'] if name else [*kinds, 'val']
+        kinds = [next(kind for kind in ('smooth', 'raw', 'train', 'val') if kind in found)]
+        if 'val' in found:
+            kinds = ['val'] if name else sorted({*kinds, 'val'})
         for kind in kinds:
             x, y, label = found[kind]
             x, y = np.log(x) if log_x else x, np.log(y) if log_y else y

@@ -1,6 +1,7 @@
 """plot.py and flatgpt/plots.py: from log.jsonl to curves, pictures and charts in text."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -203,6 +204,37 @@ def test_a_run_without_an_evaluation_or_matplotlib_leaves_no_picture_and_no_trac
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     plots.leave_picture(tmp_path)
     assert capsys.readouterr().err == '' and [path.name for path in tmp_path.iterdir()] == ['log.jsonl']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs with different tokenizers
+
+def test_panels_per_byte_and_per_character_compare_runs_with_different_tokenizers(tmp_path):
+    chars = write(tmp_path / 'chars', bits_per_byte=2.0, bits_per_character=2.5)
+    words = write(tmp_path / 'words', [6.0, 5.0], bits_per_byte=1.5, bits_per_character=1.75)
+    runs = [chars, words]
+    found = drawn(runs, panels=('bits_per_byte', 'bits_per_character'))
+    assert [[(name, set(y)) for name, _, y in panel] for panel in found] == [
+        [('bits_per_byte-val', {2.0}), ('bits_per_byte-val', {1.5})],
+        [('bits_per_character-val', {2.5}), ('bits_per_character-val', {1.75})]]
+    assert 'b words: 1.5000 at the best loss' in plots.chart(runs, panel='bits_per_byte')
+    assert '• 2.0000 at the best loss' in plots.chart([chars], panel='bits_per_byte')
+    assert not plots.comparable(runs) and plots.comparable([chars, chars])
+    old = write(tmp_path / 'old')
+    assert plots.comparable([chars, old])   # as far as is known
+    with pytest.raises(UserError, match='nothing to draw of bits_per_byte'):
+        plots.curves(old, 'bits_per_byte')
+    done = call('plot.py', f'--runs={tmp_path}/chars,{tmp_path}/words', '--text')
+    assert done.returncode == 0
+    assert_one_line(done, 0, 'losses per token do not compare', '--panels=bits_per_byte')
+    assert call('plot.py', f'--runs={tmp_path}/chars,{tmp_path}/words', '--text', '--panels=bits_per_byte').stderr == ''
+
+
+def test_a_run_logs_its_bits_per_byte_and_per_character(trained):
+    for record in log_of(trained):
+        if 'step' in record:   # a character of this text is a byte and a token
+            assert record['bits_per_byte'] == record['bits_per_character'] == pytest.approx(
+                record['val_loss'] / math.log(2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
