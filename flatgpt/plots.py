@@ -149,7 +149,7 @@ def figure(runs: list[Run], by: str = 'step', panels=('loss',), smooth: int | No
                 axes.plot(run.best[by], run.best['val_loss'], '*', color=COLORS[i % len(COLORS)], markersize=14)
                 if not name:
                     axes.set_title(run.name)
-        if axes.get_legend_handles_labels()[1]:
+        if panel == 'loss' or panel.startswith('bits'):
             axes.legend(frameon=False)
         axes.set_ylabel(PANELS[panel])
         axes.grid(alpha=0.25)
