@@ -238,6 +238,7 @@ def read_nanogpt_meta(folder):
             raise ValueError('its ids are not of one character each')
         meta['tokenizer'] = tokenizer.CharTokenizer(''.join(chars[i] for i in range(len(chars)))).to_dict()
         meta['vocab_size'] = len(chars)
+        meta['characters'] = {split: n for split, (n,) in meta['files'].items()}
     return meta
 
 

@@ -258,6 +258,7 @@ def test_a_meta_pkl_of_nanogpt_is_read(tmp_path, protocol):
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta, protocol))
     data = Dataset(folder)
     assert data.vocab_size == 3 and data.tokenizer == {'kind': 'char', 'chars': '\na世'}
+    assert data.perplexity(1.0) == {unit: pytest.approx(np.e) for unit in ('token', 'character')}
 
 
 def test_the_ids_of_a_meta_pkl_in_any_order_keep_their_characters(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import string
 
 import numpy as np
 import pytest
@@ -170,6 +171,28 @@ def test_a_tokenizer_with_an_end_of_text_ends_answers_with_it(copy, tmp_path):
     folder, prepare = copy('sql')
     prepare('--n_pairs=20', f'--tokenizer={tmp_path / "model"}')
     assert all(answer.endswith(';\n<|endoftext|>') for _, answer in pairs_of(folder)['train'])
+
+
+def test_answers_of_a_tokenizer_that_puts_blanks_before_texts_begin_with_one(copy, tmp_path):
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    chars = ['<s>', '</s>', '▁', *sorted(set(string.printable) - {' '}), '▁S']
+    tok = Tokenizer(models.BPE({char: i for i, char in enumerate(chars)}, [('▁', 'S')]))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    tok.post_processor = processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
+    tok.add_special_tokens(['<s>', '</s>'])
+    (tmp_path / 'model').mkdir()
+    tok.save(str(tmp_path / 'model' / 'tokenizer.json'))
+    (tmp_path / 'model' / 'config.json').write_text('{"model_type": "llama", "eos_token_id": 1}')
+    save_file({}, tmp_path / 'model' / 'model.safetensors')
+    folder, prepare = copy('sql')
+    prepare('--n_pairs=20', f'--tokenizer={tmp_path / "model"}')
+    data = Dataset(str(folder))
+    ids, mask = data.data['val'].tolist(), data.mask['val'].tolist()
+    first = mask.index(1)
+    assert ids[0] == 0 and ids[first] == chars.index('▁S') and ids[first - 1] == chars.index(':')
+    assert ids[mask.index(0, first) - 1] == 1 and ids[mask.index(0, first)] == 0   # the end, and the next beginning
 
 
 @pytest.mark.parametrize(('content', 'words'), [

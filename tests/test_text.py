@@ -21,6 +21,7 @@ from test_ingest import content, prose, shards  # noqa: F401, a fixture
 from flatgpt import dataset
 from flatgpt.dataset import Dataset
 from flatgpt.errors import UserError
+from flatgpt.tokenizer import from_dict
 
 PREPARE = 'data/text/prepare.py'
 ZH = ['今天天气很好。', '我们去北京学习语言模型！', '你好，world！', '朋友们都说：好极了。', '他买了书，她读了。']
@@ -95,6 +96,50 @@ def test_a_name_is_a_folder_in_data_and_a_dataset_by_that_name(tmp_path, monkeyp
         assert f'python data/text/prepare.py --input=PATHS --name={name}' in str(refusal.value)
     done = prepare(project / PREPARE, '--input=x.txt', '--name=shakespeare', cwd=tmp_path)
     assert_one_line(done, 2, 'has a prepare.py of its own')
+
+
+def test_poems_from_lists_in_json_end_where_poems_end(tmp_path):
+    poems = [{'title': f'詩{i}', 'author': '李白', 'paragraphs': [f'床前明月光{i}，', '疑是地上霜。']}
+             for i in range(60)]
+    for i in range(3):
+        (tmp_path / f'poet.{i}.json').write_text(json.dumps(poems[20 * i:20 * i + 20]))
+    done = call(PREPARE, '--input=poet.*.json', '--name=./poems', '--tokenizer=bpe:300',
+                r'--template={title} {author}\n{paragraphs}', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    data = Dataset(f'{tmp_path}/poems/')
+    text = ''.join(from_dict(data.tokenizer).decode(ids) for ids in data.data.values())
+    expected = [f'{poem["title"]} 李白\n' + '\n'.join(poem['paragraphs']) for poem in poems]
+    assert sorted(text.split('<|endoftext|>')) == sorted([*expected, ''])
+    done = call(PREPARE, '--input=poet.0.json', '--name=./poems', '--tokenizer=char', cwd=tmp_path)
+    assert_one_line(done, 1, "poet.0.json, record 1: expected a text under 'text'; it has 'title', 'author'",
+                    'give --field=NAME, --template=')
+
+
+@pytest.mark.parametrize('spec, between', [('bpe:300', '<|endoftext|>'), ('char', '\n')])
+def test_separators_in_a_text_end_documents(tmp_path, spec, between):
+    stories = [f'story {i} of {i * i}\n' for i in range(50)]
+    (tmp_path / 'x.txt').write_text('<|endoftext|>\n'.join(stories))
+    done = call(PREPARE, '--input=x.txt', '--name=./x', f'--tokenizer={spec}', cwd=tmp_path)
+    assert done.returncode == 0 and '50' in done.stdout, done.stderr
+    data = Dataset(f'{tmp_path}/x/')
+    tok = from_dict(data.tokenizer)
+    for ids in data.data.values():
+        found = tok.decode(ids).removesuffix('<|endoftext|>').split(between + 'story')
+        assert len(found) > 1 and {'story' + text.removeprefix('story') for text in found} <= {*stories}
+    if tok.eot is not None:
+        assert sum(int((ids == tok.eot).sum()) for ids in data.data.values()) == 50
+
+
+def test_what_a_tokenizer_lacks_is_refused_and_with_errors_skip_counted(tmp_path):
+    from tokenizers import Tokenizer, models
+    Tokenizer(models.BPE({char: i for i, char in enumerate('ab \n')}, [])).save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'x.txt').write_text('ab é世\n' * 30)
+    args = [PREPARE, '--input=x.txt', '--name=./x', '--tokenizer=./tokenizer.json']
+    assert_one_line(call(*args, cwd=tmp_path), 1, "x.txt has 2 characters that the tokenizer lacks, such as 'é世'",
+                    'give another tokenizer, or --errors=skip')
+    done = call(*args, '--errors=skip', cwd=tmp_path)
+    assert done.returncode == 0 and 'left out: 60 characters that the tokenizer lacks' in done.stdout
+    assert sum(map(len, Dataset(f'{tmp_path}/x/').data.values())) == 4 * 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
