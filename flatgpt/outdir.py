@@ -63,7 +63,8 @@ def claim(out_dir):
         if lock.is_locked:
             with contextlib.suppress(OSError):
                 (folder / '.lock').unlink()   # before the release: afterwards it may be another run's
-                lock.release()
+            lock.release()
+            with contextlib.suppress(OSError):
                 for path in made:
                     path.rmdir()   # fails, and ends this, if something is in it
 

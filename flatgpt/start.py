@@ -124,7 +124,7 @@ class Progress:
             self.best_val_loss = saved['best_val_loss']
             self.evaluated = saved.get('evaluated', -1)
             self.bad_evals = saved.get('bad_evals', 0)
-        else:
+        elif not options['eval_only']:
             lines.append(f'evaluations measure other text than before: the best val loss and patience begin anew; '
                          f'the best weights until now stay in best-{self.step}.pt')
         return lines
@@ -207,8 +207,11 @@ def notices(options: dict, model, steps: int, flops_per_iter: int, rt, peak: flo
             total = min(total, 60 * options['max_minutes'])
         if step + evaluation > 5:
             lines.append(f'at {rt.world_size * peak / 1e12:,.2f} TFLOP/s, the peak, an evaluation would take '
-                         f'{duration(evaluation)}, a step {duration(step)} and the run {duration(total)}; '
-                         f'expect two or three times as much')
+                         f'{duration(evaluation)}, a step {duration(step)} and the run {duration(total)}; expect two '
+                         f'or three times as much, or lower eval_iters, gradient_accumulation_steps, batch_size')
+    if options['init_from'] not in ('scratch', 'resume', 'auto') and 'learning_rate' not in options.given:
+        lines.append(f'learning_rate={options["learning_rate"]:g}, the default, is for pretraining: to finetune, take '
+                     f'a recipe such as config/finetune_shakespeare.py or config/lora_llama.py')
     try:
         architectures.hf_architecture(model.config)
     except UserError:
@@ -229,6 +232,8 @@ def require_memory(model, options: dict, rt: runtime.Runtime):
     if options['parallel'] == 'fsdp':
         state //= rt.world_size
     per_layer = (4 if options['activation_checkpointing'] else 12) * c.n_embd
+    if options['freeze']:
+        per_layer = 0   # nothing is kept below the first layer that is trained
     per_token = c.n_layer * per_layer + 4 * c.vocab_size // c.loss_chunks   # logits in float32
     needed = state + per_token * options['batch_size'] * options['block_size']
     if free is not None and needed > free:

@@ -172,6 +172,13 @@ def test_a_run_of_hours_is_told_before_its_first_evaluation_and_a_fast_one_is_no
     assert not told('--warmup_iters=1', '--eval_only', peak=1e8)
 
 
+@pytest.mark.parametrize('args, expected', [
+    ((), False), (('--init_from=gpt2',), True), (('--init_from=resume',), False), (('--init_from=auto',), False),
+    (('--init_from=some/ckpt.pt', '--learning_rate=6e-4'), False), (('--init_from=some/ckpt.pt',), True)])
+def test_a_finetune_with_the_learning_rate_of_pretraining_is_told(args, expected):
+    assert any('is for pretraining' in line for line in told('--warmup_iters=1', *args)) == expected
+
+
 def test_a_model_that_cannot_be_exported_is_told():
     for arch in ARCHS:
         model = GPT(GPTConfig(**SMALL, **ARCHS[arch], bias=False))
