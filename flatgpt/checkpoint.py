@@ -12,9 +12,11 @@ import math
 import os
 import re
 import sys
+import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from flatgpt import architectures, hub, lora, pretrained, tokenizer
@@ -23,6 +25,11 @@ from flatgpt.errors import UserError, nothing_at
 from model import GPT, NANOGPT_FIELDS, GPTConfig
 
 VERSION = 1
+# What a checkpoint of nanoGPT or build-nanogpt may name besides tensors and plain data: numbers of numpy, and a
+# configuration, which is read as a bag of values
+SAFE = [*((np.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')), np.dtype,
+        *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'int32', 'bool')),
+        *((types.SimpleNamespace, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2', 'model'))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +82,13 @@ def load(path) -> dict:
     """Return a checkpoint, on the CPU, in one form whoever wrote it: 'model', 'model_args', 'iter_num',
     'best_val_loss', 'config', and what else it has. UserError if it is anything else, or damaged."""
     path = Path(path)
-    ckpt = pretrained.load(path) if path.is_dir() else read(path)
+    if (path / 'config.json').exists():
+        ckpt = pretrained.load(path)
+    else:
+        ckpt = load_peft(path) if path.is_dir() else read(path)
+    if isinstance(ckpt.get('config'), types.SimpleNamespace):   # build-nanogpt's, whose model is GPT-2 exactly
+        ckpt |= {'model_args': {'dropout': 0.0, 'bias': True, 'gelu': 'tanh', **vars(ckpt['config'])}, 'config': {},
+                 'iter_num': ckpt.get('step', 0), 'best_val_loss': ckpt.get('val_loss', math.inf)}
     if 'version' not in ckpt and not path.is_dir():   # nanoGPT's
         weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): p for name, p in ckpt['model'].items()}
         ckpt['model'] = {name: p for name, p in weights.items()   # without the masks that old releases stored
@@ -98,14 +111,15 @@ def read(path: Path) -> dict:
                 as_folder = any(record.external_attr & 0x10 for record in records.infolist())   # torch reads nothing
                 if records.testzip() or as_folder:
                     raise ValueError('checksum')
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals(SAFE):
+            ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f'cannot read the checkpoint {path}: {error.strerror}') from None
     except Exception as error:   # a damaged or hostile file may raise anything
-        code = re.search(r'GLOBAL ([\w.]+)', str(error))
-        what = f'it carries code ({code[1]}), which is not run' if code else 'it is cut off, damaged or no checkpoint'
-        raise UserError(f'cannot load {path}: {what}; {instead_of(path)}') from None
-    if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(part), dict) for part in ('model', 'model_args')):
+        raise UserError(f'cannot load {path}: {pretrained.describe_file(path, error)}; {instead_of(path)}') from None
+    described = isinstance(ckpt, dict) and isinstance(ckpt.get('model_args', ckpt.get('config')),
+                                                      (dict, types.SimpleNamespace))
+    if not described or not isinstance(ckpt.get('model'), dict):
         raise UserError(f"{path} is no checkpoint of flatgpt or nanoGPT: it has no 'model' and 'model_args'")
     if ckpt.get('version', VERSION) != VERSION:
         raise UserError(f'{path} has version {ckpt["version"]}, this flatgpt reads {VERSION}: use the newer flatgpt')
@@ -133,16 +147,18 @@ def resolve(name) -> Path:
 
 def in_folder(path) -> Path:
     """Return where the model in a folder is: in best.pt, else in ckpt.pt, else the folder itself if it is one of
-    Hugging Face. A path that is no folder is returned as it is."""
+    Hugging Face or PEFT. Of a file in such a folder it is the folder; another file is returned as it is."""
     path = Path(path)
     if not os.path.exists(path):
         raise UserError(f'{nothing_at(path)}; train into it first, or give --out_dir or --init_from')
+    if path.suffix in ('.safetensors', '.bin', '.json') and (path.parent / 'config.json').exists():
+        return path.parent   # a file of a Hugging Face folder
     if not os.path.isdir(path):
         return path
     for name in ('best.pt', 'ckpt.pt'):
         if (path / name).exists():
             return path / name
-    if (path / 'config.json').exists():
+    if (path / 'config.json').exists() or (path / 'adapter_config.json').exists():
         return path
     earlier = sorted(path.glob('previous-*/*.pt'), key=os.path.getmtime)
     advice = f'the run that was there is in {earlier[-1].parent}' if earlier else 'train into it first'
@@ -202,6 +218,21 @@ def base_of(name, path, out_dir) -> dict:
     return {'path': name, 'relative': relative, 'fingerprint': fingerprint(path)}
 
 
+def load_peft(folder: Path) -> dict:
+    """Return the checkpoint of a folder of PEFT: its base, with the adapter merged into it."""
+    name = str(pretrained.read_json(folder / 'adapter_config.json').get('base_model_name_or_path'))
+    found = [base for base in (name, str(folder / name)) if os.path.exists(base) or hub.is_name(base)]
+    if not found:
+        raise UserError(f'{folder} is an adapter for {name}, which is neither here nor a name on the hub: put it '
+                        f'there, or write where it is into base_model_name_or_path of its adapter_config.json')
+    path = resolve(found[0])
+    ckpt = load(path)
+    if 'base' in ckpt:
+        raise UserError(f'{folder} is an adapter for {path}, which is an adapter itself: export that one merged first')
+    lora.merge_peft(folder, ckpt['model'], GPTConfig(**ckpt['model_args']))
+    return {**ckpt, 'iter_num': 0, 'best_val_loss': math.inf}
+
+
 def build_base(base: dict, path, **overrides) -> GPT:
     """Return the base of the adapter at path: from where it was, or from where it lies as seen from the adapter."""
     candidates = [base['path'], os.path.join(Path(path).parent, base['relative'])]
@@ -224,7 +255,7 @@ def fingerprint(path) -> str:
     its files and of a thousand blocks spread over each. Large models need no more time than small ones."""
     path = Path(path)
     total = hashlib.sha256()
-    for file in sorted(path.glob('*.safetensors')) if path.is_dir() else [path]:
+    for file in sorted([*path.glob('*.safetensors'), *path.glob('*.bin')]) if path.is_dir() else [path]:
         size = file.stat().st_size
         total.update(str(size).encode())
         with open(file, 'rb') as f:

@@ -11,10 +11,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from flatgpt.architectures import hf_names, hf_rows
+from flatgpt.architectures import hf_architecture, hf_names, hf_rows
 from flatgpt.errors import UserError
-from flatgpt.pretrained import write_json
-from model import dropout
+from flatgpt.pretrained import read_json, read_tensors, write_json
+from model import GPTConfig, dropout
 
 
 class LoRALinear(nn.Linear):
@@ -130,3 +130,32 @@ def same_peft(folder: Path, model: nn.Module, architecture: str) -> bool:
         if not equal:
             return False
     return not tensors
+
+
+def merge_peft(folder: Path, weights: dict, config: GPTConfig):
+    """Add the adapter in a folder of PEFT to weights of ours, {name: tensor}. UserError names what it has that this
+    cannot merge."""
+    architecture = hf_architecture(config)
+    settings = read_json(folder / 'adapter_config.json')
+    plain = {'peft_type': 'LORA', 'bias': 'none', 'use_dora': False, 'modules_to_save': [], 'alpha_pattern': {},
+             'layer_replication': [], 'trainable_token_indices': []}
+    refused = [f'{name}={settings[name]!r}' for name, value in plain.items() if settings.get(name) not in (value, None)]
+    if refused:
+        raise UserError(f'{folder}: adapters with {", ".join(refused)} are not read')
+    files = [folder / f'adapter_model.{ending}' for ending in ('safetensors', 'bin')]
+    found = read_tensors(files[1] if files[1].exists() else files[0])
+    tensors = {re.sub(r'^base_model\.model\.|(?<=lora_[AB])\.default', '', name): p.float()
+               for name, p in found.items()}
+    for name in [name for name in weights if name.endswith('.weight')]:
+        modules = [other.removesuffix('.weight') for other in hf_names(name, architecture)]
+        parts = [(tensors.pop(f'{module}.lora_A.weight', None), tensors.pop(f'{module}.lora_B.weight', None))
+                 for module in modules]
+        if parts == [(None, None)] * len(modules):
+            continue
+        weights[name] = weights[name].float().clone()
+        rows = hf_rows(name, config) if len(modules) > 1 else [len(weights[name])]
+        for (A, B), view in zip(parts, weights[name].split(rows)):
+            if A is not None:
+                view += settings['lora_alpha'] / (math.sqrt(len(A)) if settings.get('use_rslora') else len(A)) * B @ A
+    if tensors:
+        raise UserError(f'{folder} has an adapter for {min(tensors)}, which its base has not')

@@ -2,6 +2,7 @@
 Folders of Hugging Face, both ways, and models on its hub: weights, configuration, tokenizer, special tokens.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -119,7 +120,8 @@ def read_tensors(path: Path) -> dict:
 
 def describe_file(path: Path, error: Exception) -> str:
     """What a file is that could not be read, and what helps."""
-    with open(path, 'rb') as f:
+    start = b''
+    with contextlib.suppress(OSError, ValueError), open(path, 'rb') as f:
         start = f.read(32)
     for sign, words in SIGNS.items():
         if start.startswith(sign):
