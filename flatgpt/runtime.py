@@ -244,7 +244,8 @@ class Runtime:
         if self.device.type == 'cuda':
             name = torch.cuda.get_device_name(self.device)
         else:
-            name = f'{platform.machine()}, {torch.get_num_threads()} threads'
+            n = torch.get_num_threads()
+            name = f'{platform.machine()}, {n} thread{"s" if n > 1 else ""}'
         kernel = f'{self.attention} attention, ' if self.attention else ''
         compiled = 'compiled' if self.compile else 'not compiled'
         processes = '1 process' if self.world_size == 1 else f'{self.world_size} processes'
@@ -302,11 +303,15 @@ def setup(device='auto', dtype='auto', compile: str | bool = 'auto', seed=0, tra
 
 
 def catch_signals(rt: Runtime) -> list[float]:
-    """Let Ctrl-C and SIGTERM only add their time to the list that is returned, so that a run can save before it ends. A
-    second one raises KeyboardInterrupt."""
+    """Let Ctrl-C, SIGTERM and SIGHUP (a closed terminal) only add their time to the list that is returned, so that a
+    run can save before it ends. A second one raises KeyboardInterrupt. SIGHUP stays ignored under nohup."""
     signals = []
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def on_signal(number, frame):
+        if number not in (signal.SIGINT, signal.SIGTERM):   # to write to a closed terminal is an error
+            for fd in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         if not signals:
             rt.notice('stopping after this step, once more to leave at once')
         elif rt.world_size == 1 or time.monotonic() - signals[0] > 1:   # torchrun repeats what a scheduler sent to all
@@ -315,6 +320,8 @@ def catch_signals(rt: Runtime) -> list[float]:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, on_signal)
     return signals
 
 

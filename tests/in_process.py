@@ -15,6 +15,8 @@ from conftest import ROOT
 import configurator
 from flatgpt.errors import exit_callbacks
 
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+
 
 def defaults_of(script):
     """{name: value} of the options of a script, and its path as '__file__': its globals when it calls configure()."""
@@ -41,7 +43,7 @@ def restored():
     """A block that may change what belongs to the whole process; afterwards it is as before."""
     argv, path, folder, environ = sys.argv, sys.path[:], os.getcwd(), dict(os.environ)
     streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
-    hook, handlers = sys.excepthook, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, handlers = sys.excepthook, {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
     finally:

@@ -451,6 +451,19 @@ def test_every_page_of_docs_can_be_reached_from_the_readme(name):
     assert f']({name}' in text_of('README.md')
 
 
+@needs('git_checkout')
+@pytest.mark.parametrize('name', PAGES)
+def test_git_ignores_what_the_commands_of_a_page_write(name):
+    written = re.findall(r'--(?:to|out_dir)=([^\s`"/]+)(?=[\s`])', text_of(name))
+    written += re.findall(r'^    python .*> ([\w.-]+)$', text_of(name), re.MULTILINE)
+    kept = [path for path in written if path.isascii() and path.islower() and not path.startswith('~')]
+    if kept:
+        done = subprocess.run(['git', 'check-ignore', '--no-index', *(f'{path}/x' if '.' not in path else path
+                                                                      for path in kept)],
+                              cwd=ROOT, capture_output=True, text=True)
+        assert {path.removesuffix('/x') for path in done.stdout.split()} == {*kept}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the README in Chinese: prose and numbers may differ, what one types may not
 

@@ -5,8 +5,10 @@ import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -342,7 +344,7 @@ def test_any_integer_is_a_seed(alone, seed):
 def test_the_machine_is_described_in_one_line(compile, world_size, words):
     line = a_runtime(dtype=torch.bfloat16, compile=compile, world_size=world_size).describe()
     assert len(line.splitlines()) == 1
-    for word in ('cpu', 'bfloat16', f'torch {torch.__version__}', 'Python 3.', f'{torch.get_num_threads()} threads',
+    for word in ('cpu', 'bfloat16', f'torch {torch.__version__}', 'Python 3.', f'{torch.get_num_threads()} thread',
                  *words):
         assert word in line, line
 
@@ -630,6 +632,58 @@ def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
 
     monkeypatch.setattr('builtins.open', no_proc)
     assert a_runtime().peak_memory() is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# signals
+
+SIGNALS = [name for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+
+
+@pytest.fixture
+def handlers():
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+@pytest.mark.parametrize('name', SIGNALS)
+def test_a_signal_is_noted_and_a_second_one_interrupts(handlers, capsys, name):
+    signals = runtime.catch_signals(a_runtime())
+    signal.raise_signal(getattr(signal, name))
+    assert len(signals) == 1 and 'stopping after this step' in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(getattr(signal, name))
+
+
+@pytest.mark.skipif('SIGHUP' not in SIGNALS, reason='needs SIGHUP')
+def test_a_closed_terminal_does_not_end_a_run_that_nohup_started(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = runtime.catch_signals(a_runtime())
+    signal.raise_signal(signal.SIGHUP)
+    assert signals == []
+
+
+@needs('fork')
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')   # of a fork of a process that has threads
+def test_a_run_in_a_terminal_that_is_closed_can_write_and_save(handlers, tmp_path):
+    import pty
+    pid, terminal = pty.fork()
+    if not pid:
+        try:
+            sys.stdout, sys.stderr = open(1, 'w'), open(2, 'w')
+            signals = runtime.catch_signals(a_runtime())
+            print('ready', flush=True)
+            while not signals:
+                time.sleep(0.01)
+            print('the step at hand is finished', flush=True)
+            (tmp_path / 'saved').touch()
+        finally:
+            os._exit(0)
+    assert os.read(terminal, 5) == b'ready'
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and (tmp_path / 'saved').exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
