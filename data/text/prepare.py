@@ -37,7 +37,7 @@ deduplicate = False              # leave out documents that are equal to an earl
 val_fraction = 0.1               # the share of validation
 seed = 1337                      # which documents are for validation, and which text a vocabulary is trained on
 # how to encode
-tokenizer = 'gpt2'               # 'char', 'bpe:5000' (trained here), the path of a tokenizer.json, or a tiktoken name
+tokenizer = 'gpt2'               # 'char', 'bpe:5000' (trained here), a tiktoken name, or a file or folder of a model
 min_frequency = 2                # bpe:N: how often a pair must occur to become a token
 special = ''                     # bpe:N: further special tokens, comma-separated, such as '<pad>,<bos>,<eos>,<unk>'
 train_mb = 100.0                 # bpe:N: megabytes of text to train on, an even sample; Chinese counts thirtyfold
@@ -66,7 +66,7 @@ special_tokens = tuple(token for token in special.split(',') if token)
 options = ingest.Options(tokenizer, val_fraction, seed, deduplicate, min_frequency, special_tokens, train_mb, threads,
                          save_mb)
 if any(spec == 'char' or spec.startswith('bpe:') for spec in compare.split(',')):
-    raise UsageError(f'compare={compare!r}: expected comma-separated tiktoken names or paths of tokenizer.json')
+    raise UsageError(f'compare={compare!r}: expected comma-separated tiktoken names, or files or folders of models')
 if color not in (True, False, 'auto'):
     raise UsageError(f"color={color!r}: expected 'auto', True or False")
 
