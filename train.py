@@ -260,6 +260,7 @@ begun = time.perf_counter() - run.seconds
 t0 = time.perf_counter()
 timed = 0                                # steps since t0
 after_first = t0                         # when the first step had ended
+mfu = None                               # of the steps that were logged last
 model.train()
 while True:
     last = run.step >= end
@@ -281,8 +282,8 @@ while True:
             run.best_val_loss = losses['val']
         log.add(step=run.step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=run.best_val_loss,
                 tokens=run.tokens, flops=run.flops, seconds=time.perf_counter() - begun, **data.bits(losses['val']))
-        if peak and not peak_flops:
-            peak = max(peak, rt.peak_flops())   # a measurement on a busy machine is too low
+        if mfu and mfu > 0.5 and not peak_flops:   # the peak was perhaps measured on a busy machine
+            peak = max(peak, rt.peak_flops())
     if eval_only:
         break
 
@@ -341,7 +342,6 @@ while True:
     if run.step % log_interval == 0:
         loss = rt.mean(mean_loss).item()   # waits for the device; nothing else in a step does
         dt = (time.perf_counter() - t0) / timed
-        mfu = None
         left = ''
         if run.step > first_step:   # the first step also allocates memory and compiles
             mfu = flops_per_iter / (dt * rt.world_size * peak) if peak else None

@@ -647,15 +647,16 @@ def test_a_resumed_run_goes_on_in_its_run_of_wandb(tmp_path, tiny, monkeypatch):
 
 
 def test_the_peak_of_a_busy_machine_is_measured_again(tmp_path, tiny):
-    """The first measurement is a thousandth of the others."""
-    (tmp_path / 'busy.py').write_text('from flatgpt.runtime import Runtime\n_found = [1e9, 1e12, 1e11, 1e11]\n'
+    """A share of the peak above a half is suspicious: the first measurement is far below the others."""
+    (tmp_path / 'busy.py').write_text('from flatgpt.runtime import Runtime\n_found = [1e6, 1e14, 1e13]\n'
                                       'Runtime.peak_flops = lambda self: _found.pop(0)\n')
     done = run('train.py', tiny, tmp_path / 'busy.py', f'--out_dir={tmp_path / "out"}', '--max_iters=6',
                '--eval_interval=3', '--device=cpu')
     assert done.returncode == 0, done.stderr
     model = fresh_model()
     for record in records(tmp_path / 'out', 'iter')[1:]:
-        assert record['mfu'] == pytest.approx(model.flops_per_token() * record['tok_per_s'] / 1e12)
+        peak = 1e14 if record['iter'] >= 3 else 1e6
+        assert record['mfu'] == pytest.approx(model.flops_per_token() * record['tok_per_s'] / peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
