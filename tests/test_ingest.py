@@ -632,6 +632,17 @@ def test_a_folder_that_cannot_be_made_is_refused(files):
 # ---------------------------------------------------------------------------------------------------------------------
 # vocabularies
 
+def test_names_of_special_tokens_in_a_text_are_these_tokens_whatever_pieces_it_is_cut_into(tmp_path):
+    path = tmp_path / 'x.jsonl'
+    texts = [f'<|user|>how are you {i}?\n<|bot|>fine {i}\n' * (1 + 200 * (i % 5 == 0)) for i in range(20)]
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    tok, _ = build(tmp_path / 'out', [path], 'bpe:300', special=('<|user|>', '<|bot|>'))
+    ids = np.concatenate([*Dataset(f'{tmp_path / "out"}/').data.values()])
+    for name in '<|user|>', '<|bot|>':
+        (i,) = tok.encode_prompt(name)
+        assert (ids == i).sum() == ''.join(texts).count(name)
+
+
 @pytest.mark.parametrize('text, weight', [('abcdefghi ' * 20, 200), ('你好世界' * 50, 101 * 200)])
 def test_a_vocabulary_is_trained_on_an_even_sample_that_needs_no_more_memory_than_allowed(
         tmp_path, monkeypatch, text, weight):

@@ -91,7 +91,8 @@ for file_ids in ids:
     splits['train' if splits['val'] and enough else 'val'].append(file_ids)
     length += len(file_ids)
 
-print(f'{len(texts):,} files, {sum(map(len, texts.values())):,} characters')
+share = sum(map(len, splits['val'])) / total
+print(f'{len(texts):,} files, {sum(map(len, texts.values())):,} characters, {share:.1%} of the tokens for validation')
 for left_out, what in ((unreadable, 'files'), (unknown, 'characters that the tokenizer lacks')):
     if left_out:
         print(f'left out: {len(left_out):,} {what}, such as {left_out[0]!r}')
