@@ -209,26 +209,28 @@ class BpeTokenizer(Tokenizer):
 
         try:
             self.encoding = tokenizers.Tokenizer.from_str(text)
+            ids = self.encoding.get_vocab(with_added_tokens=True)
+            self.vocab_size = max(ids.values()) + 1   # there may be gaps
         except Exception as error:   # the library's errors have no class of their own
             raise UserError(f'no tokenizer.json that the tokenizers library can read: {str(error)[:80]}') from None
         self.encoding.no_padding()
         self.encoding.no_truncation()
         self.json = text
         self.files = files or {}
-        ids = self.encoding.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1   # there may be gaps
         self.added = {i: token.content for i, token in self.encoding.get_added_tokens_decoder().items()}
         self.bytes_of = byte_alphabet() if self.decoded('Ã', '©') == 'é' else None
         names = {f'<0x{byte:02X}>': byte for byte in range(256) if self.decoded('<0x41>') == 'A'}
         self.fallback = {ids[name]: byte for name, byte in names.items() if name in ids}
-        probe = self.encoding.encode('a')   # what a template adds to a text is marked
-        own = [i for i, added in enumerate(probe.special_tokens_mask) if not added] or [0]
+        # what a template adds is marked in the ids of a text, the first one here that has ids of its own
+        probe = next(found for found in map(self.encoding.encode, ('a', *ids)) if 0 in found.special_tokens_mask)
+        own = [i for i, added in enumerate(probe.special_tokens_mask) if not added]
         self.begin, after = tuple(probe.ids[:own[0]]), probe.ids[own[-1] + 1:]
         if eot is None or eot >= self.vocab_size:
             eot = ids.get(EOT, after[-1] if after else None)
         self.eot = eot
         self.ends = tuple(dict.fromkeys(ends)) or (() if eot is None else (eot,))
-        self.lead = self.decode(self.library_ids('a', special=False)).removesuffix('a')
+        text = self.decode(self.library_ids('a', special=True))
+        self.lead = text[:-1] if text.endswith('a') else ''
         self.local = self.bytes_of is not None and not self.lead
         self.knows = functools.cache(self.can_encode)
 
@@ -291,7 +293,7 @@ class BpeTokenizer(Tokenizer):
         """Whether a character is in the ids of a text, or is one that the tokenizer removes on purpose."""
         if not char.replace('▁', ' ').strip() or not self.words(char):
             return True
-        text = self.decode(self.library_ids(char, special=False)).strip()
+        text = self.decode(self.library_ids(char, special=True)).strip()   # True: other threads encode documents so
         return bool(text) and ('\ufffd' not in text or char == '\ufffd')
 
     def unknown(self, text: str) -> list[str]:
@@ -426,10 +428,15 @@ def with_ranks_as_text(parts):
 def portable(d: dict) -> dict:
     """A description, as to_dict() gives it, with the ranks of an encoding of tiktoken if they are here: from it the
     encoding can be made without a download."""
-    if d.get('kind') == 'tiktoken' and 'parts' not in d:
-        with contextlib.suppress(UserError):
-            return {**d, 'parts': with_ranks_as_text(tiktoken_parts(d['name']))}
-    return d
+    parts = portable_parts(d['name']) if d.get('kind') == 'tiktoken' and 'parts' not in d else None
+    return {**d, 'parts': parts} if parts else d
+
+
+@functools.cache
+def portable_parts(name):
+    """Plain tiktoken_parts(); None if their files are not here, because a run must not wait for a download."""
+    with mock.patch('tiktoken.load.read_file', side_effect=OSError), contextlib.suppress(UserError):
+        return with_ranks_as_text(tiktoken_parts(name))
 
 
 def byte_level(model):
@@ -498,7 +505,7 @@ def from_dict(d: dict):
             ranks = parts and parse_ranks(parts['mergeable_ranks'])
             return TiktokenTokenizer(d['name'], parts and {**parts, 'mergeable_ranks': ranks})
         return {'char': CharTokenizer}[d['kind']](d['chars'])
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f'tokenizer {str(d)[:60]!r}: expected a description of kind char, tiktoken or bpe') from None
 
 

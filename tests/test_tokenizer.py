@@ -218,6 +218,30 @@ def test_what_stands_before_and_after_a_text_is_asked_of_the_template(kinds, nam
     assert pieces == ([*tok.begin, *ids], [*ids, *tok.ends])
 
 
+def test_the_template_is_found_where_no_latin_letter_can_be_encoded():
+    from tokenizers import models
+    tokens = ['<s>', '</s>', '你', '好']
+    tok = BpeTokenizer(as_json(models.BPE({token: i for i, token in enumerate(tokens)}, []), template='<s> $A </s>',
+                               special=('<s>', '</s>')))
+    assert tok.encode_document('你好').tolist() == [0, 2, 3, 1] and tok.lead == ''
+    assert tok.encode_prompt('你').tolist() == [0, 2]
+
+
+def test_documents_are_encoded_the_same_while_characters_are_looked_up(kinds):
+    tok = kinds['SentencePiece']
+    tok.encode_document('hello')
+    assert not tok.encoding.encode_special_tokens   # a thread must not change it while others encode
+    tok.unknown('ᚠ')
+    assert not tok.encoding.encode_special_tokens
+
+
+def test_no_download_is_tried_for_ranks_that_travel(tmp_path, monkeypatch):
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **how: pytest.fail('a download'))
+    short = {'kind': 'tiktoken', 'name': 'r50k_base'}
+    assert tokenizer.portable(short) == short
+
+
 def test_a_beginning_that_a_text_has_already_is_not_put_before_it_again(kinds):
     tok = kinds['SentencePiece with an end']
     once = tok.encode_prompt('hello').tolist()
@@ -583,7 +607,9 @@ def test_the_size_of_ids_is_that_of_their_text_wherever_it_is_cut_and_without_it
     None, [], 'char', {}, {'kind': 'bpe'}, {'kind': None}, {'kind': ['char']}, {'kind': 'char'},
     {'kind': 'char', 'chars': ''}, {'kind': 'char', 'chars': 7}, {'kind': 'char', 'chars': None},
     {'kind': 'char', 'chars': 'aa'}, {'kind': 'char', 'chars': ['a', 'b']}, {'kind': 'char', 'chars': ['ab', 'c']},
-    {'kind': 'tiktoken'}, {'kind': 'tiktoken', 'name': None}, {'kind': 'tiktoken', 'name': ['gpt2']},
+    {'kind': 'tiktoken'}, {'kind': 'tiktoken', 'name': None},
+    {'kind': 'tiktoken', 'name': 'x', 'parts': {'mergeable_ranks': 'no base64'}},
+    {'kind': 'tiktoken', 'name': ['gpt2']},
 ], ids=str)
 def test_a_damaged_description_is_refused(description):
     with pytest.raises(UserError):
@@ -659,7 +685,10 @@ def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused():
         BpeTokenizer.train(LINES, 256)
 
 
-@pytest.mark.parametrize('text', ['', '{', '{"model": 1}', 'null'])
+EMPTY = '{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}'
+
+
+@pytest.mark.parametrize('text', ['', '{', '{"model": 1}', 'null', EMPTY])
 def test_a_damaged_tokenizer_json_is_refused(text):
     with pytest.raises(UserError, match=r'no tokenizer\.json'):
         BpeTokenizer(text)
@@ -805,6 +834,7 @@ def test_ranks_in_a_file_are_an_encoding(few, tmp_path, monkeypatch):
 
 def test_the_ranks_of_an_encoding_travel_in_its_description(few, monkeypatch):
     monkeypatch.setattr(tokenizer, 'tiktoken_parts', lambda name: FEW)
+    monkeypatch.setattr(tokenizer, 'portable_parts', tokenizer.portable_parts.__wrapped__)   # without its cache
     short = {'kind': 'tiktoken', 'name': 'few'}
     whole = json.loads(json.dumps(tokenizer.portable(short)))
 
