@@ -18,8 +18,8 @@ from model import GPTConfig, dropout
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / rank) B A x, where W and b are those of a Linear and stay as they are. B begins at zero:
-    the model is at first the one that it was."""
+    """A Linear with an adapter: y = W x + b + (alpha / rank) B A x. W and b are those of the Linear, and not trained.
+    B begins at zero, so that the adapter changes nothing at first."""
 
     def __init__(self, linear, rank, alpha, dropout):
         nn.Module.__init__(self)   # no weights of its own
@@ -37,16 +37,16 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self):
-        """A Linear that does the same."""
+        """Return a plain Linear that computes what this one does."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device='meta')
         linear.weight = nn.Parameter(self.weight + self.scale * self.lora_B @ self.lora_A)
         linear.bias = self.bias
         return linear
 
 
-def put(model, rank, alpha, dropout, targets):
-    """Put an adapter on every Linear of a model whose name the regex targets finds; only adapters are trained from then
-    on. Raises UserError."""
+def put(model: nn.Module, rank: int, alpha: float, dropout: float, targets: str):
+    """Put an adapter on every Linear of a model whose name the regex targets finds, and freeze all other parameters.
+    UserError if it finds none, or a head that shares its matrix with the embedding."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = [name for name in linears if finds(targets, name, 'lora_targets')]
     if not chosen or not targets:
@@ -61,21 +61,21 @@ def put(model, rank, alpha, dropout, targets):
         setattr(model.get_submodule(parent), leaf, LoRALinear(linears[name], rank, alpha, dropout))
 
 
-def finds(regex, name, option):
-    """Whether a regex given by the user finds something in a name."""
+def finds(regex: str, name: str, option: str) -> bool:
+    """Return whether a regex finds something in a name. UserError, with the option that has it, if it is invalid."""
     try:
         return re.search(regex, name) is not None
     except re.error as error:
         raise UserError(f'{option}={regex!r} is no regular expression: {error}') from None
 
 
-def adapters(model):
-    """The parameters of all adapters, {name: parameter}."""
+def adapters(model: nn.Module) -> dict:
+    """Return the parameters of all adapters on a model, {name: parameter}."""
     return {name: p for name, p in model.named_parameters() if name.endswith(('lora_A', 'lora_B'))}
 
 
-def merge(model):
-    """Make the adapters part of the matrices that they are on."""
+def merge(model: nn.Module) -> nn.Module:
+    """Add the adapters on a model to the matrices that they are on, and remove them. Returns the model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             parent, _, leaf = name.rpartition('.')
