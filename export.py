@@ -29,7 +29,7 @@ from pathlib import Path
 import torch  # not above the options: --help and a misspelt option need not wait for it
 from safetensors import SafetensorError
 
-from flatgpt import architectures, checkpoint, lora, machine, pretrained, tokenizer, validate
+from flatgpt import architectures, checkpoint, lora, machine, pretrained, validate
 from flatgpt.errors import UserError
 
 validate.export_options(config)
@@ -45,7 +45,7 @@ model.to(machine.DTYPES[dtype]).float()
 
 # what the folder must give again: the ids of a text, and the logits of random ids
 
-probe = ''.join(tok.chars) if isinstance(tok, tokenizer.CharTokenizer) else tokenizer.PROBE
+probe = tok.probe()
 shape = (1, min(model.config.block_size, 1024))
 ids = torch.randint(tok.vocab_size, shape, generator=torch.Generator().manual_seed(1))   # (B, T)
 

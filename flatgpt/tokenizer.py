@@ -78,8 +78,11 @@ class Tokenizer:
             name = self.token_bytes(self.eot).decode() if end else ''
             return self.encode(''.join(no_surrogates(text) + name for text in texts), special=True)
         ends = np.array([self.eot] if end else [], id_type(self.vocab_size))
-        ids = [self.encode(text, special=True) for text in texts]
+        ids = self.encode_each(texts)
         return np.concatenate([part for of in ids for part in (self.after_begin(of) if begin else of, ends)])
+
+    def encode_each(self, texts):
+        return [self.encode(text, special=True) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Invalid UTF-8, as a model may produce, becomes U+FFFD."""
@@ -124,6 +127,11 @@ class Tokenizer:
         """The characters of a text that cannot be encoded, each once."""
         return []
 
+    def probe(self) -> str:
+        """A text that has something of everything and that can be encoded."""
+        missing = self.unknown(PROBE)
+        return ''.join(char for char in PROBE if char not in missing)
+
     def refuse_unknown(self, text):
         if missing := self.unknown(text):
             raise UserError(f'{len(missing):,} characters that this model has never seen: {"".join(missing[:20])!r}'
@@ -156,6 +164,9 @@ class CharTokenizer(Tokenizer):
 
     def unknown(self, text: str) -> list[str]:
         return sorted(set(text) - set(self.chars))
+
+    def probe(self) -> str:
+        return self.chars
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """The ids of a text. UserError names characters that are not in the vocabulary."""
@@ -229,7 +240,7 @@ class BpeTokenizer(Tokenizer):
             eot = ids.get(EOT, after[-1] if after else None)
         self.eot = eot
         self.ends = tuple(dict.fromkeys(ends)) or (() if eot is None else (eot,))
-        text = self.decode(self.library_ids('a', special=True))
+        text = self.decode(self.library_ids('a', special=True)[0])
         self.lead = text[:-1] if text.endswith('a') else ''
         self.local = self.bytes_of is not None and not self.lead
         self.knows = functools.cache(self.can_encode)
@@ -276,11 +287,13 @@ class BpeTokenizer(Tokenizer):
         return Encodings({'name': 'trained', 'pat_str': GPT2_WORDS, 'mergeable_ranks': ranks,
                           'special_tokens': {token: ids[token] for token in special}})
 
+    def normal(self, text):
+        return self.encoding.normalizer.normalize_str(text) if self.encoding.normalizer else text
+
     def words(self, text):
-        normal = self.encoding.normalizer.normalize_str(text) if self.encoding.normalizer else text
         if self.encoding.pre_tokenizer is None:
-            return [normal] if normal else []
-        return [word for word, _ in self.encoding.pre_tokenizer.pre_tokenize_str(normal)]
+            return [self.normal(text)] if self.normal(text) else []
+        return [word for word, _ in self.encoding.pre_tokenizer.pre_tokenize_str(self.normal(text))]
 
     @functools.cached_property
     def cuttable(self):
@@ -291,9 +304,10 @@ class BpeTokenizer(Tokenizer):
 
     def can_encode(self, char):
         """Whether a character is in the ids of a text, or is one that the tokenizer removes on purpose."""
-        if not char.replace('▁', ' ').strip() or not self.words(char):
+        ids = self.library_ids([char], special=True)[0]   # True: other threads encode documents so
+        if not self.words(char) or (ids and not self.normal(char).strip(' ▁')):
             return True
-        text = self.decode(self.library_ids(char, special=True)).strip()   # True: other threads encode documents so
+        text = self.decode(ids).strip(' ')
         return bool(text) and ('\ufffd' not in text or char == '\ufffd')
 
     def unknown(self, text: str) -> list[str]:
@@ -305,12 +319,17 @@ class BpeTokenizer(Tokenizer):
         if self.ranks:
             return self.ranks.encode(text, special).astype(id_type(self.vocab_size))
         self.refuse_unknown(text)
-        return np.array(self.library_ids(text, special), dtype=id_type(self.vocab_size))
+        return np.array(self.library_ids([text], special)[0], dtype=id_type(self.vocab_size))
 
-    def library_ids(self, text, special):
+    def encode_each(self, texts):
+        self.refuse_unknown(''.join(texts))
+        return [np.array(ids, dtype=id_type(self.vocab_size)) for ids in self.library_ids(texts, special=True)]
+
+    def library_ids(self, texts, special):
         if self.encoding.encode_special_tokens == special:   # cannot be set while another thread encodes
             self.encoding.encode_special_tokens = not special
-        return self.encoding.encode_batch_fast([no_surrogates(text)], add_special_tokens=False)[0].ids
+        found = self.encoding.encode_batch_fast([no_surrogates(text) for text in texts], add_special_tokens=False)
+        return [one.ids for one in found]
 
     def token_text(self, i):
         return self.added.get(i) or self.encoding.id_to_token(i) or '\ufffd'
@@ -517,8 +536,9 @@ def same(a, b) -> bool:
     if a == b or (by_name[0] == by_name[1] and 'name' in a and not ('parts' in a and 'parts' in b)):
         return True
     a, b = from_dict(a), from_dict(b)
+    probe = a.probe()
     return (a.vocab_size == b.vocab_size and all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
-            and (CharTokenizer in (type(a), type(b)) or np.array_equal(a.encode(PROBE), b.encode(PROBE))))
+            and not b.unknown(probe) and np.array_equal(a.encode(probe), b.encode(probe)))
 
 
 def load(spec: str, texts: Iterable[str] = (), min_frequency: int = 2, special: Iterable[str] = ()):

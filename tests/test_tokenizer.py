@@ -314,16 +314,22 @@ def test_a_token_outside_the_byte_alphabet_is_its_own_text():
 
 def test_characters_that_would_be_lost_are_refused():
     from tokenizers import decoders, models, pre_tokenizers
-    plain = BpeTokenizer(as_json(models.BPE({'a': 0, 'b': 1}, []), decoder=decoders.Fuse()))
+    plain = BpeTokenizer(as_json(models.BPE({'a': 0, 'b': 1, ' ': 2}, []), decoder=decoders.Fuse()))
     metaspace = BpeTokenizer(as_json(models.BPE({'▁': 0, 'a': 1, 'b': 2}, []), None, pre_tokenizers.Metaspace(),
                                      decoders.Metaspace()))
     alphabet = [char for char in tokenizer.byte_alphabet() if char != '©']   # which é needs
     partial = BpeTokenizer(as_json(models.BPE({char: i for i, char in enumerate(alphabet)}, []), None,
                                    pre_tokenizers.ByteLevel(False), decoders.ByteLevel()))
     for tok in (plain, metaspace):
+        assert tok.probe() == ''.join(char for char in tokenizer.PROBE if char in ' ab')
         assert tok.unknown('ab x你a') == ['x', '你'] and tok.decode(tok.encode('ab')) == 'ab'
         with pytest.raises(UserError, match="^2 characters that this model has never seen: 'x你'$"):
             tok.encode('ab x你a')
+    for tok in (plain, metaspace):
+        assert tok.unknown('a\tb\n') == ['\t', '\n']
+    tight = BpeTokenizer(as_json(models.BPE({'a': 0, 'b': 1}, []), decoder=decoders.Fuse()))
+    assert tight.unknown('a b') == [' '] and tight.probe() == 'aa' and same(tight, CharTokenizer('ab'))
+    assert not same(tight, CharTokenizer('ba'))
     assert partial.unknown('aé你') == ['é'] and partial.decode(partial.encode('a你')) == 'a你'
 
 
