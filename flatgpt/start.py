@@ -195,13 +195,14 @@ def notices(options: dict, model, steps: int, flops_per_iter: int, rt, peak: flo
     lines = []
     if options['eval_only'] or steps <= 0:
         return lines
-    if options['warmup_iters'] >= options['max_iters'] and not options['max_minutes']:
-        lines.append(f'warmup_iters={options["warmup_iters"]:,} is not below max_iters={options["max_iters"]:,}: the '
-                     f'learning rate will not reach {options["learning_rate"]:g}; try --warmup_iters={steps // 10}')
+    warmup, end = options['warmup_iters'], options['max_iters']
+    if warmup >= end and not options['max_minutes']:
+        lines.append(f'warmup_iters={warmup:,} is not below max_iters={end:,}: the learning rate will not reach '
+                     f'{options["learning_rate"]:g}; try --warmup_iters={end // 10}')
     if peak:
         step = flops_per_iter / (peak * rt.world_size)   # seconds at least
-        rows = 2 * options['eval_iters'] * options['batch_size']   # of both splits; forward passes alone
-        evaluation = step / 3 * rows / (options['gradient_accumulation_steps'] * options['batch_size'])
+        batches = 2 * options['eval_iters']   # of both splits; forward passes alone, a third of the work
+        evaluation = step / 3 * batches / options['gradient_accumulation_steps']
         total = step * steps
         if options['max_minutes']:
             total = min(total, 60 * options['max_minutes'])

@@ -172,6 +172,17 @@ def test_a_run_of_hours_is_told_before_its_first_evaluation_and_a_fast_one_is_no
     assert not told('--warmup_iters=1', '--eval_only', peak=1e8)
 
 
+def test_the_times_that_are_told_are_those_of_the_peak():
+    """A step of 6e13 FLOPs at 1e12 FLOP/s needs 60 s; an evaluation has 2 x 200 batches of a third of the work, a step
+    40 batches."""
+    config = options('train.py', '--warmup_iters=1')
+    (line,) = start.notices(config, GPT(GPTConfig(**SMALL)), 100, 6 * 10**13, RT, 1e12)
+    assert 'an evaluation would take 3 min, a step 60 s and the run 100 min;' in line
+    two = runtime.Runtime(torch.device('cpu'), torch.float32, False, 0, 2)
+    (line,) = start.notices(config, GPT(GPTConfig(**SMALL)), 100, 6 * 10**13, two, 1e12)
+    assert 'at 2.00 TFLOP/s, ' in line and 'a step 30 s and the run 50 min;' in line
+
+
 @pytest.mark.parametrize('args, expected', [
     ((), False), (('--init_from=gpt2',), True), (('--init_from=resume',), False), (('--init_from=auto',), False),
     (('--init_from=some/ckpt.pt', '--learning_rate=6e-4'), False), (('--init_from=some/ckpt.pt',), True)])
