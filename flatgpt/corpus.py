@@ -90,6 +90,9 @@ def reading(path, *exceptions):
 def open_text(path):
     """(f, raw): a file opened for reading text, decompressed, and the same file as it is on the disk. Bytes that are
     not UTF-8 are read as lone surrogates, and line ends as they are."""
+    if text_suffix(path) in MARKUP:
+        raise UserError(f'{path} is markup, not text: convert it, for instance with pandoc -t plain; to learn the '
+                        f'markup itself, let its name end in .txt, or use data/my_code')
     suffix = Path(path).suffix.lower()
     with reading(path), open(path, 'rb') as raw:
         f = raw
@@ -167,8 +170,9 @@ class Corpus:
 
     def __post_init__(self):
         if self.sizes is None:
-            self.sizes = [os.path.getsize(file) for file in self.files]
-            self.versions = [os.stat(file).st_mtime_ns for file in self.files]
+            with reading(self.files[0]):
+                self.sizes = [os.path.getsize(file) for file in self.files]
+                self.versions = [os.stat(file).st_mtime_ns for file in self.files]
 
     def is_one_text(self) -> bool:
         """Whether the corpus is a single text file without a separator, and so a single document."""
@@ -203,9 +207,11 @@ class Corpus:
 
     def repair(self, text, where, start=0):
         """(text, fault) of what open_text() reads at byte `start` of `where`, with U+FFFD for what is invalid."""
+        with contextlib.suppress(UnicodeEncodeError):   # much faster than INVALID.search()
+            text.encode()
+            if '\0' not in text:
+                return text, ''
         match = INVALID.search(text)
-        if match is None:
-            return text, ''
         byte = f'byte {start + len(text[:match.start()].encode()):,}'
         advice = 'give --errors=replace or --errors=skip'
         if match[0] == '\0':
@@ -225,9 +231,6 @@ class Corpus:
 
     def parts(self, path):
         """(text, fault, whether the document ends) of each part of a text file."""
-        if text_suffix(path) in MARKUP:
-            raise UserError(f'{path} is markup, not text: convert it, for instance with pandoc -t plain; to learn the '
-                            f'markup itself, let its name end in .txt, or use data/my_code')
         fault = ''
         if self.errors == 'skip':
             fault = next((fault for _, fault in self.blocks(path) if fault), '')

@@ -115,7 +115,7 @@ def test_a_text_file_is_one_document_with_all_of_its_text(tmp_path_factory, text
     content = text.encode()
     packed = {'.txt': content, '.txt.gz': gzip.compress(content), '.txt.zst': pa.compress(content, 'zstd')}
     path.write_bytes(packed[kind])
-    assert documents(path) == [(text.removeprefix('\ufeff'), '')]
+    assert documents(path) == [(text.removeprefix('\ufeff').replace('\r\n', '\n'), '')]
 
 
 @pytest.mark.parametrize('kind', ['.txt', '.txt.gz', '.jsonl', '.jsonl.zst'])
@@ -131,7 +131,7 @@ def test_a_byte_order_mark_is_no_text_but_only_the_first_and_only_in_the_beginni
 @given(st.lists(texts))
 def test_each_line_of_jsonl_and_each_row_of_parquet_is_a_document(tmp_path_factory, rows):
     folder = tmp_path_factory.getbasetemp()
-    expected = [(row, '') for row in rows]
+    expected = [(row.replace('\r\n', '\n'), '') for row in rows]
     assert documents(jsonl(folder / 'x.jsonl', *({'n': i, 'text': row} for i, row in enumerate(rows)))) == expected
     table = {'text': pa.array(rows, pa.string()), 'n': list(range(len(rows)))}
     assert documents(parquet(folder / 'x.parquet', table)) == expected
@@ -462,6 +462,15 @@ def test_invalid_text_of_a_record_is_refused_repaired_or_left_out(tmp_path, name
     ((text, fault),) = documents(path, errors='replace')
     assert '\ufffd' in text and str(path) in fault
     assert documents(path, errors='skip') == [('', fault)]
+
+
+@pytest.mark.parametrize('name, words', [
+    ('no.jsonl', 'cannot read'), ('no.txt', 'cannot read'), ('x.html', 'is markup')])
+def test_records_of_a_file_that_cannot_be_read_are_one_line(tmp_path, name, words):
+    if name == 'x.html':
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=words):
+        list(read_records(tmp_path / name))
 
 
 def test_lines_of_a_text_file_are_records_and_end_at_line_breaks_alone(tmp_path):
