@@ -140,22 +140,27 @@ def show_as_it_grows(sample, row):
 def as_json(sample):
     """One line of JSON; mean_logprob is in nats per token, of the model itself."""
     mean = sample.log_prob / len(sample.ids) if sample.ids else None
+    escaped = 'utf' not in sys.stdout.encoding.lower()   # a stream that cannot show all characters
     return dumps({'prompt': sample.prompt, 'text': sample.text, 'tokens': sample.ids, 'mean_logprob': mean,
-                  'finish_reason': sample.finish}, ensure_ascii=False) + '\n'
+                  'finish_reason': sample.finish}, ensure_ascii=escaped) + '\n'
 
 
 DASHES = '\n' + '-' * 15 + '\n'
 
 if interactive:
+    with contextlib.suppress(ImportError):   # Windows
+        import readline  # noqa: F401  so that input() has line editing and a history
     print('type a prompt; Ctrl-C ends an answer, Ctrl-D ends this', file=sys.stderr)
     row = 0
     while True:
-        print('> ', end='', file=sys.stderr, flush=True)
         try:
-            sample = Sample(input())
+            sample = Sample(input('> '))
         except EOFError:
             show('\n')
             sys.exit()
+        except KeyboardInterrupt:   # the line is dropped, not the program
+            show('\n')
+            continue
         except UserError as error:   # a character that the model does not know
             print(error, file=sys.stderr)
             continue

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def read(folder) -> Run:
     if not evals:
         raise UserError(f'{path} holds no evaluation yet: there is nothing to draw')
     best = min(evals, key=lambda record: record['val_loss'])
-    return Run(Path(folder).resolve().name, path, evals, [record for record in records if 'iter' in record], best)
+    name = os.fsencode(Path(folder).resolve().name).decode(errors='backslashreplace')   # which a picture can show
+    return Run(name, path, evals, [record for record in records if 'iter' in record], best)
 
 
 def parse(path) -> tuple[list[dict], list[str]]:
@@ -166,7 +168,8 @@ def save_picture(path, runs: list[Run], *how):
     """Write a figure() into a file whose ending names the format. UserError if that fails."""
     drawn = figure(runs, *how)
     try:
-        drawn.savefig(path, dpi=120)
+        with warnings.catch_warnings(action='ignore', category=UserWarning):   # of a font that lacks Chinese
+            drawn.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f'cannot write {path}: {getattr(error, "strerror", None) or error}') from None
 

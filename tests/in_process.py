@@ -71,10 +71,10 @@ def execute(script, namespace):
     return 0
 
 
-def call(script, *args, cwd=ROOT, **env):
-    """Run a script of the project here; its CompletedProcess, as conftest.run gives it."""
+def call(script, *args, cwd=ROOT, encoding='utf-8', **env):
+    """Run a script of the project here; its CompletedProcess, as conftest.run gives it. encoding: of its terminal."""
     script, args = str(ROOT / script), [str(arg) for arg in args]
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
     with restored():
         sys.argv, sys.path[0:0] = [script, *args], [os.path.dirname(script)]
         sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = out, err, out, err
@@ -87,5 +87,5 @@ def call(script, *args, cwd=ROOT, **env):
     texts = []
     for stream in (out, err):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode())
+        texts.append(stream.buffer.getvalue().decode(encoding))
     return subprocess.CompletedProcess([script, *args], status, *texts)
