@@ -118,8 +118,8 @@ def test_ids_are_those_of_tiktoken_on_real_text(tmp_path, monkeypatch):
         (tmp_path / f'{i}.txt').write_text(text, encoding='utf-8')
     build(tmp_path / 'out', [tmp_path / f'{i}.txt' for i in range(3)], 'gpt2')
     gpt2 = tiktoken.get_encoding('gpt2')
-    found = [part.tolist() for ids in Dataset(f'{tmp_path / "out"}/').data.values()
-            for part in np.split(ids, np.flatnonzero(ids == gpt2.eot_token) + 1)[:-1]]
+    ids = np.concatenate([*Dataset(f'{tmp_path / "out"}/').data.values()])
+    found = [part.tolist() for part in np.split(ids, np.flatnonzero(ids == gpt2.eot_token) + 1)[:-1]]
     assert sorted(found) == sorted([*gpt2.encode_ordinary(text), gpt2.eot_token] for text in texts)
 
 
