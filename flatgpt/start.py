@@ -37,7 +37,12 @@ def choose_start(config) -> tuple:
     resuming = init_from == 'resume' or (init_from == 'auto' and os.path.exists(latest))
     if not resuming and init_from in ('scratch', 'auto'):
         return None, None, False
-    path = latest if resuming else checkpoint.resolve(init_from)
+    if not resuming:
+        path = checkpoint.resolve(init_from)
+    elif os.path.exists(latest):
+        path = latest
+    else:
+        path = checkpoint.in_folder(config['out_dir'])   # or an error that says what is there instead
     ckpt = checkpoint.load(path)
     if resuming:
         if 'optimizer' not in ckpt:

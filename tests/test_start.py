@@ -1,6 +1,7 @@
 """What a run starts from, what has changed since it was saved, and what a user is told before it starts."""
 
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,6 +130,18 @@ def test_lines_about_changes_never_fail(before, after, schedule, nanogpt):
     lines = start.changes(config, saved, before)
     assert [line for line in lines if line.startswith('changed: max_iters')] == (
         [] if before == after else [f'changed: max_iters={after}, was {before}'])
+
+
+@pytest.mark.parametrize('files, words', [
+    ([], 'no best.pt, ckpt.pt or config.json in'), (['previous-1/ckpt.pt'], 'that was there is in .*previous-1'),
+    (['previous-1/best.pt', 'previous-2/best.pt'], 'is in .*previous-2'), (['log.jsonl'], 'train into it first')])
+def test_a_run_that_is_not_there_says_where_it_may_be(tmp_path, files, words):
+    for n, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (n, n))
+    with pytest.raises(UserError, match=words):
+        start.choose_start(options('train.py', '--init_from=resume', f'--out_dir={tmp_path}'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
