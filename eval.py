@@ -19,12 +19,14 @@ out_dir = 'out'                       # folder of the model: its best.pt, or els
 init_from = 'resume'                  # 'resume' (the model in out_dir), a path, 'gpt2', 'owner/name' on the hub
 tokenizer_of: str | None = None       # for a checkpoint of nanoGPT, which has none: the dataset it was trained on
 # what to ask, one or several
-data: str | None = None               # loss: a dataset's name or folder, a .bin of token ids, or a text file in UTF-8
+data: str | None = None               # loss: a dataset's name or folder, a .bin of token ids, or a file of texts
 choices: str | None = None            # accuracy: .jsonl of {"context", "choices", "gold"}, or HellaSwag's
 last_word: str | None = None          # accuracy, perplexity: .jsonl of {"text"}, all but its last word is given
 generate: str | None = None           # BLEU, chrF, ROUGE: .jsonl of {"prompt", "reference"}
 # how
 split = 'val'                         # split of a dataset: 'train', 'val'
+template = ''                         # text of a record in data, such as '{title}\n{text}'; empty: what is under "text"
+block_size: int | None = None         # tokens of a window; None: the context of the model
 stride: int | None = None             # tokens from one window to the next, up to block_size (fastest); None: half of it
 shots = 0                             # examples with answers before a question of choices or generate, out of its file
 delimiter = ' '                       # what joins a context or a prompt to its answer; empty: nothing
@@ -47,7 +49,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt import checkpoint, engine, evaluation, runtime, tokenizer, validate
+from flatgpt import checkpoint, corpus, engine, evaluation, runtime, tokenizer, validate
 from flatgpt.dataset import SPLITS, Dataset, open_ids
 from flatgpt.errors import UsageError, UserError
 
@@ -71,11 +73,13 @@ if generate:
 
 path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of)
+if block_size is not None:
+    validate.set_context(model, block_size)
 block_size = model.config.block_size
 if stride is None:
     stride = max(block_size // 2, 1)
 if stride > block_size:
-    raise UsageError(f'stride={stride}: expected at most the block_size of {path}, {block_size}')
+    raise UsageError(f'stride={stride}: expected at most block_size={block_size}')
 rt = runtime.setup(device, dtype, compile, seed)
 rt.notice(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}')
 about = {'model': str(path), 'step': ckpt['iter_num'], 'dtype': str(rt.dtype).removeprefix('torch.')}
@@ -93,15 +97,11 @@ def read_ids(name):
     to be learnt, and the file that they are from."""
     path = Path(name)
     learnt = None
-    made_with = tok.to_dict()
-    if path.suffix != '.bin' and (path.is_file() or path.suffix == '.txt'):
-        where = name
-        with evaluation.naming(name):
-            ids = tok.encode(tokenizer.read_text(name))
-        if tok.eot is not None:
-            ids = np.concatenate((tok.encode_prompt(''), ids))
+    made_with = tok
+    where = name
+    if path.suffix != '.bin' and (path.is_file() or corpus.text_suffix(path) in corpus.SUFFIXES + corpus.TABLES):
+        ids = evaluation.encode_documents(name, tok, limit, template)
     elif path.is_file() and not path.with_name('meta.json').exists():   # bare ids
-        where = name
         ids = open_ids(name, tokenizer.id_type(tok.vocab_size))
     else:
         part = path.stem if path.is_file() else split
@@ -113,24 +113,22 @@ def read_ids(name):
         made_with = dataset.tokenizer
         if dataset.mask:
             learnt = dataset.mask[part].astype(bool)
-    fits = len(ids) == 0 or ids.max() < tok.vocab_size
-    if not fits or not tokenizer.same(made_with, tok):
+    ids = ids[:limit and limit + 1]
+    if (len(ids) and ids.max() >= tok.vocab_size) or not tokenizer.same(made_with, tok):
         raise UserError(f'{where} was made with another tokenizer than the model: give its text instead, or a dataset '
                         f'that the model can read')
-    return ids, np.ones(len(ids), bool) if learnt is None else learnt, where
+    return ids, np.ones(len(ids), bool) if learnt is None else learnt[:len(ids)], where
 
 
 if data:
     ids, learnt, where = read_ids(data)
-    if limit is not None:
-        ids = ids[:limit + 1]
-        learnt = learnt[:limit + 1]
     if not learnt[1:].any():
         raise UserError(f'{where} has no token to score: expected two, or one of text if the model knows ends of texts')
     loss, error, n = evaluation.rolling_loss(model, rt, ids, stride, batch_size, learnt)
     n_chars, n_bytes = tok.count(ids[1:][learnt[1:]])   # 0 if all of the text is special tokens
     bits = loss / math.log(2)
-    report['data'] = {'of': where, 'tokens': n, 'bytes': n_bytes, 'characters': n_chars, 'stride': stride,
+    report['data'] = {'of': where, 'tokens': n, 'bytes': n_bytes, 'characters': n_chars,
+                      'block_size': block_size, 'stride': stride,
                       'loss': loss, 'loss_stderr': error, 'perplexity': evaluation.perplexity(loss),
                       'bits_per_token': bits, 'bits_per_token_stderr': error / math.log(2),
                       'bits_per_byte': n_bytes and bits * n / n_bytes,
@@ -151,19 +149,27 @@ def encode_answers(items, delimiter):
     for item in items:
         with evaluation.naming(item.where):
             pairs += [evaluation.encode_pair(tok, item.context, delimiter + answer) for answer in item.answers]
+    lengths = [len(context) + len(answer) - 1 for context, answer in pairs]
+    if notice := engine.cut_notice(model.config, lengths, tok.begin):
+        rt.notice(notice)
     return pairs
+
+
+def loglikelihood(items, delimiter, what):
+    """(log-probability of each answer, whether it is what the model would say) of some items."""
+    return evaluation.loglikelihood(model, rt, encode_answers(items, delimiter), batch_size, what, tok.begin)
 
 
 if choices:
     items = with_examples(choice_items, shots)
-    logprobs, _ = evaluation.loglikelihood(model, rt, encode_answers(items, delimiter), batch_size, 'choices')
+    logprobs, _ = loglikelihood(items, delimiter, 'choices')
     right = evaluation.right_choices(items, logprobs)
     chance = sum(1 / len(item.answers) for item in items) / len(items)
     report['choices'] = {'of': choices, 'n': len(items), 'shots': shots, **evaluation.summary(right), 'chance': chance}
 
 if last_word:
     items = with_examples(word_items)
-    logprobs, greedy = evaluation.loglikelihood(model, rt, encode_answers(items, ' '), batch_size, 'last word')
+    logprobs, greedy = loglikelihood(items, ' ', 'last word')
     figures = evaluation.summary({'acc': greedy, 'loss': -logprobs})
     perplexity = evaluation.perplexity(figures['loss'])
     report['last_word'] = {'of': last_word, 'n': len(items), **figures, 'perplexity': perplexity}
@@ -174,6 +180,8 @@ if generate:
     for item in items:
         with evaluation.naming(item.where):
             prompts.append(tok.encode_prompt(item.context))
+    if notice := engine.cut_notice(model.config, [len(ids) for ids in prompts], tok.begin):
+        rt.notice(notice)
     if shots:
         stops.append(evaluation.SEPARATOR)   # where the next example would begin
     answers = evaluation.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size)

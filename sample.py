@@ -19,7 +19,8 @@ out_dir = 'out'                       # folder of the model: its best.pt, or els
 init_from = 'resume'                  # 'resume' (the model in out_dir), a path, 'gpt2', 'owner/name' on the hub
 tokenizer_of: str | None = None       # for a checkpoint of nanoGPT, which has none: the dataset it was trained on
 start: str | None = None              # the prompt, may be empty, None: a line break; FILE:prompt.txt reads a file
-prompts: str | None = None            # a file of prompts, one per line, or .jsonl with {"prompt": ...}
+prompts: str | None = None            # a file of prompts: its lines, or of .jsonl, .json, .csv ... what "prompt" says
+block_size: int | None = None         # tokens that the model sees, more than in training only with rope and alibi
 # how
 num_samples = 10                      # per prompt, each from a random stream of its own
 max_new_tokens = 500                  # length of a sample at most
@@ -46,13 +47,13 @@ config = configure(globals())
 import contextlib
 import sys
 import time
-from json import dumps, loads  # the name json is an option
-from pathlib import Path
+from json import dumps  # the name json is an option
 
 from tqdm import tqdm
 
-from flatgpt import checkpoint, engine, runtime, tokenizer, validate
+from flatgpt import checkpoint, corpus, engine, runtime, tokenizer, validate
 from flatgpt.errors import UserError
+from flatgpt.evaluation import naming
 from flatgpt.quantize import int8, pack
 
 validate.sample_options(config)
@@ -66,19 +67,13 @@ if stream == 'auto':
 
 
 def read_prompts(file):
-    """The prompts in a file: its lines, or if it is JSONL the texts under "prompt"."""
+    """[(file and line, prompt)] of a file: a record of text is a prompt, of others what is under "prompt"."""
     found = []
-    text = tokenizer.read_text(file).removeprefix('\ufeff').replace('\r\n', '\n')
-    for number, line in enumerate(text.split('\n'), 1):
-        prompt = line
-        if line.strip() and Path(file).suffix.lower() == '.jsonl':
-            try:
-                prompt = loads(line)['prompt']
-                prompt.encode()
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f'{file}, line {number}: expected {{"prompt": "..."}}') from None
-        if line.strip():
-            found.append(prompt)
+    for where, record, _ in corpus.read_records(file):
+        prompt = record.get('prompt') if isinstance(record, dict) else record
+        if not isinstance(prompt, str):
+            raise UserError(f'{where}: expected {{"prompt": "..."}}')
+        found.append((where, tokenizer.no_surrogates(prompt)))
     if not found:
         raise UserError(f'{file} has no prompt')
     return found
@@ -87,20 +82,45 @@ def read_prompts(file):
 if prompts is not None:
     texts = read_prompts(prompts)
 elif start is None:
-    texts = ['\n']
+    texts = [('start', '\n')]
 elif start.startswith('FILE:'):
-    texts = [tokenizer.read_text(start.removeprefix('FILE:'))]
+    file = start.removeprefix('FILE:')
+    texts = [(file, tokenizer.read_text(file))]
 else:
-    texts = [start]
+    texts = [('start', start)]
 
 # model
 
 path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of)
 rt = runtime.setup(device, dtype, compile, seed)
-print(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}', file=sys.stderr)
-model.to(rt.device, rt.dtype)
+rt.notice(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}')
 del ckpt   # its memory
+if block_size is not None:
+    validate.set_context(model, block_size)
+
+# from prompts to samples, before the weights are moved
+
+
+class Sample(engine.Answer):
+    """A prompt and the text that continues it."""
+
+    def __init__(self, where, prompt):
+        with naming(where):
+            super().__init__(tok, tok.encode_prompt(prompt), max_new_tokens, stops)
+        self.prompt = prompt
+
+
+samples = []
+if not interactive:
+    samples = [Sample(where, text) for where, text in texts for _ in range(num_samples)]
+    lengths = [len(sample.prompt_ids) for sample in samples[::num_samples]]
+    notices = [engine.cut_notice(model.config, lengths, tok.begin), engine.template_notice(tok, samples[0].prompt),
+               engine.memory_notice(model, rt, min(batch_size, len(samples)), max(lengths) + max_new_tokens)]
+    for text in filter(None, notices):
+        rt.notice(text)
+
+model.to(rt.device, rt.dtype)
 if quantize == 'int8':
     int8(model)
 if rt.compile:
@@ -108,23 +128,12 @@ if rt.compile:
 elif not quantize:
     pack(model)
 
-# from prompts to samples
-
-
-class Sample(engine.Answer):
-    """A prompt and the text that continues it."""
-
-    def __init__(self, prompt):
-        super().__init__(tok, tok.encode_prompt(prompt), max_new_tokens, stops)
-        self.prompt = prompt
-
 
 def grow(samples, first_row):
     """Continue the prompts of some samples, the first of which has the random numbers of first_row, token by token."""
     return engine.grow(
-        model, samples, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, first_row=first_row, vocab_size=tok.vocab_size,
-        exact_window=exact_window, static_cache=rt.compile)
+        model, samples, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, first_row=first_row,
+        repetition_penalty=repetition_penalty, exact_window=exact_window, static_cache=rt.compile)
 
 
 def show(text):
@@ -150,11 +159,11 @@ DASHES = '\n' + '-' * 15 + '\n'
 if interactive:
     with contextlib.suppress(ImportError):   # Windows
         import readline  # noqa: F401  so that input() has line editing and a history
-    print('type a prompt; Ctrl-C ends an answer, Ctrl-D ends this', file=sys.stderr)
+    rt.notice('type a prompt; Ctrl-C ends an answer, Ctrl-D ends this')
     row = 0
     while True:
         try:
-            sample = Sample(input('> '))
+            sample = Sample('prompt', input('> '))
         except EOFError:
             show('\n')
             sys.exit()
@@ -162,14 +171,13 @@ if interactive:
             show('\n')
             continue
         except UserError as error:   # a character that the model does not know
-            print(error, file=sys.stderr)
+            rt.notice(error)
             continue
         with contextlib.suppress(KeyboardInterrupt):
             show_as_it_grows(sample, row)
         show('\n')
         row += 1
 
-samples = [Sample(text) for text in texts for _ in range(num_samples)]
 t0 = time.perf_counter()
 if stream:
     for row, sample in enumerate(samples):
@@ -186,4 +194,4 @@ else:
     bar.close()
 dt = time.perf_counter() - t0
 n = sum(len(sample.ids) for sample in samples)
-print(f'{n:,} tokens in {dt:.1f} s, {n / dt:,.0f} tok/s', file=sys.stderr)
+rt.notice(f'{n:,} tokens in {dt:.1f} s, {n / dt:,.0f} tok/s')

@@ -140,7 +140,8 @@ class Piece(NamedTuple):
 def read_records(path) -> Iterator[Record]:
     """The records of a file; of a text file, the lines that are not blank, as texts. UserError names the place of what
     is invalid."""
-    corpus = Corpus([path])
+    with reading(path):
+        corpus = Corpus([path], options=False)
     if text_suffix(path) not in RECORDS:
         yield from (Record(where, line.rstrip('\r\n')) for where, line, _ in corpus.lines(path) if line.strip())
         return
@@ -158,6 +159,7 @@ class Corpus:
     field: str = 'text'         # the key of the text in a record
     column: str = 'text'        # the column of the text in a .parquet
     errors: str = 'strict'      # invalid text: 'strict' (UserError), 'replace' (by U+FFFD), 'skip' (the document)
+    options: bool = True        # whether errors and field are options of the script, to be named in advice
     template: str = ''          # the text of a record, such as '{title}\n{text}'; empty: its field or column
     separator: str = ''         # what ends the documents of a .txt; empty: the file is one document
     sizes: list = None          # bytes of each file, and what changes when it does; default: as on the disk
@@ -203,7 +205,7 @@ class Corpus:
     def refuse(self, fault, advice, unless):
         """UserError, unless this is how to treat errors."""
         if self.errors not in unless:
-            raise UserError(f'{fault}; {advice}')
+            raise UserError(f'{fault}; {advice}' if self.options else fault)
 
     def repair(self, text, where, start=0):
         """(text, fault) of what open_text() reads at byte `start` of `where`, with U+FFFD for what is invalid."""

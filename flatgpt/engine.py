@@ -202,8 +202,8 @@ def take_cache(model, rows: int, num_tokens: int, static: bool) -> KVCache:
 def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
              repetition_penalty: float = 1.0, seed: int = 0, first_row: int = 0, vocab_size: int | None = None,
-             exact_window: bool = False, static_cache: bool = False,
-             log_probs: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+             exact_window: bool = False, static_cache: bool = False, log_probs: bool = False,
+             begin: Sequence[int] = ()) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Continue B prompts, one token per row at a time: yields, max_new_tokens times, (token ids, (B,); their
     log-probabilities, (B,), or None unless log_probs). These are in nats, the model's own, before any control.
 
@@ -214,7 +214,8 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
     A model sees block_size tokens at most. When the cache is full, the older half of the text is dropped and the newer
     half is encoded again, at new positions; with a window and relative positions (rope, alibi), old tokens are evicted
     and nothing is encoded again. exact_window: encode the last block_size tokens again for each token, as
-    GPT.generate() does. static_cache: all steps have the same shapes, for compiled steps; see KVCache.
+    GPT.generate() does. begin: ids that stay at the beginning of a context whose older tokens are dropped.
+    static_cache: all steps have the same shapes, for compiled steps; see KVCache.
 
     Call model.eval() first. Raises ValueError for an empty prompt or a control out of range, UserError for logits that
     are not finite.
@@ -242,15 +243,22 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
         for now in range(start, end):   # the column of the token to sample
             full = kv_cache.length == kv_cache.capacity
             rows, T = B, 1
+            idx = text[:, now - 1:now]
             if now == start or exact_window or (full and not evicts):   # encode whole contexts
                 contexts = [n if n <= block_size else shortened for n in contexts]
                 kv_cache.reset(contexts)
                 T = max(contexts)
                 if now == start and equal_prompts and not (static_cache and T == 1):
                     rows = 1   # once for all; but a static step of one token has the same shape always
+                idx = text[:rows, now - T:now].clone()
+                for row in range(rows):
+                    first = T - contexts[row]
+                    shortened_row = len(begin) < contexts[row] < len(prompts[row]) + now - start
+                    if begin and shortened_row:
+                        idx[row, first:first + len(begin)] = torch.tensor(begin, device=device)
             elif full:
                 kv_cache.evict(config.window - 1)
-            logits = model.next_logits(text[:rows, now - T:now].contiguous(), kv_cache)                 # (rows, V)
+            logits = model.next_logits(idx.contiguous(), kv_cache)                    # (rows, V)
             logits = logits.expand(B, -1)[:, :vocab_size].float()                     # (B, V)
             kv_cache.advance(T)
             # not after each token, because a GPU would have to finish its work for it
@@ -272,6 +280,45 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what may surprise
+
+def cut_notice(config, lengths: Sequence[int], begin: Sequence[int] = ()) -> str:
+    """What happens to texts of these lengths that do not fit into the context, in one line; '' if all fit. begin: the
+    ids that stay."""
+    longer = sum(n > config.block_size for n in lengths)
+    if not longer:
+        return ''
+    kept = f', after the {len(begin)} that begin a text' if begin else ''
+    return (f'{longer:,} of {len(lengths):,} prompts are longer than the context of {config.block_size:,} tokens, the '
+            f'longest has {max(lengths):,}: only their ends are seen{kept}')
+
+
+def memory_notice(model, rt, rows: int, num_tokens: int) -> str:
+    """What is missing to hold the weights, unless they are there, and the KV cache of so many rows of num_tokens
+    tokens, in one line; '' if the memory is enough or unknown."""
+    itemsize = rt.dtype.itemsize
+    needed = cache_bytes(model.config, rows * min(num_tokens, model.config.block_size), itemsize)
+    needed += rows * model.config.vocab_size * 5   # logits in float32, and which ids were seen
+    if rt.device != model.lm_head.weight.device or rt.dtype != model.lm_head.weight.dtype:
+        needed += model.get_num_params(non_embedding=False) * itemsize
+    free = rt.free_memory()
+    if free is None or needed <= free:
+        return ''
+    return (f'{needed / 1e9:,.1f} GB are needed for {rows:,} samples at once, {free / 1e9:,.1f} GB are free: lower '
+            f'batch_size or max_new_tokens')
+
+
+def template_notice(tok, prompt: str) -> str:
+    """That a model has a chat template, in one line, if a prompt has none of its special tokens; else ''."""
+    files = getattr(tok, 'files', {})
+    template = files.get('chat_template.jinja') or files.get('tokenizer_config.json', {}).get('chat_template')
+    if not template or any(token in prompt for token in tok.added.values()):
+        return ''
+    return ('this model has a chat template, which is not used here: to talk to it, write its special tokens into the '
+            'prompt, see docs/sampling.md')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # from tokens to text
 
 class Answer:
@@ -279,8 +326,8 @@ class Answer:
     the first of the texts in stops; finish says why: 'stop', 'length', or None while it grows."""
 
     def __init__(self, tok, prompt: np.ndarray, max_new_tokens: int, stops: Sequence[str] = ()):
+        self.tok = tok
         self.prompt_ids = torch.from_numpy(prompt.astype(np.int64))
-        self.ends = tok.ends
         self.max_new_tokens = max_new_tokens
         self.stops = stops
         self.decode = tok.stream(prompt)   # holds back half a character
@@ -297,7 +344,7 @@ class Answer:
         before = len(self.text)
         self.log_prob += log_prob
         self.ids.append(token)
-        if token in self.ends:
+        if token in self.tok.ends:
             self.finish = 'stop'
         else:
             self.text += self.decode(token)
@@ -325,9 +372,11 @@ class Answer:
 def grow(model, answers: Sequence[Answer], **options) -> Iterator[None]:
     """Append tokens to some answers, to all at once; yields after each token, until all have ended. The options are
     those of generate()."""
+    tok = answers[0].tok
     prompts = [answer.prompt_ids for answer in answers]
     max_new_tokens = max(answer.max_new_tokens for answer in answers)
-    for tokens, log_probs in generate(model, prompts, max_new_tokens, **options, log_probs=True):
+    options |= {'vocab_size': tok.vocab_size, 'begin': tok.begin, 'log_probs': True}
+    for tokens, log_probs in generate(model, prompts, max_new_tokens, **options):
         for answer, token, log_prob in zip(answers, tokens.tolist(), log_probs.tolist()):
             answer.add(token, log_prob)
         yield

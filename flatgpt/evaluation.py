@@ -12,17 +12,20 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from flatgpt import engine, tokenizer
+from flatgpt import corpus, engine
 from flatgpt.errors import UserError
 
 SEPARATOR = '\n\n'      # between the examples of a few-shot prompt
 LOGITS = 2**27          # so many are computed at once: 512 MB
+HAN = '[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]'
+UNSPACED = f'(?:{HAN}|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff])'   # and Thai, Lao, Burmese, Khmer, kana
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,6 +90,27 @@ def windows(n: int, size: int, stride: int) -> list[tuple[int, int, int]]:
     return found
 
 
+def encode_documents(path: str, tok, limit: int | None = None, template: str = '') -> np.ndarray:
+    """Token ids of the documents in a file, as training data has them, after the end of another text: all but the first
+    are to be scored. limit: if given, how many; not much more of the file is read. template: see corpus.Corpus."""
+    parts = [tok.encode_prompt('')] if tok.eot is not None and not tok.begin else []
+    whole = True
+    with corpus.reading(path):
+        documents = corpus.Corpus([path], template=template, options=False)
+    if limit is not None:
+        documents.longest = max(20 * limit, 1000)   # characters: mostly enough, otherwise there is another piece
+    elif not tok.cuttable:
+        documents.longest = 16 * corpus.PIECE
+    for piece in documents.pieces(0):
+        with naming(path):
+            parts.append(tok.encode_texts([piece.text], end=piece.last, begin=piece.start == 0))
+        if limit is not None and sum(map(len, parts)) > limit:
+            whole = False
+            break
+    ids = np.concatenate(parts)
+    return ids[:-1] if whole and tok.eot is not None else ids   # what follows the last document is not known
+
+
 def rolling_loss(model, rt, ids: np.ndarray, stride: int, batch_size: int,
                  learnt: np.ndarray | None = None) -> tuple[float, float, int]:
     """The cost of every token of ids but the first, given those before it: at least block_size - stride of them, or
@@ -116,10 +140,12 @@ def encode_pair(tok, context: str, continuation: str) -> tuple[np.ndarray, np.nd
     return whole[:same], whole[same:]
 
 
-def loglikelihood(model, rt, pairs: Sequence[tuple], batch_size: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+def loglikelihood(model, rt, pairs: Sequence[tuple], batch_size: int, what: str,
+                  begin: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """For pairs of token ids, of a context and its continuation: the log-probability of each continuation in nats, and
     whether each of its tokens is the likeliest one; two arrays. What does not fit into block_size is cut off the
-    context on the left; a continuation that is longer still is scored in halves of block_size."""
+    context on the left, but for the ids in begin; a continuation that is longer still is scored in halves of
+    block_size."""
     size = model.config.block_size
     rows = []
     owner = []   # the number of the pair of each row
@@ -128,7 +154,10 @@ def loglikelihood(model, rt, pairs: Sequence[tuple], batch_size: int, what: str)
         step = size if len(continuation) <= size else max(size // 2, 1)
         for start in range(len(context), len(ids), step):
             end = min(start + step, len(ids))
-            rows.append((ids[max(end - size - 1, 0):end], np.ones(end - start, bool)))
+            row = ids[max(end - size - 1, 0):end].copy()
+            if end - len(row) > 0 and len(begin) < len(row) - (end - start):
+                row[:len(begin)] = begin
+            rows.append((row, np.ones(end - start, bool)))
             owner.append(i)
     found = torch.zeros(len(pairs), 3, dtype=torch.float64)
     found.index_add_(0, torch.tensor(owner), costs(model, rt, rows, batch_size, what))
@@ -163,7 +192,7 @@ def generate_until(model, tok, rt, prompts: Sequence[np.ndarray], max_new_tokens
 
 @dataclass
 class Item:
-    """A line of a JSONL file: what is asked, the answers to choose from, and the number of the right one."""
+    """A record of a file: what is asked, the answers to choose from, and the number of the right one."""
     where: str              # file and line, for error messages
     context: str
     answers: list[str]
@@ -180,21 +209,16 @@ def naming(where: str):
 
 
 def read_items(path: str, parse: Callable[[dict], tuple]) -> list[Item]:
-    """The items in a JSONL file, each made by parse(record). Whatever is wrong is a UserError that names the line."""
+    """The items in a file of records, each made by parse(record). Whatever is wrong is a UserError that names the
+    record."""
     items = []
-    for number, line in enumerate(tokenizer.read_text(path).removeprefix('\ufeff').split('\n'), 1):
-        if not line.strip():
-            continue
-        with naming(f'{path}, line {number}'):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f'no JSON ({" ".join(str(error).split())[:80]})') from None
+    for where, record, _ in corpus.read_records(path):
+        with naming(where):
             if not isinstance(record, dict):
-                raise UserError(f'expected an object, {{...}}, not {line.strip()[:40]}')
-            items.append(Item(f'{path}, line {number}', *parse(record)))
+                raise UserError(f'expected an object, {{...}}, not {str(record).strip()[:40]}')
+            items.append(Item(where, *parse(record)))
     if not items:
-        raise UserError(f'{path} is empty: expected one JSON object per line')
+        raise UserError(f'{path} is empty: expected one object per line or row')
     return items
 
 
@@ -299,21 +323,36 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < 700 else None
 
 
+def unicode_words(text: str) -> list[str]:
+    """The words of a text in any script, in lower case; each character of a script without spaces is one."""
+    return re.findall(f'{UNSPACED}|(?:(?!{UNSPACED})\\w)+', text.lower())
+
+
 def compare_texts(answers: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
-    """BLEU and chrF of all answers by sacrebleu, the mean F1 of ROUGE by rouge-score. UserError if one is missing."""
+    """BLEU and chrF of all answers by sacrebleu, the mean F1 of ROUGE by rouge-score, and how texts were cut into
+    tokens: their usual English rules drop letters beyond ASCII, or find one word in a Chinese sentence, so for other
+    texts ROUGE has unicode_words(), BLEU the rules for Chinese or single characters. UserError if a package is missing.
+    """
     try:
         import sacrebleu
         from rouge_score import rouge_scorer
     except ImportError as error:
         raise UserError(f'eval.py needs sacrebleu and rouge-score to compare texts (no {error.name} here): '
                         f'pip install sacrebleu rouge-score') from None
-    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
-    rouge = rouge_scorer.RougeScorer(['rouge1', 'rouge2', 'rougeL'])
+    text = ''.join(references)
+    unspaced = re.findall(UNSPACED, text)
+    tokenize = '13a'
+    if len(unspaced) > 0.2 * len(re.findall(r'\w', text)):
+        tokenize = 'zh' if all(re.fullmatch(HAN, char) for char in unspaced) else 'char'
+    bleu, chrf = sacrebleu.BLEU(tokenize=tokenize), sacrebleu.CHRF()
+    words = None if text.isascii() else SimpleNamespace(tokenize=unicode_words)
+    rouge = rouge_scorer.RougeScorer(['rouge1', 'rouge2', 'rougeL'], tokenizer=words)
     scores = [rouge.score(reference, answer) for reference, answer in zip(references, answers)]
     f1 = {name: [score[name].fmeasure for score in scores] for name in scores[0]}
     return {'bleu': bleu.corpus_score(answers, [references]).score,
             'chrf': chrf.corpus_score(answers, [references]).score, **summary(f1),
-            'bleu_signature': str(bleu.get_signature()), 'chrf_signature': str(chrf.get_signature())}
+            'bleu_signature': str(bleu.get_signature()), 'chrf_signature': str(chrf.get_signature()),
+            'rouge_words': 'ascii' if words is None else 'unicode'}
 
 
 def table(measurement: str, figures: dict) -> str:

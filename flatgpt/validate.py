@@ -89,9 +89,17 @@ def stop_option(options):
         raise UsageError(error) from None
 
 
+def set_context(model, block_size: int):
+    """Set the context of a model to block_size tokens. Raises UsageError if it has fewer positions."""
+    try:
+        model.crop_block_size(block_size)
+    except ValueError as error:
+        raise UsageError(error) from None
+
+
 def sample_options(options):
     """Check the options of sample.py."""
-    at_least(1, options, 'num_samples', 'batch_size')
+    at_least(1, options, 'num_samples', 'batch_size', 'block_size')
     at_least(0, options, 'max_new_tokens')
     controls = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
     try:
@@ -111,7 +119,7 @@ def eval_options(options):
     """Check the options of eval.py."""
     if not any(options[name] for name in ('data', 'choices', 'last_word', 'generate')):
         raise UsageError('nothing to do: give one or several of --data, --choices, --last_word, --generate')
-    at_least(1, options, 'batch_size', 'max_new_tokens', 'stride', 'limit')
+    at_least(1, options, 'batch_size', 'block_size', 'max_new_tokens', 'stride', 'limit')
     at_least(0, options, 'shots')
     one_of(('train', 'val'), options, 'split')
     if options['shots'] and not (options['choices'] or options['generate']):

@@ -114,6 +114,28 @@ def test_in_a_full_context_the_newer_half_is_encoded_again(changes, static):
     assert generated(model, prompts, 20, temperature=0, static_cache=static).tolist() == expected
 
 
+@pytest.mark.parametrize('exact_window', [False, True])
+def test_the_ids_that_begin_a_text_stay_when_its_beginning_is_dropped(exact_window):
+    """Each row as it would alone: begin, then the newest tokens; a row that still fits is not changed."""
+    model, begin = make(torch.float32), (3, 5)
+    size, prompts = model.config.block_size, [torch.cat((torch.tensor(begin), ids)) for ids in prompts_of(LONG)]
+    expected = []
+    for ids in prompts:
+        text, context = ids.tolist(), min(len(ids), size)
+        for _ in range(20):
+            if context > size:
+                context = size if exact_window else size // 2
+            seen = text[-context:]
+            if context < len(text):
+                seen = [*begin, *seen[len(begin):]]
+            text.append(logits_of(model, torch.tensor([seen]))[0, -1].argmax().item())
+            context += 1
+        expected.append(text[len(ids):])
+    found = generated(model, prompts, 20, temperature=0, begin=begin, exact_window=exact_window)
+    assert found.tolist() == expected
+    assert found.tolist() != generated(model, prompts, 20, temperature=0, exact_window=exact_window).tolist()
+
+
 @pytest.mark.parametrize('pos', ['rope', full('alibi')])
 @pytest.mark.parametrize('window', [full(1), full(2), 5, full(12)])
 def test_a_window_over_relative_positions_evicts_without_end(pos, window):

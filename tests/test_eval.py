@@ -43,7 +43,7 @@ def test_the_loss_of_a_dataset_is_that_of_its_file_and_of_its_text(trained, char
     loss, error, n = evaluation.rolling_loss(model, RT, ids, 5, 16)
     assert found['model'] == str(trained / 'best.pt') and found['step'] == 20 and found['dtype'] == 'float32'
     assert found['data'] == {
-        'of': str(char_dataset / 'val.bin'), 'tokens': n, 'bytes': n, 'characters': n, 'stride': 5,
+        'of': str(char_dataset / 'val.bin'), 'tokens': n, 'bytes': n, 'characters': n, 'block_size': 16, 'stride': 5,
         'loss': pytest.approx(loss, rel=1e-6), 'loss_stderr': pytest.approx(error, rel=1e-6),
         'perplexity': pytest.approx(math.exp(loss)), 'bits_per_token': pytest.approx(loss / math.log(2)),
         'bits_per_token_stderr': pytest.approx(error / math.log(2)),
@@ -79,19 +79,57 @@ def test_a_file_of_a_dataset_a_limit_and_the_default_stride(trained, char_datase
     assert (found['tokens'], found['stride'], found['loss']) == (40, 8, pytest.approx(loss, rel=1e-6))
 
 
-def test_a_text_begins_after_the_end_of_another_if_the_model_knows_ends(tmp_path):
+@pytest.mark.parametrize('content, documents', [
+    ('Déjà vu', ['Déjà vu']), ('\ufeffone\r\ntwo', ['one\ntwo']),
+    ({'text': 'Déjà'}, ['Déjà', 'vu', 'x']), (['text', 'Déjà'], ['Déjà', 'vu']),
+], ids=['text', 'mark and line ends', 'jsonl', 'csv'])
+def test_documents_begin_after_the_end_of_another_and_the_last_end_is_not_scored(tmp_path, content, documents):
     tok = BpeTokenizer.train(['vu vu vu'], 258)
     model = GPT(GPTConfig(258, 8, n_layer=1, n_embd=4, n_head=1))
     checkpoint.save(tmp_path / 'ckpt.pt', state_of(model, tokenizer=tok.to_dict()))
-    (tmp_path / 'a.txt').write_text('Déjà vu <|endoftext|>', encoding='utf-8')
-    found = evaluate(f'--init_from={tmp_path}', f'--data={tmp_path}/a.txt')[0]['data']
-    ids = np.concatenate(([tok.eot], tok.encode('Déjà vu <|endoftext|>')))   # the latter is no end but a text
+    path = tmp_path / 'a.txt'
+    if isinstance(content, str):
+        path.write_bytes(content.encode())
+    elif isinstance(content, dict):
+        path = lines(tmp_path / 'a.jsonl', *({'text': text} for text in documents))
+    else:
+        path = tmp_path / 'a.csv'
+        path.write_text('\r\n'.join(['text', *documents]), encoding='utf-8')
+    found = evaluate(f'--init_from={tmp_path}', f'--data={path}')[0]['data']
+    ids = np.concatenate(([tok.eot], tok.encode_texts(documents)[:-1]))
     loss, _, n = evaluation.rolling_loss(model.eval(), RT, ids, 4, 16)
-    assert n == len(ids) - 1 > 10
-    assert (found['tokens'], found['bytes'], found['characters']) == (n, 23, 21)
-    assert found['loss'] == pytest.approx(loss, rel=1e-6)
-    assert found['bits_per_byte'] == pytest.approx(loss * n / 23 / math.log(2), rel=1e-6)
-    assert found['bits_per_character'] == pytest.approx(loss * n / 21 / math.log(2), rel=1e-6)
+    n_bytes, n_chars = len(''.join(documents).encode()), len(''.join(documents))
+    assert (found['tokens'], found['bytes'], found['characters']) == (len(ids) - 1, n_bytes, n_chars)
+    assert n == len(ids) - 1 and found['loss'] == pytest.approx(loss, rel=1e-6)
+    assert found['bits_per_byte'] == pytest.approx(loss * n / n_bytes / math.log(2), rel=1e-6)
+    assert found['bits_per_character'] == pytest.approx(loss * n / n_chars / math.log(2), rel=1e-6)
+
+
+def test_a_template_makes_texts_of_records(trained, tmp_path):
+    path = lines(tmp_path / 'a.jsonl', *({'q': f'{i} times 3', 'a': i * 3} for i in range(9)))
+    (tmp_path / 'a.txt').write_text('\n'.join(f'{i} times 3 makes {i * 3}' for i in range(9)) + '\n')
+    by_record = evaluate(f'--out_dir={trained}', f'--data={path}', r'--template={q} makes {a}\n')[0]['data']
+    assert by_record == {**evaluate(f'--out_dir={trained}', f'--data={tmp_path}/a.txt')[0]['data'], 'of': str(path)}
+
+
+@pytest.mark.parametrize('block_size', [1, 5, 16])
+def test_shorter_windows_are_named_in_the_figure(trained, char_dataset, block_size):
+    found = evaluate(f'--out_dir={trained}', f'--data={char_dataset}', f'--block_size={block_size}')[0]['data']
+    model = checkpoint.load_model(trained)[0]
+    model.crop_block_size(block_size)
+    stride = max(block_size // 2, 1)
+    loss, *_ = evaluation.rolling_loss(model, RT, np.fromfile(char_dataset / 'val.bin', '<u2'), stride, 16)
+    assert (found['block_size'], found['stride'], found['loss']) == (block_size, stride, pytest.approx(loss, rel=1e-6))
+
+
+def test_a_limit_reads_and_encodes_little_more_than_it_says(tmp_path, monkeypatch):
+    tok = BpeTokenizer.train(['vu vu vu'], 258)
+    (tmp_path / 'long.txt').write_text('déjà vu\n' * 100_000, encoding='utf-8')
+    encoded, encode = [], tok.encode
+    monkeypatch.setattr(tok, 'encode', lambda text, **more: encoded.append(text) or encode(text, **more))
+    ids = evaluation.encode_documents(str(tmp_path / 'long.txt'), tok, limit=300)
+    assert len(ids) > 300 and sum(map(len, encoded)) < 20_000
+    assert ids[:301].tolist() == [tok.eot, *encode('déjà vu\n' * 100)][:301]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +192,8 @@ def test_bleu_chrf_and_rouge_are_those_worked_out_by_hand(rigged):
         'chrf': pytest.approx(100 * sum((8 - n) / (9 - n) for n in range(1, 7)) / 6),
         'rouge1': pytest.approx(3 / 4), 'rouge2': pytest.approx(2 / 3), 'rougeL': pytest.approx(3 / 4),
         'bleu_signature': f'nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{__version__}',
-        'chrf_signature': f'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{__version__}'}
+        'chrf_signature': f'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{__version__}',
+        'rouge_words': 'ascii'}
 
 
 def test_an_answer_ends_before_a_stop(rigged, tmp_path):
@@ -218,7 +257,7 @@ def test_the_example_of_sentiment_is_balanced_and_can_be_asked():
     ('--data=nowhere.txt', 1, ['cannot read nowhere.txt']), ('--data={bad}/one', 1, ['one has no token to score']),
     ('--data={bad}/alien.bin', 1, ['alien.bin was made with another tokenizer']),
     ('--data={other}', 1, ['val.bin was made with another tokenizer']),
-    ('--data={bad}/latin', 1, ['latin, line 2: not UTF-8']), ('--data={bad}/chars', 1, ['chars: ', "'xyz'"]),
+    ('--data={bad}/latin', 1, ['latin is not UTF-8: byte 3 is 0xe9']), ('--data={bad}/chars', 1, ['chars: ', "'xyz'"]),
     ('--choices={bad}/gold.jsonl', 1, ['gold.jsonl, line 2: "gold" is 2', '0 to 1']),
     ('--last_word={bad}/chars.jsonl', 1, ['chars.jsonl, line 1: ', 'never seen']),
     ('--generate={bad}/chars.jsonl', 1, ['chars.jsonl, line 1: ', 'never seen']),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from conftest import ROOT, assert_one_line, needs, run
 from in_process import call
 from test_checkpoint import as_nanogpt
 from test_model import make
+from test_tokenizer import KINDS, sentencepiece, wordpiece
 
-from flatgpt import checkpoint, engine
+from flatgpt import checkpoint, engine, runtime
 from flatgpt.tokenizer import BpeTokenizer
 
 DASHES = '-' * 15 + '\n'
@@ -193,7 +195,7 @@ def test_prompts_that_are_empty_are_answered_too(tmp_path, trained):
 def test_an_unknown_character_in_any_prompt_is_told_before_the_first_answer(tmp_path, trained):
     (tmp_path / 'prompts.txt').write_text('4\n4 #\n', encoding='utf-8')
     done = call('sample.py', f'--out_dir={trained}', *SMALL, f'--prompts={tmp_path / "prompts.txt"}', '--batch_size=1')
-    assert_one_line(done, 1, "'#'")
+    assert_one_line(done, 1, f'{tmp_path / "prompts.txt"}, line 2: ', "'#'")
     assert done.stdout == ''
 
 
@@ -273,6 +275,133 @@ def test_a_sample_ends_at_the_end_of_text_token(says):
     args, _, ids = says('the end', more=[0, 62, 62])
     assert answers_of(sample(*args, '--json'))[0] == {
         'prompt': '>', 'text': 'the end', 'tokens': [*ids[:-2]], 'mean_logprob': 0.0, 'finish_reason': 'stop'}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves a tiny model with random weights and a tokenizer; returns its folder."""
+    def save(tok, **changes):
+        shape = {'n_embd': 8, 'n_head': 1, 'n_layer': 1, 'block_size': 16, **changes}
+        model = make(torch.float32, vocab_size=tok.vocab_size, **shape)
+        checkpoint.save(tmp_path / 'ckpt.pt', {'version': 1, 'model': model.state_dict(), 'tokenizer': tok.to_dict(),
+                                               'model_args': model.config.to_dict()})
+        return tmp_path
+    return save
+
+
+@pytest.mark.parametrize('kind', [*KINDS, 'WordPiece'])
+def test_text_json_and_stream_show_what_the_tokens_mean_after_the_prompt(saved, kind):
+    tok = BpeTokenizer(wordpiece() if kind == 'WordPiece' else KINDS[kind][0]())
+    args = f'--out_dir={saved(tok)}', '--start=hello', '--num_samples=3', '--max_new_tokens=12'
+    answers = answers_of(sample(*args, '--json'))
+    prompt = tok.encode_prompt('hello')
+    for answer in answers:
+        ended = answer['tokens'][-1] in tok.ends
+        assert answer['finish_reason'] == ('stop' if ended else 'length')
+        assert answer['text'] == tok.decode_after(prompt, answer['tokens'][:-1] if ended else answer['tokens'])
+    shown = ''.join(f'hello{answer["text"]}\n{DASHES}' for answer in answers)
+    assert sample(*args).stdout == sample(*args, '--stream').stdout == shown
+
+
+def test_a_stop_that_begins_with_a_space_is_found_where_the_space_is_part_of_a_token(saved):
+    tok = BpeTokenizer(sentencepiece())
+    hello, h = tok.encoding.token_to_id('▁hello'), tok.encoding.token_to_id('h')
+    for ids, text, finish in (([hello], '', 'stop'), ([h, hello, h], 'h', 'stop'), ([h, h, h], 'hhh', 'length')):
+        answer = engine.Answer(tok, tok.encode_prompt('hello'), 3, [' hello'])
+        for token in ids:
+            answer.add(token)
+        assert (answer.text, answer.finish) == (text, finish)
+
+
+def test_any_of_several_ends_ends_a_sample_and_is_not_shown():
+    tok = BpeTokenizer(BpeTokenizer.train(['x'], 260, special=['<|end|>', '<|user|>']).json, 0, (0, 1))
+    for end in (0, 1):
+        answer = engine.Answer(tok, tok.encode_prompt('x'), 9)
+        for token in (*tok.encode('you').tolist(), end, 5):
+            answer.add(token)
+        assert (answer.text, answer.finish, answer.ids[-1]) == ('you', 'stop', end)
+
+
+@pytest.mark.parametrize('name, content', [
+    ('p.txt', '\ufeff4\r\n\r\n4 times\r\n'), ('p.md', '4\n4 times'),
+    ('p.ndjson', '{"prompt": "4"}\n{"prompt": "4 times"}'),
+    ('p.json', '["4", "4 times"]'), ('p.json', '[{"prompt": "4"}, {"prompt": "4 times", "id": 7}]'),
+    ('p.csv', 'id,prompt\r\n1,4\r\n2,4 times\r\n'), ('p.tsv', 'prompt\tid\n4\t1\n4 times\t2'),
+])
+def test_a_file_of_prompts_is_read_as_records(tmp_path, trained, name, content):
+    (tmp_path / name).write_text(content, encoding='utf-8', newline='')
+    done = sample(f'--out_dir={trained}', f'--prompts={tmp_path / name}', '--num_samples=1', '--json')
+    assert [answer['prompt'] for answer in answers_of(done)] == ['4', '4 times']
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('p.json', '[{"text": "4"}]', ['p.json, record 1: expected {"prompt"']),
+    ('p.csv', 'text\n4\n', ['p.csv, line 2: expected {"prompt"']), ('p.jsonl', '{"prompt": 4}', ['p.jsonl, line 1: ']),
+    ('p.jsonl', '{"prompt": "4"', ['p.jsonl, line 1 is not JSON']), ('p.json', '[]', ['p.json has no prompt']),
+])
+def test_a_record_without_a_prompt_is_named(tmp_path, trained, name, content, words):
+    (tmp_path / name).write_text(content)
+    done = call('sample.py', f'--out_dir={trained}', *SMALL, f'--prompts={tmp_path / name}')
+    assert_one_line(done, 1, *words)
+    assert '--errors' not in done.stderr
+
+
+def test_a_prompt_that_is_cut_is_told_with_both_numbers_and_keeps_what_begins_a_text(saved):
+    tok = BpeTokenizer(sentencepiece())
+    folder = saved(tok)
+    long = tok.encode_prompt('hello' + ' hello' * 20)
+    args = '--num_samples=2', '--temperature=0', '--json', '--max_new_tokens=1'
+    done = sample(f'--out_dir={folder}', '--start=hello' + ' hello' * 20, *args)
+    notices = [line for line in done.stderr.splitlines() if 'context' in line]
+    assert notices == ['1 of 1 prompts are longer than the context of 16 tokens, the longest has 22: only their ends '
+                       'are seen, after the 1 that begin a text']
+    model = checkpoint.load_model(folder)[0]
+    seen = torch.tensor([[*tok.begin, *long[-15:].tolist()]])
+    assert answers_of(done)[0]['tokens'] == [model(seen)[0][0, -1].argmax().item()]
+    assert 'context' not in sample(f'--out_dir={folder}', '--start=hello', '--num_samples=1').stderr
+
+
+@pytest.mark.parametrize('files', [{'chat_template.jinja': 'x'}, {'tokenizer_config.json': {'chat_template': 'x'}}],
+                         ids=['file', 'config'])
+def test_a_chat_template_that_is_not_used_is_told_unless_the_prompt_has_special_tokens(saved, files):
+    tok = BpeTokenizer.train(['x'], 260, special=['<|end|>', '<|user|>'])
+    tok.files = files
+    folder = saved(tok)
+    told = {start: 'chat template' in sample(f'--out_dir={folder}', f'--start={start}', '--num_samples=1').stderr
+            for start in ('hello', '<|user|>hello')}
+    assert told == {'hello': True, '<|user|>hello': False}
+    tok.files = {}
+    assert 'chat template' not in sample(f'--out_dir={saved(tok)}', '--start=hello', '--num_samples=1').stderr
+
+
+@pytest.mark.parametrize('free, told', [(None, False), (10**9, False), (1000, True)])
+def test_memory_that_is_not_enough_is_told(trained, monkeypatch, free, told):
+    monkeypatch.setattr(runtime.Runtime, 'free_memory', lambda self: free)
+    done = sample(f'--out_dir={trained}', '--num_samples=50', '--max_new_tokens=2')
+    assert ('GB are free: lower batch_size' in done.stderr) == told
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('n', [10, 64, 1000])
+def test_the_estimate_of_memory_counts_cache_logits_and_weights_that_move(dtype, n):
+    model = make(torch.float32, block_size=64)
+    needed = engine.cache_bytes(model.config, 7 * min(n, 64), dtype.itemsize) + 7 * 23 * (4 + 1)
+    if dtype == torch.bfloat16:
+        needed += 2 * sum(p.numel() for p in model.parameters())
+    for free, told in ((needed - 1, True), (needed, False), (None, False)):
+        rt = SimpleNamespace(device=torch.device('cpu'), dtype=dtype, free_memory=lambda free=free: free)
+        assert ('GB are needed for 7 samples' in engine.memory_notice(model, rt, 7, n)) == told
+
+
+@pytest.mark.parametrize('pos', ['rope', 'alibi', 'learned'])
+def test_a_longer_context_needs_positions_that_are_relative(saved, pos):
+    tok = BpeTokenizer(sentencepiece())
+    args = f'--out_dir={saved(tok, pos=pos)}', '--start=' + 'hello ' * 30, '--num_samples=1', '--block_size=64'
+    done = call('sample.py', *SMALL, *args)
+    if pos == 'learned':
+        assert_one_line(done, 2, 'block_size=64', '16 positions')
+    else:
+        assert done.returncode == 0 and 'longer than the context' not in done.stderr
 
 
 @pytest.mark.full

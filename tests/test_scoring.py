@@ -308,7 +308,7 @@ GOOD = {'context': 'c', 'choices': ['a', 'b'], 'gold': 0}
     (json.dumps({'ctx': 'c', 'endings': ['a', 'b'], 'label': ''}), ['"label" is ""', 'a whole number']),
     (json.dumps({'ctx': 'c', 'endings': ['a', 'b'], 'label': '4'}), ['"label" is 4', '0 to 1']),
     (json.dumps({'ctx': 'c', 'endings': ['a', 'b']}), ['no "label"']), ('[1]', ['expected an object']),
-    ('{"context": ', ['no JSON']), ('[' * 100_000, ['no JSON']), ('"x"', ['expected an object']),
+    ('{"context": ', ['is not JSON']), ('[' * 100_000, ['is not JSON']), ('"x"', ['expected an object']),
 ])
 def test_a_bad_line_is_named(tmp_path, line, words):
     path = tmp_path / 'bad.jsonl'
@@ -316,7 +316,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
     with pytest.raises(UserError) as error:
         evaluation.read_items(path, evaluation.multiple_choice)
     message = str(error.value)
-    assert message.startswith(f'{path}, line 3: ') and '\n' not in message and len(message) < 250
+    assert message.startswith(f'{path}, line 3') and '\n' not in message and len(message) < 250
     assert all(word in message for word in words), message
 
 
@@ -338,7 +338,7 @@ def test_an_empty_file_and_one_of_mixed_encodings_are_refused(tmp_path):
     with pytest.raises(UserError, match='bad.jsonl is empty'):
         evaluation.read_items(path, evaluation.last_word)
     path.write_bytes('{"text": "un é"}\n'.encode() + '{"text": "un é"}\n'.encode('latin-1'))
-    with pytest.raises(UserError, match='bad.jsonl, line 2: not UTF-8'):
+    with pytest.raises(UserError, match='bad.jsonl, line 2 is not UTF-8'):
         evaluation.read_items(path, evaluation.last_word)
 
 
@@ -364,6 +364,42 @@ def test_the_right_choice_is_judged_as_a_whole_per_character_and_per_byte():
     found = evaluation.right_choices(items, np.array([-3.0, -4.0, -5.0, -6.5, -2.0, -2.5, -1.0]))
     # per character -1.5 to -1, -1.25 to -1.08, ...; per byte -1.5 to -1, -0.625 to -1.08
     assert found == {'acc': [True, True, True], 'acc_norm': [False, False, True], 'acc_bytes': [False, True, True]}
+
+
+TEXTS = {   # how BLEU cuts a text, and a text
+    'ascii': ('13a', 'the cat sat on the mat today'), 'German': ('13a', 'größere Bäume wachsen über Ämter hinaus'),
+    'Russian': ('13a', 'кошка сидит на ковре у двери'), 'Chinese': ('zh', '床前明月光，疑是地上霜。'),
+    'Chinese with English': ('zh', '用 PyTorch 训练一个很小的模型'), 'Japanese': ('char', '猫がマットの上に座っている'),
+    'Thai': ('char', 'แมวนั่งอยู่บนเสื่อ'), 'Korean': ('13a', '고양이가 매트 위에 앉아 있다 오늘'),
+}
+
+
+@pytest.mark.parametrize('name', TEXTS)
+def test_a_perfect_answer_has_full_marks_in_every_language_and_another_has_few(name):
+    tokenize, text = TEXTS[name]
+    perfect = evaluation.compare_texts([text], [text])
+    assert (perfect['bleu'], perfect['chrf']) == (pytest.approx(100), pytest.approx(100))
+    assert perfect['rouge1'] == perfect['rouge2'] == perfect['rougeL'] == 1
+    assert f'tok:{tokenize}|' in perfect['bleu_signature']
+    assert perfect['rouge_words'] == ('ascii' if name == 'ascii' else 'unicode')
+    half = text[:len(text) // 2 + 1]
+    part = evaluation.compare_texts([half], [text])
+    assert 0 < part['rouge1'] < 1 and 0 < part['rougeL'] < 1 and part['bleu'] < 100
+    other = evaluation.compare_texts(['xyzw'], [text])
+    assert other['rouge1'] == 0 and other['bleu'] < 20
+
+
+@pytest.mark.parametrize('begin, kept', [((), []), ((21, 22), [21, 22])])
+def test_a_context_that_is_too_long_loses_all_but_what_begins_a_text(monkeypatch, begin, kept):
+    rows = []
+    monkeypatch.setattr(evaluation, 'costs', lambda model, rt, of, *more: rows.extend(of) or torch.zeros(len(of), 3))
+    model = SimpleNamespace(config=GPTConfig(23, 8, 1, 4, 1))
+    pairs = [(np.arange(n), np.array([19, 20])) for n in (3, 7, 20)]
+    monkeypatch.setattr(torch.Tensor, 'index_add_', lambda self, *more: self)
+    evaluation.loglikelihood(model, RT, pairs, 2, '', begin)
+    assert [row.tolist() for row, _ in rows] == [
+        [0, 1, 2, 19, 20], [0, 1, 2, 3, 4, 5, 6, 19, 20],
+        [*kept, *range(13 + len(kept), 20), 19, 20]]
 
 
 def test_a_summary_has_the_mean_and_its_error():
