@@ -47,7 +47,6 @@ class Tokenizer:
     ranks = None      # the Encodings of an encoding that tiktoken can run
     local = True      # whether the bytes of a token do not depend on those before it
     cuttable = True   # whether a text may be encoded in pieces, if cut at a BORDER
-    lead = ''         # what decode(encode(text)) begins with that is not in the text
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """The ids with which a prompt begins; of an empty one, those that stand for the beginning of a text."""
@@ -240,7 +239,7 @@ class BpeTokenizer(Tokenizer):
             eot = ids.get(EOT, after[-1] if after else None)
         self.eot = eot
         self.ends = tuple(dict.fromkeys(ends)) or (() if eot is None else (eot,))
-        text = self.decode(self.library_ids('a', special=True)[0])
+        text = self.decode(self.library_ids('a', special=True)[0])   # which may begin with a space of its own
         self.lead = text[:-1] if text.endswith('a') else ''
         self.local = self.bytes_of is not None and not self.lead
         self.knows = functools.cache(self.can_encode)

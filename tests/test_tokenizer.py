@@ -893,3 +893,15 @@ def folder(tmp_path):
     (tmp_path / 'model' / 'tokenizer.json').write_text(sentencepiece(), encoding='utf-8')
     (tmp_path / 'model' / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '</s>'}))
     return tmp_path / 'model'
+
+
+def test_a_checkpoint_has_the_ranks_of_its_encoding(monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(tokenizer, 'portable_parts', lambda name: {'ranks of': name})
+    stateful = SimpleNamespace(state_dict=dict)
+    model = SimpleNamespace(state_dict=lambda keep_vars: {}, config=SimpleNamespace(to_dict=dict))
+    for description in ({'kind': 'tiktoken', 'name': 'gpt2'}, {'kind': 'char', 'chars': 'ab'}):
+        state = checkpoint.state_of(model, stateful, stateful, description, {}, SimpleNamespace(step=3), ())
+        parts = {'parts': {'ranks of': 'gpt2'}} if description['kind'] == 'tiktoken' else {}
+        assert state['tokenizer'] == {**description, **parts}
