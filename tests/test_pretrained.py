@@ -20,6 +20,8 @@ SMALL_GPT2 = {'vocab_size': 300, 'n_embd': 24, 'n_layer': 2, 'n_head': 4, 'n_pos
               'eos_token_id': 0}
 LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
           'original_max_position_embeddings': 16}
+LINEAR = {'rope_type': 'linear', 'factor': 4.0}
+DYNAMIC = {'rope_type': 'dynamic', 'factor': 4.0}
 THEIRS = {
     'gpt2': ('GPT2', SMALL_GPT2),
     'gpt2, other': ('GPT2', {**SMALL_GPT2, 'n_inner': 40, 'activation_function': 'gelu', 'layer_norm_epsilon': 1e-3,
@@ -28,6 +30,9 @@ THEIRS = {
     'llama, groups': ('Llama', {**SMALL, 'num_key_value_heads': 2, 'attention_bias': True, 'mlp_bias': True}),
     'llama, tied': ('Llama', {**SMALL, 'num_key_value_heads': 1, 'tie_word_embeddings': True, 'rms_norm_eps': 1e-2,
                               'head_dim': 8, 'rope_theta': 5e3, 'rope_scaling': LLAMA3}),
+    'llama, linear': ('Llama', {**SMALL, 'num_key_value_heads': 2, 'rope_theta': 5e3, 'rope_scaling': LINEAR}),
+    'mistral, dynamic': ('Mistral', {**SMALL, 'num_key_value_heads': 2, 'rope_theta': 5e3, 'rope_scaling': DYNAMIC,
+                                     'sliding_window': None}),
     'llama, biases of attention': ('Llama', {**SMALL, 'attention_bias': True}),
     'llama, biases of the MLP': ('Llama', {**SMALL, 'mlp_bias': True}),
     'mistral': ('Mistral', {**SMALL, 'num_key_value_heads': 2, 'sliding_window': None}),
@@ -200,7 +205,8 @@ def test_a_tied_head_that_is_stored_twice_must_be_the_same(copy):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize('name, rope', [('llama, tied', LLAMA3), ('qwen3', {'rope_type': 'default'})])
+@pytest.mark.parametrize('name, rope', [('llama, tied', LLAMA3), ('qwen3', {'rope_type': 'default'}),
+                                        ('llama, linear', LINEAR), ('mistral, dynamic', DYNAMIC)])
 def test_older_and_newer_configurations_of_rotary_positions_mean_the_same(copy, folders, name, rope):
     """transformers 5 writes rope_parameters; before, there were rope_theta and rope_scaling, with a type."""
     base = THEIRS[name][1]['rope_theta']
