@@ -43,20 +43,33 @@ if adapter and 'base' not in ckpt:
 architecture = architectures.hf_architecture(model.config)
 model.to(machine.DTYPES[dtype]).float()
 
-# what the folder must give again: the ids of a text, and the logits of random ids
+# what the folder must give again: the ids of a text, and the logits of another one, this file
 
 probe = tok.probe()
-shape = (1, min(model.config.block_size, 1024))
-ids = torch.randint(tok.vocab_size, shape, generator=torch.Generator().manual_seed(1))   # (B, T)
+T = min(model.config.block_size, 512)
+text = Path(__file__).read_text(encoding='utf-8')
+unknown = set(tok.unknown(text))
+text = ''.join(char for char in text if char not in unknown)
+ids = torch.from_numpy(tok.encode(text)[:T].astype('int64'))
+random = torch.randint(tok.vocab_size, (T - len(ids),), generator=torch.Generator().manual_seed(1))
+ids = torch.cat((ids, random))[None]   # (1, T); random ones only where a tokenizer knows little of the text
 
 
-def compare(reader, text_ids, logits):
-    """Raise UserError unless a reader of the folder gives the ids and the logits that the model here gives."""
+def compare(reader, probe_ids, logits):
+    """Raise UserError unless a reader of the folder gives the ids and the logits that the model here gives. Logits may
+    differ by the rounding of float32, which grows with depth: with 30 layers it was a twentieth of the limit."""
+    if list(probe_ids) != tok.encode(probe).tolist():
+        raise UserError(f'{reader} splits a text into other tokens than {path}: nothing was exported')
     with torch.inference_mode():
         expected = model(ids, ids)[0]
-    same_logits = torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    if list(text_ids) != tok.encode(probe).tolist() or not same_logits:
-        raise UserError(f'{reader} does not give what {path} gives: nothing was exported')
+    spread = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1).clamp_min(1e-3)   # (1, T)
+    error = ((logits - expected).norm(dim=-1) / spread)[0]                                    # (T,)
+    limit = 2e-6 * (5 + model.config.n_layer)
+    if not error.mean() <= limit:   # true of nan
+        worst = int(error.argmax())
+        raise UserError(f'{reader} does not give what {path} gives: logits differ by {error.mean():.1e} of their '
+                        f'spread, most by {error[worst]:.1e} at token {worst} of {T}, and rounding explains '
+                        f'{limit:.1e}; nothing was exported')
 
 
 def compare_with_transformers(folder):
@@ -69,9 +82,9 @@ def compare_with_transformers(folder):
     transformers.logging.disable_progress_bar()
     reader = f'transformers {transformers.__version__}'
     other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    text_ids = transformers.AutoTokenizer.from_pretrained(folder).encode(probe, add_special_tokens=False)
+    probe_ids = transformers.AutoTokenizer.from_pretrained(folder).encode(probe, add_special_tokens=False)
     with torch.inference_mode():
-        compare(reader, text_ids, other(ids).logits)
+        compare(reader, probe_ids, other(ids).logits)
     return reader
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 
 import pytest
@@ -204,14 +205,24 @@ def test_an_architecture_that_no_class_has_is_refused_and_leaves_nothing(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
-def test_what_cannot_be_read_back_is_not_exported(models, tmp_path, monkeypatch):
+@pytest.mark.parametrize('change', [1e-3, math.nan])
+def test_what_cannot_be_read_back_is_not_exported(models, tmp_path, monkeypatch, change):
     def wrong(*args):
         tensors = theirs(*args)
-        tensors['transformer.h.0.ln_1.weight'] = tensors['transformer.h.0.ln_1.weight'] + 1
+        tensors['transformer.h.0.ln_1.weight'] = tensors['transformer.h.0.ln_1.weight'] + change
         return tensors
 
     theirs = pretrained.weights_to_hf
     monkeypatch.setattr(pretrained, 'weights_to_hf', wrong)
     done = call('export.py', f'--out_dir={models["gpt2"]}', f'--to={tmp_path / "to"}')
-    assert_one_line(done, 1, 'the exported model does not give what', 'nothing was exported')
+    assert_one_line(done, 1, 'the exported model does not give what', 'of their spread, most by', 'rounding explains',
+                    'nothing was exported')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_splits_otherwise_is_not_exported(models, tmp_path, monkeypatch):
+    other = BpeTokenizer.train(['other words ' * 30], 300)
+    monkeypatch.setattr(pretrained, 'tokenizer_json', lambda tok: other.json)
+    done = call('export.py', f'--out_dir={models["llama"]}', f'--to={tmp_path / "to"}')
+    assert_one_line(done, 1, 'the exported model splits a text into other tokens', 'nothing was exported')
     assert not list(tmp_path.iterdir())
