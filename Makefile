@@ -4,6 +4,7 @@
 # make test-gpu    the tests that need a GPU, and how long each took
 # make test-oldest   the fast tests with the oldest versions that pyproject.toml allows
 # make bench    how fast this machine trains
+# make lines    how long each script and part is
 # make notebooks   run the notebooks and keep what they print and draw
 # make scaling     the sweep behind scaling_laws.ipynb: what scaling.json lacks, under an hour on 2 cores
 PYTHON ?= python3
@@ -15,7 +16,7 @@ OUT := out-python-char
 # a worker for each core, but for four at most: each holds 0.7 GB
 WORKERS := -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: all train sample test test-full test-all test-gpu test-oldest lint bench notebooks scaling clean
+.PHONY: all train sample test test-full test-all test-gpu test-oldest lint lines bench notebooks scaling clean
 all: sample
 
 # the pins are installed again only when they change; matplotlib, so that a run leaves loss.png, has its pin there too
@@ -50,6 +51,10 @@ notebooks: .venv/dev
 
 scaling: data/python_char/meta.json
 	$(PY) -m flatgpt.sweep
+
+# lines of code per file
+lines:
+	@wc -l *.py flatgpt/*.py | sort -n
 
 lint: .venv/dev
 	$(PY) -m ruff check .

@@ -55,6 +55,9 @@ from flatgpt.errors import UsageError, UserError
 
 # refusals
 
+if not (data or choices or last_word or generate):
+    trained_on = checkpoint.load(checkpoint.model_path(out_dir, init_from))['config'].get('dataset', 'DATASET')
+    raise UsageError(f'nothing to do: give --data={trained_on}, --choices, --last_word or --generate, or several')
 validate.eval_options(config)
 stops = engine.parse_stops(stop)
 if generate:

@@ -37,7 +37,7 @@ stream: bool | str = 'auto'           # tokens as they come, one sample after an
 json = False                          # {"prompt", "text", "tokens", "finish_reason", "mean_logprob"} per line
 # machine
 batch_size = 64                       # samples drawn together
-quantize: str | None = None           # 'int8': weights in 8 bits, on a CPU in bfloat16 half of what a token reads
+quantize: str | None = None           # 'int8': weights in 8 bits; on a CPU it is faster only together with bfloat16
 device = 'auto'                       # 'cuda', 'cuda:1', 'mps', 'cpu', 'auto' (the first of them that is there)
 dtype = 'auto'                        # 'float32', 'bfloat16', 'float16', 'auto' (bfloat16 if native)
 compile: str | bool = False           # torch.compile of the decoding step: True, False, 'auto' (where it is a GPU)

@@ -117,8 +117,6 @@ def sample_options(options):
 
 def eval_options(options):
     """Check the options of eval.py."""
-    if not any(options[name] for name in ('data', 'choices', 'last_word', 'generate')):
-        raise UsageError('nothing to do: give one or several of --data, --choices, --last_word, --generate')
     at_least(1, options, 'batch_size', 'block_size', 'max_new_tokens', 'stride', 'limit')
     at_least(0, options, 'shots')
     one_of(('train', 'val'), options, 'split')

@@ -286,3 +286,8 @@ def test_a_missing_package_is_named_with_its_installation_and_only_where_it_is_n
     done = call('eval.py', *asked(rigged))
     assert_one_line(done, 1, 'eval.py needs sacrebleu', f'no {name} here', 'pip install sacrebleu rouge-score')
     assert call('eval.py', f'--init_from={rigged}', f'--data={rigged}').returncode == 0
+
+
+def test_without_a_task_the_dataset_that_the_model_was_trained_on_is_suggested(trained, char_dataset):
+    done = call('eval.py', f'--out_dir={trained}')
+    assert_one_line(done, 2, f'nothing to do: give --data={char_dataset}, --choices')

@@ -74,7 +74,6 @@ def test_a_share_is_less_than_one(name):
     ('sample.py', '--stream=perhaps', "stream='perhaps': expected one of 'auto', True, False"),
     ('sample.py', '--stream --json', 'stream=True and json=True: '),
     ('sample.py', '--start=4 --prompts=x.txt', "start='4' and prompts='x.txt': give one of them"),
-    ('eval.py', '', 'nothing to do: give one or several of --data, --choices'),
     ('eval.py', '--data=x --split=test', "split='test': expected one of 'train', 'val'"),
     ('eval.py', '--data=x --shots=1', 'shots=1: examples need questions, give --choices or --generate'),
     ('eval.py', '--generate=x --stop=[1]', "stop='[1]': expected a text, or a JSON list"),
