@@ -176,6 +176,12 @@ def test_any_ids_after_any_prompt_are_streamed_as_they_are_decoded_together(kind
         assert start + shown == tok.decode(prompt + answer)
 
 
+@pytest.mark.parametrize('text', ['世é' * 30_000, 'é世' * 30_000, 'h' * 2**16])
+def test_a_long_text_is_counted_in_parts_that_may_end_within_a_character(kinds, text):
+    ids = kinds['Unigram'].encode(text)
+    assert len(ids) > 2**16 and kinds['Unigram'].count(ids) == (len(text), len(text.encode()))
+
+
 def test_an_answer_is_the_text_after_the_prompt(kinds):
     tok = kinds['SentencePiece']
     hello = tok.encoding.token_to_id('▁hello')
@@ -198,6 +204,13 @@ def test_half_a_character_at_the_end_is_shown(kinds):
         if name != 'WordPiece':
             half = tok.encode('😀')[-2:-1].tolist()
             assert tok.decode_after(tok.encode_prompt('h'), half) == '\ufffd'
+
+
+@pytest.mark.parametrize('name', ['byte-level', 'SentencePiece', 'Unigram', 'trained'])
+def test_a_character_that_begins_in_the_prompt_is_completed_in_the_answer(kinds, name):
+    ids = kinds[name].encode('é😀')[-4:].tolist()   # one token per byte
+    for cut in (1, 2, 3):
+        assert kinds[name].decode_after(ids[:cut], ids[cut:]) == '😀'
 
 
 @pytest.mark.parametrize('name, begin, eot', [
@@ -764,6 +777,14 @@ def other(d, change):
     d = json.loads(json.dumps(d))
     change(d)
     return BpeTokenizer(json.dumps(d))
+
+
+def test_ranks_are_not_used_where_names_of_special_tokens_or_the_end_are_ambiguous(trained):
+    special = ['<|endoftext|>', '<a', '<a>']
+    tok = BpeTokenizer.train(LINES, 300, special=special)   # which of two names a text has depends on their order
+    assert tok.ranks is None and tok.encode('x<a>y', special=True).tolist()[1] == 2
+    end = BpeTokenizer(trained.json, eot=5)   # not a special token
+    assert end.ranks is None and end.encode_document('a').tolist() == [*end.encode('a'), 5]
 
 
 def test_texts_must_not_be_cut_where_blanks_are_put_before_them(trained, kinds):
