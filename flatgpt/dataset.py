@@ -56,18 +56,24 @@ def open_writer(folder, key: str | None = None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock.acquire(timeout=0):
+            writer = Writer(folder, key)
             try:
-                yield Writer(folder, key)
+                yield writer
+            except UserError:
+                if not writer.committed:
+                    writer.key = None
+                raise
             finally:
-                if key is None:   # nothing to continue
-                    remove_files(folder, UNFINISHED)
-                os.unlink(lock.lock_file)   # while it is this process's
+                if writer.key is None:   # nothing to continue
+                    remove_files(folder, f'{UNFINISHED}|{re.escape(RESUME)}')
+                with contextlib.suppress(PermissionError):   # Windows
+                    os.unlink(lock.lock_file)   # while it is this process's
     except filelock.Timeout:
         raise UserError(f'another process is writing the dataset {folder}: wait for it, or stop it') from None
     except OSError as error:
         raise UserError(f'cannot write the dataset {folder}: {error.strerror}') from None
     finally:
-        with contextlib.suppress(OSError):   # it is not empty
+        with contextlib.suppress(OSError):   # if it is empty
             folder.rmdir()
 
 
@@ -84,6 +90,7 @@ class Writer:
         self.key = key
         self.num_tokens = dict.fromkeys(SPLITS, 0)
         self.state = None
+        self.committed = 0   # tokens
         try:
             saved = json.loads((folder / RESUME).read_bytes())
         except (OSError, ValueError):   # there is none
@@ -93,6 +100,7 @@ class Writer:
         else:
             self.num_tokens = saved['num_tokens']
             self.state = saved['state']
+            self.committed = sum(self.num_tokens.values())
             self.begin(tokenizer.from_dict(saved['tokenizer']))
 
     def path(self, split):
@@ -134,6 +142,7 @@ class Writer:
         before."""
         self.sync()
         self.state = state
+        self.committed = sum(self.num_tokens.values())
         saved = {'key': self.key, 'num_tokens': self.num_tokens, 'state': state, 'tokenizer': self.tok.to_dict()}
         write_atomically(self.folder / RESUME, json.dumps(saved).encode())
         self.trim()

@@ -127,6 +127,7 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
             move_end_to_validation(writer, state, fraction)
         report = state.report
         if min(writer.num_tokens.values()) < 2:
+            writer.key = None   # nothing to continue
             raise UserError(f'too little text: {writer.num_tokens["train"]:,} tokens to train on and '
                             f'{writer.num_tokens["val"]:,} for validation, expected at least 2 of each; '
                             f'{report["empty"]:,} documents are empty, {report["left_out"]:,} unreadable; give more '

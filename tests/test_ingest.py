@@ -600,6 +600,18 @@ def test_an_empty_file_and_one_of_one_token_are_refused(tmp_path, bpe_path, text
     (tmp_path / 'x.txt').write_text(text)
     with pytest.raises(UserError, match=words):
         build(tmp_path / 'out', [tmp_path / 'x.txt'], 'char' if spec == 'char' else bpe_path)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_refusal_before_anything_is_written_leaves_nothing_and_a_later_one_what_can_be_continued(tmp_path, bpe_path):
+    path = tmp_path / 'x.jsonl'
+    lines = [json.dumps({'text': prose(i, 60)}) for i in range(60)]
+    for bad, left in (0, []), (59, ['resume.json', 'train.bin.new', 'val.bin.new']):
+        path.write_text('\n'.join([*lines[:bad], '{}', *lines[bad:]]))
+        with pytest.raises(UserError, match='expected a text'):
+            build(tmp_path / 'out', [path], bpe_path, threads=1, save_bytes=500)
+        assert sorted(path.name for path in tmp_path.glob('out/*')) == left
+        assert (tmp_path / 'out').exists() == bool(left)
 
 
 def test_of_equal_documents_some_are_for_validation(tmp_path, bpe_path):
