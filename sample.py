@@ -111,14 +111,16 @@ class Sample(engine.Answer):
         self.prompt = prompt
 
 
-samples = []
-if not interactive:
+if interactive:
+    samples = []
+    notices = [engine.template_notice(tok, prompt='')]
+else:
     samples = [Sample(where, text) for where, text in texts for _ in range(num_samples)]
     lengths = [len(sample.prompt_ids) for sample in samples[::num_samples]]
-    notices = [engine.cut_notice(model.config, lengths, tok.begin), engine.template_notice(tok, samples[0].prompt),
+    notices = [engine.template_notice(tok, samples[0].prompt), engine.cut_notice(model.config, lengths, tok.begin),
                engine.memory_notice(model, rt, min(batch_size, len(samples)), max(lengths) + max_new_tokens)]
-    for text in filter(None, notices):
-        rt.notice(text)
+for text in filter(None, notices):
+    rt.notice(text)
 
 model.to(rt.device, rt.dtype)
 if quantize == 'int8':

@@ -382,24 +382,6 @@ def test_a_token_moves_no_logit_before_it(attention):
         assert (before[t, t:] != after[t, t:]).any(dim=-1).all()   # and moves all from there on
 
 
-def test_rows_of_a_batch_do_not_see_each_other():
-    model, idx = make(), tokens(rows=3)
-    alone = torch.cat([logits_of(model, row) for row in idx.split(1)])
-    torch.testing.assert_close(logits_of(model, idx), alone, rtol=0, atol=1e-12)
-
-
-def test_as_many_heads_of_keys_as_of_queries_is_the_default_bit_for_bit():
-    shared, plain = (make(torch.float32, n_kv_head=n) for n in (4, None))
-    assert all(torch.equal(*pair) for pair in zip(shared.parameters(), plain.parameters(), strict=True))
-    assert torch.equal(logits_of(shared, tokens()), logits_of(plain, tokens()))
-
-
-@pytest.mark.parametrize('window', [12, 20])
-def test_a_window_of_the_context_or_more_is_no_window(window):
-    wide, plain = (make(torch.float32, window=n) for n in (window, None))
-    assert torch.equal(logits_of(wide, tokens()), logits_of(plain, tokens()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the head and what blocks add
 
@@ -413,10 +395,6 @@ def test_softcap_bounds_logits_and_keeps_their_order(cap):
     assert logits.abs().max() > 0.6 * cap
     assert logits.gather(-1, free.argsort(dim=-1)).diff().min() >= 0
     assert capped(tokens())[0].abs().max() <= cap   # the last position alone, too
-
-
-def test_a_softcap_far_away_is_none():
-    torch.testing.assert_close(logits_of(make(softcap=1e6), tokens()), logits_of(make(), tokens()), rtol=0, atol=1e-9)
 
 
 def fresh_hidden(dtype=torch.float64, **changes):
@@ -446,10 +424,6 @@ def test_an_untied_head_that_begins_at_zero_guesses_evenly(changes):
 def test_small_gains_make_blocks_nearly_the_identity():
     assert 0 < torch.sub(*fresh_hidden(layer_scale=1e-8)).abs().max() < 1e-7
     assert torch.sub(*fresh_hidden()).abs().max() > 1e-3
-
-
-def test_gains_of_one_change_nothing():
-    assert torch.equal(fresh_hidden(layer_scale=1.0)[0], fresh_hidden()[0])
 
 
 def test_an_untied_head_is_a_matrix_of_its_own():
@@ -839,13 +813,6 @@ def test_neighbouring_elements_are_dropped_independently():
     dropped = (dropout(torch.ones(400_000), 0.2) == 0).float() - 0.2
     for distance in (1, 2, 3, 4, 64):
         assert abs((dropped[distance:] * dropped[:-distance]).mean().item()) < 2e-3, distance
-
-
-def test_a_model_drops_in_training_only():
-    model, idx = make(dropout=0.5), tokens()
-    torch.testing.assert_close(logits_of(model, idx), logits_of(make(), idx), rtol=0, atol=0)
-    model.train()
-    assert not torch.allclose(logits_of(model, idx), logits_of(model, idx))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
