@@ -53,6 +53,8 @@ def show_error(error_type, error, trace, to_lower=()):
     elif issubclass(error_type, KeyboardInterrupt) or 'KeyboardInterrupt' in line:   # which C++ hides in its own errors
         line = 'interrupted'
         status = 130
+    elif issubclass(error_type, UnicodeEncodeError) and 'surrogates' in line:   # a library that needs text
+        line = f'a name that is invalid UTF-8: {error.object!r:.200}; rename it, or set PYTHONUTF8=1'
     elif issubclass(error_type, BrokenPipeError):   # the reader of our stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
