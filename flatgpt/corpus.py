@@ -19,7 +19,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,6 +156,7 @@ def read_records(path) -> Iterator[Record]:
 class Corpus:
     """Files of documents, and how to read them."""
     files: list                 # paths, or names from which fetch makes paths
+    _: KW_ONLY
     field: str = 'text'         # the key of the text in a record
     column: str = 'text'        # the column of the text in a .parquet
     errors: str = 'strict'      # invalid text: 'strict' (UserError), 'replace' (by U+FFFD), 'skip' (the document)

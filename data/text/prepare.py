@@ -103,7 +103,7 @@ if (folder / 'prepare.py').exists():
 
 # write the dataset
 
-corpus = Corpus(find_files(input), field, column, errors, template, separator)
+corpus = Corpus(find_files(input), field=field, column=column, errors=errors, template=template, separator=separator)
 others = {spec: ingest.load_tokenizer(spec) for spec in compare.split(',') if spec}
 start = time.perf_counter()
 tok, report = ingest.build(folder, corpus, options, {'input': input})
