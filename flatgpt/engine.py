@@ -10,9 +10,12 @@ B rows · T new tokens · S tokens to attend to · K heads of keys and values ·
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -178,6 +181,12 @@ def cache_bytes(config, num_tokens: int, itemsize: int = 2) -> int:
     return 2 * config.n_layer * (config.n_kv_head or config.n_head) * config.head_width * num_tokens * itemsize
 
 
+def rounded_columns(num_tokens: int, block_size: int) -> int:
+    """Columns of a cache for num_tokens tokens: a power of two from 128 on, at most block_size. So texts of many
+    lengths share few shapes, each of which is compiled once, and a cache that grows is seldom copied."""
+    return min(max(128, 1 << (num_tokens - 1).bit_length()), block_size)
+
+
 spare_caches = weakref.WeakKeyDictionary()   # model: its static cache between two calls of generate()
 
 
@@ -187,8 +196,7 @@ def take_cache(model, rows: int, num_tokens: int, static: bool) -> KVCache:
     config, device = model.config, model.transformer.wte.weight.device
     if not static:
         return KVCache(config, rows, num_tokens, device)
-    # powers of two from 128 on: texts of many lengths share few shapes, each of which is compiled once
-    columns = min(max(128, 1 << (num_tokens - 1).bit_length()), config.block_size)
+    columns = rounded_columns(num_tokens, config.block_size)
     cache = spare_caches.pop(model, None)
     if cache is None or (cache.rows, cache.capacity, cache.columns.device) != (rows, columns, device):
         cache = KVCache(config, rows, columns, device, static=True)
@@ -358,6 +366,11 @@ class Answer:
             self.text = self.text[:min(found)]
             self.finish = 'stop'
 
+    def end(self, finish: str) -> None:
+        """End the answer here, for this reason."""
+        self.text += self.decode(None)
+        self.finish = finish
+
     def new_text(self) -> str:
         """What can be shown and was not yet: nothing that may be the beginning of a stop string."""
         end = len(self.text)
@@ -382,3 +395,247 @@ def grow(model, answers: Sequence[Answer], **options) -> Iterator[None]:
         yield
         if all(answer.finish for answer in answers):
             return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# continuous batching
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt to continue in a Batch: its token ids, how many tokens to make at most, and the sampling controls, which
+    are those of generate(). top_log_probs: for how many of the likeliest tokens the log-probabilities are wanted."""
+    ids: torch.Tensor
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    row: int = 0
+    top_log_probs: int = 0
+
+    def __post_init__(self):
+        check_controls(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        if len(self.ids) == 0:
+            raise ValueError('an empty prompt: expected at least one token id')
+
+
+class Step(NamedTuple):
+    """What one step gives a request: a token id, its log-probability in nats, and the likeliest (id, log-probability)
+    pairs, as many as it asked for. token is None if the model gave NaN or infinite logits: remove the request."""
+    request: Request
+    token: int | None
+    log_prob: float
+    top: list[tuple[int, float]]
+
+
+class BatchCache:
+    """Keys and values of rows that begin and end at different times: row r has its tokens in the columns from 0 to
+    lengths[r]. It has as many columns as the longest row needs, rounded up."""
+
+    def __init__(self, config, rows: int, device: torch.device):
+        self.config = config
+        self.rows = rows
+        self.device = device
+        self.keys = [None] * config.n_layer
+        self.values = [None] * config.n_layer
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)             # (rows,), tokens of each row
+        self.columns = 0
+        self.active = 0    # rows in use: the first ones
+        self.evicted = 0   # columns dropped before the first: none, a row ends where its context does
+
+    def columns_of(self, T: int):
+        """For the next token of each active row: its column, (B, 1), the columns of all keys, (S,), and no padding."""
+        return self.lengths[:self.active, None], torch.arange(self.used, device=self.device), None
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store keys and values of one token per active row, (B, K, 1, D); return those of all, (B, K, S, D)."""
+        rows = torch.arange(self.active, device=self.device)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[rows, :, self.lengths[:self.active]] = k[:, :, 0]
+        values[rows, :, self.lengths[:self.active]] = v[:, :, 0]
+        return keys[:self.active, :, :self.used], values[:self.active, :, :self.used]
+
+    def prepare(self):
+        """Make room for one more token in each active row."""
+        self.used = int(self.lengths[:self.active].max()) + 1
+        self.grow(self.used)
+
+    def grow(self, columns: int):
+        """Make room for so many columns: twice as many as before, or more."""
+        if columns <= self.columns or self.keys[0] is None:
+            return
+        self.columns = rounded_columns(columns, self.config.block_size)
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                larger = tensor.new_zeros(self.rows, tensor.size(1), self.columns, tensor.size(3))
+                larger[:, :, :tensor.size(2)] = tensor
+                tensors[layer] = larger
+
+    def append(self, single: KVCache):
+        """Add a row: the first one of a KVCache that has encoded a prompt."""
+        if self.keys[0] is None:
+            self.columns = rounded_columns(single.length + 1, self.config.block_size)
+            for layer, tensor in enumerate(single.keys):
+                shape = self.rows, tensor.size(1), self.columns, tensor.size(3)
+                self.keys[layer] = tensor.new_zeros(shape)
+                self.values[layer] = tensor.new_zeros(shape)
+        self.grow(single.length)
+        row = self.active
+        for layer in range(self.config.n_layer):
+            self.keys[layer][row, :, :single.length] = single.keys[layer][0, :, :single.length]
+            self.values[layer][row, :, :single.length] = single.values[layer][0, :, :single.length]
+        self.lengths[row] = single.length
+        self.active += 1
+
+    def remove(self, row: int):
+        """Remove a row; the last one takes its place."""
+        last = self.active - 1
+        if row != last:
+            for tensor in (*self.keys, *self.values):
+                tensor[row] = tensor[last]
+            self.lengths[row] = self.lengths[last]
+        self.active = last
+
+
+class Batch:
+    """Requests that are decoded together, of which each may join and leave at any token (Yu et al., 2022). What a
+    request gets does not depend on the others, but for rounding.
+
+    model: in eval() mode. rows: how many requests fit. vocab_size: ids from there on are never sampled.
+    """
+
+    def __init__(self, model, rows: int, vocab_size: int | None = None):
+        self.model = model
+        self.rows = rows
+        self.vocab_size = vocab_size
+        self.requests = []   # in the order of the rows of the cache
+        self.cache = BatchCache(model.config, rows, model.transformer.wte.weight.device)
+        self.state = {}      # request: its random numbers, the ids it has seen, and the tokens made so far
+
+    @torch.inference_mode()
+    def add(self, request: Request) -> Step:
+        """Encode a request's prompt and sample its first token. The prompt must be shorter than the context."""
+        config, device = self.model.config, self.cache.device
+        room = config.block_size - len(request.ids)
+        if room < 1 or len(self.requests) >= self.rows:
+            raise ValueError(f'{len(request.ids)} tokens, {len(self.requests)} requests: expected at most '
+                             f'{config.block_size - 1}, {self.rows - 1}')
+        single = KVCache(config, 1, len(request.ids), device)
+        single.reset([len(request.ids)])
+        logits = self.model.next_logits(request.ids.to(device)[None], single)[:, :self.vocab_size].float()   # (1, V)
+        single.advance(len(request.ids))
+        self.cache.append(single)
+        seen = torch.zeros(1, config.vocab_size, dtype=torch.bool, device=device)
+        seen[0, request.ids.long()] = True
+        uniform = random_uniform(request.seed, request.row, min(request.max_new_tokens, room)).to(device)
+        self.requests.append(request)
+        self.state[request] = {'uniform': uniform, 'seen': seen, 'tokens': []}
+        return self.sample(request, logits)
+
+    @torch.inference_mode()
+    def step(self) -> list[Step]:
+        """One more token for each request."""
+        if not self.requests:
+            return []
+        tokens = [self.state[request]['tokens'][-1] for request in self.requests]
+        idx = torch.tensor(tokens, device=self.cache.device)[:, None]                 # (B, 1)
+        self.cache.prepare()
+        logits = self.model.next_logits(idx, self.cache)[:, :self.vocab_size].float()   # (B, V)
+        self.cache.lengths[:self.cache.active] += 1
+        return [self.sample(request, logits[row:row + 1]) for row, request in enumerate(self.requests)]
+
+    def sample(self, request: Request, logits: torch.Tensor) -> Step:
+        """The next token of a request, from logits, (1, V)."""
+        state = self.state[request]
+        if not logits.isfinite().all():
+            return Step(request, None, math.nan, [])
+        penalized = logits
+        if request.repetition_penalty != 1:
+            penalized = penalize_repetition(logits, state['seen'][:, :logits.size(1)], request.repetition_penalty)
+        uniform = state['uniform'][len(state['tokens'])][None]
+        token = sample_token(penalized, uniform, request.temperature, request.top_k, request.top_p, request.min_p)
+        log_probs = logits[0].log_softmax(dim=-1)
+        top = []
+        if request.top_log_probs:
+            values, ids = log_probs.topk(min(request.top_log_probs, len(log_probs)))
+            top = list(zip(ids.tolist(), values.tolist()))
+        token = token.item()
+        state['seen'][0, token] = True
+        state['tokens'].append(token)
+        return Step(request, token, log_probs[token].item(), top)
+
+    def finished(self, request: Request) -> bool:
+        """Whether a request has all tokens that it may have."""
+        return len(self.state[request]['tokens']) >= len(self.state[request]['uniform'])
+
+    @torch.inference_mode()
+    def remove(self, request: Request) -> None:
+        """Take a request out, whether it is finished or not."""
+        row = self.requests.index(request)
+        self.cache.remove(row)
+        self.requests[row] = self.requests[-1]
+        self.requests.pop()
+        del self.state[request]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a text that grows
+
+class Session:
+    """A text to which prompts and continuations are added in turn, as in a conversation: what was encoded before is not
+    encoded again. model: in eval() mode. vocab_size: ids from there on are never sampled."""
+
+    def __init__(self, model, vocab_size: int | None = None):
+        self.model = model
+        self.vocab_size = vocab_size
+        self.device = model.transformer.wte.weight.device
+        self.ids = []      # that the cache holds
+        self.cache = None
+
+    @torch.inference_mode()
+    def generate(self, request: Request) -> Iterator[tuple[int, float]]:
+        """Continue a request's prompt: yields (token id, its log-probability in nats), up to max_new_tokens times or to
+        the end of the context. Of the prompt only what differs from the text so far is encoded."""
+        ids = request.ids.tolist()
+        block_size = self.model.config.block_size
+        if len(ids) >= block_size:
+            raise ValueError(f'{len(ids)} tokens in a context of {block_size}: expected fewer')
+        common = 0   # tokens to keep; of the prompt the last one is encoded in any case, for its logits
+        while common < min(len(self.ids), len(ids) - 1) and self.ids[common] == ids[common]:
+            common += 1
+        number = min(request.max_new_tokens, block_size - len(ids))
+        self.make_room(len(ids) + number, common)
+        uniform = random_uniform(request.seed, request.row, number).to(self.device)
+        seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool, device=self.device)
+        seen[0, request.ids.long()] = True
+        new = ids[common:]
+        for i in range(number):
+            idx = torch.tensor([new], device=self.device)                             # (1, T)
+            logits = self.model.next_logits(idx, self.cache)[:, :self.vocab_size].float()   # (1, V)
+            self.cache.advance(len(new))
+            self.ids += new
+            if not logits.isfinite().all():
+                raise UserError('the model gives NaN or infinite logits: its training went wrong')
+            penalized = logits
+            if request.repetition_penalty != 1:
+                penalized = penalize_repetition(logits, seen[:, :logits.size(1)], request.repetition_penalty)
+            token = sample_token(penalized, uniform[i][None], request.temperature, request.top_k, request.top_p,
+                                 request.min_p).item()
+            seen[0, token] = True
+            new = [token]
+            yield token, logits[0].log_softmax(dim=-1)[token].item()
+
+    def make_room(self, columns: int, common: int):
+        """Drop all but the first `common` tokens, and make the cache so many columns long, or longer."""
+        if self.cache is None or self.cache.capacity < columns:
+            larger = KVCache(self.model.config, 1, rounded_columns(columns, self.model.config.block_size), self.device)
+            larger.reset([0])
+            if self.cache is not None:
+                for layer in range(self.model.config.n_layer):
+                    larger.update(layer, self.cache.keys[layer][:, :, :common], self.cache.values[layer][:, :, :common])
+            self.cache = larger
+        self.ids = self.ids[:common]
+        self.cache.length = 0
+        self.cache.advance(common)
