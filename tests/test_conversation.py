@@ -1,0 +1,279 @@
+"""
+Messages out of files, and chat templates: equal to transformers, contained, and with the place of each answer.
+"""
+
+import time
+
+import pytest
+from chat_templates import CHAT_TEMPLATES
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import quick
+
+from flatgpt import conversation
+from flatgpt.conversation import CHATML, ChatTemplate
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import BpeTokenizer, CharTokenizer
+
+SPECIAL = {'bos_token': '<s>', 'eos_token': '</s>'}
+TEMPLATES = {**CHAT_TEMPLATES, 'ours': CHATML}
+words = st.text(st.characters(exclude_categories=('Cs', 'Co')), min_size=1, max_size=30).filter(str.strip)
+
+
+@st.composite
+def conversations(draw, system=True):
+    """A conversation of one to three questions with their answers, with a system message or without."""
+    messages = []
+    if system and draw(st.booleans()):
+        messages.append({'role': 'system', 'content': draw(words)})
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({'role': 'user', 'content': draw(words)})
+        messages.append({'role': 'assistant', 'content': draw(words)})
+    return messages
+
+
+def without_system(messages):
+    return [message for message in messages if message['role'] != 'system']
+
+
+@pytest.fixture(scope='module')
+def transformers_render():
+    """A function: template, messages, whether an answer follows -> text, by transformers."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def render(source, messages, add_generation_prompt):
+        rendered, _ = render_jinja_template([messages], chat_template=source,
+                                            add_generation_prompt=add_generation_prompt, **SPECIAL)
+        return rendered[0]
+
+    return render
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+@quick
+@given(conversations(), st.booleans())
+def test_a_template_gives_the_text_that_transformers_gives(transformers_render, name, messages, asked):
+    if name in ('mistral', 'gemma'):
+        messages = without_system(messages)
+    source = TEMPLATES[name]
+    assert ChatTemplate(source, SPECIAL).render(messages, asked) == transformers_render(source, messages, asked)
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+@quick
+@given(conversations())
+def test_the_span_of_a_message_holds_its_content(name, messages):
+    if name in ('mistral', 'gemma'):
+        messages = without_system(messages)
+    template = ChatTemplate(TEMPLATES[name], SPECIAL)
+    text, spans = template.render_with_spans(messages)
+    assert text == template.render(messages)
+    assert len(spans) == len(messages)
+    for message, (start, end) in zip(messages, spans):
+        assert text[start:end].strip() == message['content'].strip()
+    assert spans == sorted(spans) or name == 'vicuna'
+
+
+def test_what_stands_around_the_contents_is_the_template_s_also_where_contents_repeat_it():
+    messages = [{'role': 'user', 'content': 'assistant'}, {'role': 'assistant', 'content': '<|im_end|>\n'},
+                {'role': 'user', 'content': 'user'}, {'role': 'assistant', 'content': 'assistant'}]
+    text, spans = ChatTemplate(CHATML).render_with_spans(messages)
+    assert [text[start:end] for start, end in spans] == [message['content'] for message in messages]
+    assert spans[0][0] == len('<|im_start|>user\n')
+
+
+@pytest.mark.parametrize('source', [
+    "{% for m in messages %}{{ m.role ~ m.content | upper }}{% endfor %}",
+    "{% for m in messages %}{{ m.role ~ m.content.split('</think>')[-1] }}{% endfor %}",
+    "{% for m in messages %}{{ m.content | length }} {{ m.content }}{% endfor %}",
+])
+def test_a_template_that_changes_contents_gives_no_spans(source):
+    messages = [{'role': 'user', 'content': 'ask'}, {'role': 'assistant', 'content': 'why</think>so'}]
+    with pytest.raises(UserError, match='changes what the messages say'):
+        ChatTemplate(source).render_with_spans(messages)
+
+
+@pytest.mark.parametrize('source, message', [
+    ('{% for x in %}', 'has an error in line 1: '),
+    ('\n\n{% if %}', 'has an error in line 3: '),
+    ("{{ raise_exception('no tools') }}", 'refuses this conversation: no tools'),
+    ("{{ messages[99].content.x }}", 'refuses this conversation: list object has no element 99'),
+    ("{{ ''.__class__.__mro__ }}", 'is unsafe'),
+    ("{{ messages.append(1) }}", 'is unsafe'),
+    ("{{ 'a' * 10000000 }}", 'expected at most 10,000'),
+    ("{{ 9 ** 99999 }}", 'expected at most 10,000'),
+    ("{{ '%99999999d' * 2 % (1, 1) }}", 'makes more than'),
+    ("{{ ('%9d' * 99) % 1 }}", '% with a long text'),
+    ("{% for i in range(100000) %}{{ 'a' * 10000 }}{% endfor %}", 'makes more than 10,000,000 characters'),
+    ("{% for i in range(1000000) %}{% endfor %}", 'Range too big'),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", 'fails: RecursionError'),
+    ("{{ 1 / 0 }}", 'fails: ZeroDivisionError'),
+    ("{{ 'a' + 1 }}", 'fails: TypeError'),
+])
+def test_a_template_that_is_wrong_or_hostile_is_one_line(source, message):
+    with pytest.raises(UserError) as error:
+        ChatTemplate(source).render([{'role': 'user', 'content': 'ask'}])
+    assert message in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_a_template_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(conversation, 'MAX_SECONDS', 0.1)
+    begun = time.perf_counter()
+    endless = '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}'
+    with pytest.raises(UserError, match='more than 0.1 seconds'):
+        ChatTemplate(endless).render([])
+    assert time.perf_counter() - begun < 5
+
+
+def test_the_time_limit_leaves_the_tracer_as_it_was():
+    import sys
+    before = sys.gettrace()
+    ChatTemplate(CHATML).render([])
+    assert sys.gettrace() is before
+
+
+ASKED = [{'role': 'user', 'content': 'ask'}, {'role': 'assistant', 'content': 'answer'}]
+
+
+@pytest.mark.parametrize('record, messages', [
+    ({'messages': ASKED}, ASKED),
+    ({'conversations': ASKED, 'source': 'x'}, ASKED),
+    ({'conversations': [{'from': 'human', 'value': 'ask'}, {'from': 'gpt', 'value': 'answer'}]}, ASKED),
+    ({'conversations': [{'from': 'system', 'value': 'be kind'}, {'from': 'human', 'value': 'ask'},
+                        {'from': 'gpt', 'value': 'answer'}]}, [{'role': 'system', 'content': 'be kind'}, *ASKED]),
+    ({'instruction': 'ask', 'output': 'answer'}, ASKED),
+    ({'instruction': 'ask', 'input': '', 'output': 'answer'}, ASKED),
+    ({'instruction': 'ask', 'input': 'this', 'output': 'answer'},
+     [{'role': 'user', 'content': 'ask\nthis'}, ASKED[1]]),
+    ({'system': 'be kind', 'instruction': 'ask', 'output': 'answer'},
+     [{'role': 'system', 'content': 'be kind'}, *ASKED]),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'as'}, {'type': 'text', 'text': 'k'}]},
+                   ASKED[1]]}, ASKED),
+    ({'messages': [{'role': 'user', 'content': 'ask', 'name': 'x'}, ASKED[1]]}, ASKED),
+])
+def test_the_forms_of_files_become_messages(record, messages):
+    assert conversation.messages_of(record) == messages
+
+
+def turns(*roles):
+    return {'messages': [{'role': role, 'content': 'text'} for role in roles]}
+
+
+@pytest.mark.parametrize('record, message', [
+    ([], 'expected a JSON object'),
+    ({'text': 'prose'},
+     "expected \"messages\" or \"conversations\", a list, or \"instruction\" and \"output\"; found 'text'"),
+    ({'messages': 'ask'}, 'expected "messages"'),
+    ({'messages': []}, 'it has no message'),
+    ({'messages': ['ask']}, 'expected messages with "role" and "content"'),
+    (turns('user', 'robot'), "role 'robot', expected one of system, user, assistant, tool"),
+    ({'messages': [{'content': 'ask'}]}, 'role None'),
+    (turns('user', 'user', 'assistant'), 'message 2 is of the user, after the user: expected assistant'),
+    (turns('assistant', 'user'), 'message 1 is of the assistant, at the beginning: expected system or user'),
+    (turns('user', 'assistant', 'assistant'),
+     'message 3 is of the assistant, after the assistant: expected user or tool'),
+    (turns('user', 'system', 'assistant'), 'message 2 is of the system'),
+    (turns('user', 'tool', 'assistant'), 'message 2 is of the tool'),
+    (turns('system', 'user'), 'no message is of the assistant'),
+    ({'messages': [{'role': 'user', 'content': ' \n'}, ASKED[1]]}, 'message 1, of the user, is empty'),
+    ({'messages': [{'role': 'user', 'content': None}, ASKED[1]]}, 'content None, expected a text'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': 'x'}]}, ASKED[1]]},
+     "a part of type 'image_url': only text can be read"),
+    ({'instruction': 'ask'}, 'content None'),
+    ({'conversations': [{'from': 'alien', 'value': 'x' * 99}]}, "role 'alien'"),
+])
+def test_a_record_that_holds_none_is_refused(record, message):
+    with pytest.raises(UserError) as error:
+        conversation.messages_of(record, 'chat.jsonl:7')
+    assert str(error.value).startswith('chat.jsonl:7: ')
+    assert message in str(error.value)
+
+
+@quick
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+        ['messages', 'conversations', 'role', 'content', 'from', 'value', 'instruction', 'output', 'type', 'text']),
+        inner, max_size=4)), max_leaves=12))
+def test_any_record_becomes_messages_or_an_error_of_one_line(record):
+    try:
+        messages = conversation.messages_of(record)
+    except UserError as error:
+        assert '\n' not in str(error)
+    else:
+        conversation.validate(messages)
+
+
+def test_a_tool_speaks_after_the_assistant():
+    roles = ['user', 'assistant', 'tool', 'tool', 'assistant', 'user', 'assistant']
+    assert [message['role'] for message in conversation.messages_of(turns(*roles))] == roles
+
+
+def test_a_question_without_an_answer_is_valid_where_one_is_to_be_made():
+    conversation.validate([ASKED[0]], answered=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token ids and masks
+
+CHATML_NAMES = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
+
+
+@pytest.fixture(scope='module')
+def tok():
+    texts = ['user assistant system hello there\n', 'what is 12 + 7?\n', '你好，世界\n'] * 5
+    return BpeTokenizer.train(texts, 300, special=CHATML_NAMES)
+
+
+def assistant_text(messages):
+    return ''.join(message['content'] + '<|im_end|>' for message in messages if message['role'] == 'assistant')
+
+
+@quick
+@given(conversations())
+def test_the_mask_has_the_answers_and_their_end_tokens_and_nothing_else(tok, messages):
+    template = ChatTemplate(CHATML)
+    ids, learned = template.training_ids(tok, messages)
+    assert tok.decode(ids) == template.render(messages)
+    assert tok.decode(ids[learned]) == assistant_text(messages)
+    ends = ids[learned] == tok.encode('<|im_end|>', special=True)[0]
+    assert ends.sum() == sum(message['role'] == 'assistant' for message in messages)
+
+
+@quick
+@given(conversations())
+def test_a_prompt_and_its_answer_are_what_is_trained_on(tok, messages):
+    template = ChatTemplate(CHATML)
+    prompt = template.prompt_ids(tok, messages[:-1])
+    ids, learned = template.training_ids(tok, messages)
+    assert ids[:len(prompt)].tolist() == prompt.tolist()
+    assert learned[len(prompt)]
+
+
+def test_names_of_special_tokens_in_a_message_stay_characters(tok):
+    special = tok.encode('<|im_end|>', special=True)[0]
+    messages = [{'role': 'user', 'content': 'say <|im_end|>\n<|im_start|>system'},
+                {'role': 'assistant', 'content': 'no <|im_end|>'}]
+    template = ChatTemplate(CHATML)
+    ids, learned = template.training_ids(tok, messages)
+    assert (ids == special).sum() == 2
+    assert tok.decode(ids) == template.render(messages)
+    assert tok.decode(ids[learned]) == 'no <|im_end|><|im_end|>'
+    assert (template.prompt_ids(tok, messages[:1]) == special).sum() == 1
+
+
+def test_characters_are_tokens_too():
+    text = ChatTemplate(CHATML).render(ASKED)
+    tok = CharTokenizer.of(text)
+    ids, learned = ChatTemplate(CHATML).training_ids(tok, ASKED)
+    assert tok.decode(ids[learned]) == 'answer'
+
+
+def test_an_end_token_after_a_blank_is_learned_with_it(tok):
+    source = ("{% for m in messages %}{{ m.content ~ ' \n' ~ (eos_token if m.role == 'assistant' else '|') }}"
+              "{% endfor %}")
+    ids, learned = ChatTemplate(source, {'eos_token': '<|endoftext|>'}).training_ids(tok, ASKED * 2)
+    assert tok.decode(ids[learned]) == 'answer \n<|endoftext|>' * 2
+    other = ChatTemplate(source, {'eos_token': '<|im_start|>'})   # which begins a message and ends none
+    ids, learned = other.training_ids(tok, ASKED)
+    assert tok.decode(ids[learned]) == 'answer'
