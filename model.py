@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 ROPE_SCALINGS = {'linear': 1, 'dynamic': 2, 'llama3': 4}   # how many numbers each method has
+NEW_DOCUMENT = -2   # as a target: the next token begins another document
 NANOGPT_FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 ALLOWED = {   # fields of GPTConfig that have one of a few values
     'attention': ('auto', 'sdpa', 'math'),
@@ -159,7 +160,9 @@ def rope_angles(positions, D, base, scaling=None):
         turns = context * speed / (2 * math.pi)
         unscaled = ((turns - low) / (high - low)).clamp(0, 1)   # share of the speed that stays as it is
         speed = speed * (unscaled + (1 - unscaled) / factor)
-    angle = positions.float()[:, None] * speed                                        # (T, D / 2)
+    angle = positions.float()[..., None] * speed                                      # (T, D / 2)
+    if positions.dim() == 2:
+        angle = angle[:, None]                                                        # (B, 1, T, D / 2)
     return angle.cos(), angle.sin()
 
 
@@ -170,20 +173,26 @@ def apply_rope(x, angles):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def make_attn_mask(query, key, n_head, pos, window, padding=None):
+def make_attn_mask(query, key, n_head, pos, window, padding=None, documents=None):
     """Additive attention mask, (H or 1, T, S), for queries at positions query, (T,), and keys at positions key, (S,).
-    None if it would be plain causal, which attend() does without a mask.
+    None if it would be plain causal, which attend() does without a mask. What differs between rows, of which query may
+    be one, (B, T), makes it (B, H or 1, T, S).
 
-    -inf forbids: keys after the query, keys window or more positions back (Child et al., 2019), and the first padding
-    keys of a row; with padding, (B,), the mask is (B, H or 1, T, S). ALiBi subtracts slope times distance, with slopes
-    2^(-8h / H) for h = 1 ... H (Press et al., 2022).
+    -inf forbids: keys after the query, keys window or more positions back (Child et al., 2019), the first `padding`,
+    (B,), keys of a row, and keys of another document: documents, (B, T), has the number of each token's. ALiBi
+    subtracts slope times distance, with slopes 2^(-8h / H) for h = 1 ... H (Press et al., 2022).
     """
-    T, S = len(query), len(key)
+    T, S = query.size(-1), len(key)
     limited = window is not None and window < S
-    if pos != 'alibi' and not limited and padding is None and T in (1, S):
+    same_rows = query.dim() == 1 and padding is None and documents is None
+    if pos != 'alibi' and not limited and same_rows and T in (1, S):
         return None
-    distance = query[:, None] - key                                                   # (T, S)
+    distance = query[..., None] - key                                                 # (T, S) or (B, T, S)
+    if query.dim() == 2:
+        distance = distance[:, None]                                                  # (B, 1, T, S)
     forbidden = (distance < 0) | (distance >= (window or math.inf))
+    if documents is not None:
+        forbidden = forbidden | (documents[:, None, :, None] != documents[:, None, None, :])   # (B, 1, T, T)
     if padding is not None:   # a padding token may attend to itself: a row of weights needs a sum
         forbidden = forbidden | ((key < padding[:, None, None, None]) & (distance != 0))   # (B, 1, T, S)
     slopes = key.new_zeros(1)
@@ -355,6 +364,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dropout_p = config.dropout
+        self.within_documents = False   # whether targets of NEW_DOCUMENT separate what attention must not mix
         self.transformer = nn.ModuleDict()
         self.transformer['wte'] = nn.Embedding(config.vocab_size, config.n_embd)
         if config.pos == 'learned':
@@ -399,14 +409,18 @@ class GPT(nn.Module):
         With targets, (B, T), the ids one step ahead: logits of all positions, (B, T, V), or None if loss_chunks is
         above 1, and the mean cross-entropy in nats over the targets that are not -1.
         Without targets: the logits of the last position, (B, 1, V), and None."""
-        x = self.hidden_states(idx)
         if targets is None:
-            return self.compute_logits(x[:, -1:]), None
-        return self.logits_and_loss(x, targets)
+            return self.compute_logits(self.hidden_states(idx)[:, -1:]), None
+        documents = None
+        if self.within_documents:
+            begins = F.pad(targets[:, :-1] == NEW_DOCUMENT, (1, 0))   # whether a token is the first of a document
+            documents = begins.cumsum(dim=1)                                          # (B, T)
+        return self.logits_and_loss(self.hidden_states(idx, documents=documents), targets)
 
-    def hidden_states(self, idx, kv_cache=None):
+    def hidden_states(self, idx, kv_cache=None, documents=None):
         """The residual stream after the last norm, (B, T, C), of token ids idx, (B, T). With a kv_cache, a KVCache of
-        flatgpt/engine.py, idx continues the tokens that are in it."""
+        flatgpt/engine.py, idx continues the tokens that are in it. documents, (B, T), has the number of the document
+        that each token belongs to: attention stays within it. None: it reaches all earlier tokens."""
         c = self.config
         T = idx.size(1)
         assert T <= c.block_size, f'{T} tokens in a context of {c.block_size}'
@@ -418,7 +432,10 @@ class GPT(nn.Module):
             positions = query + kv_cache.evicted
         x = self.transformer.wte(idx)                                                 # (B, T, C)
         angles = None
-        if c.pos == 'learned' and kv_cache is None:
+        if c.pos == 'learned' and documents is not None:   # each document begins at position 0
+            earlier = (documents[:, :, None] == documents[:, None, :]).tril()         # (B, T, T)
+            x = x + self.transformer.wpe(earlier.sum(dim=2) - 1)                      # + (B, T, C)
+        elif c.pos == 'learned' and kv_cache is None:
             x = x + self.transformer.wpe.weight[:T]                                   # + (T, C)
         elif c.pos == 'learned':
             padding_left = 0 if padding is None else padding[:, None]
@@ -426,7 +443,7 @@ class GPT(nn.Module):
         elif c.pos == 'rope':
             angles = rope_angles(positions, c.head_width, c.rope_base, c.rope_scaling)
         x = dropout(x, self.dropout_p, self.training)
-        attn_mask = make_attn_mask(query, key, c.n_head, c.pos, c.window, padding)
+        attn_mask = make_attn_mask(query, key, c.n_head, c.pos, c.window, padding, documents)
         for block in self.transformer.h:
             x = block(x, angles, attn_mask, kv_cache)
         return self.transformer.ln_f(x)
@@ -444,7 +461,8 @@ class GPT(nn.Module):
 
     def logits_and_loss(self, x, targets):
         """What forward() returns with targets, (B, T), from hidden states x, (B, T, C)."""
-        count = (targets != -1).sum().clamp(min=1)
+        count = (targets >= 0).sum().clamp(min=1)
+        targets = targets.clamp(min=-1)
         n = self.config.loss_chunks
         if n == 1:
             logits = self.compute_logits(x)                                           # (B, T, V)

@@ -133,6 +133,10 @@ else:
                              loss_chunks=loss_chunks)
     start.fit_context(model, block_size)   # rows may be shorter than the context, which stays
 data.validate_ids(block_size, model.config.vocab_size)
+model.within_documents = bool(data.begins)   # of conversations, attention stays within each
+if data.num_cut(block_size):
+    rt.notice(f'{data.num_cut(block_size):,} of {len(data.begins["train"]):,} conversations are longer than '
+              f'block_size={block_size}: what is past it is not learned')
 
 # what is trained: all weights, a part of them, or an adapter
 
@@ -224,7 +228,7 @@ def evaluate():
                 return None
             i = first + rt.rank
             x, y = data.eval_batch(split, min(i, eval_iters - 1), eval_iters, batch_size, block_size, rt.device)
-            weight = (y != -1).float().mean()   # the part of the targets that counts
+            weight = (y >= 0).float().mean()   # the part of the targets that counts
             if i >= eval_iters:
                 weight = weight * 0   # no batch is left, but FSDP needs every process in each forward pass
             with rt.autocast():

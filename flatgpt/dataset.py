@@ -23,6 +23,7 @@ from flatgpt.errors import UserError, do_you_mean
 FORMAT = 1
 SPLITS = ('train', 'val')
 RESUME = 'resume.json'   # in an unfinished dataset: where to continue
+BEGINS = 2               # in a mask: the first token of a conversation
 UNFINISHED = r'(train|val)(-\d+)?\.bin\.new'
 FINISHED = r'(train|val)(-\d{5})?\.(bin|mask)|tokenizer\.json'
 
@@ -34,8 +35,9 @@ def write(folder, splits: dict, tok, source: dict, masks: dict | None = None):
     """Write a dataset, replacing the one that was there, and print its size.
 
     splits: {'train': ids, 'val': ids}. tok: their tokenizer. source: {key: value} for meta.json, where the text came
-    from. masks: {'train': booleans, 'val': booleans}, whether each token is a target to learn; None: all are. A reader
-    sees the old dataset, the new one, or that it is unfinished; never a mixture.
+    from. masks: {'train': numbers, 'val': numbers}, for each token 1 if it is a target to learn, 0 if not, or BEGINS if
+    a conversation begins with it; None: all are to learn. A reader sees the old dataset, the new one, or that it is
+    unfinished; never a mixture.
     """
     with open_writer(folder) as writer:
         writer.begin(tok)
@@ -299,8 +301,9 @@ class JoinedArrays:
 
 class Dataset:
     """A dataset, by a name that find() knows: .vocab_size; .tokenizer, its description; .data[split], the ids, mapped
-    from disk; .mask[split], 1 where an id is a target to learn, else 0, or .mask == {} if all are; .bytes[split] and
-    .characters[split], the size of the text, or None if it is not known."""
+    from disk; .mask[split], as write() gets it, or .mask == {} if all are to learn; .bytes[split] and
+    .characters[split], the size of the text, or None if it is not known; .begins[split], where conversations begin, if
+    there are any: then each row of a batch begins at one, and the next ones follow; after the last, the first."""
 
     def __init__(self, name: str):
         self.folder = find(name)
@@ -311,12 +314,16 @@ class Dataset:
         self.characters = meta['characters']
         self.data = {}
         self.mask = {}
+        self.begins = {}
         for split, sizes in meta['files'].items():
             files = [f'{split}-{i:05d}.bin' for i in range(len(sizes))] if len(sizes) > 1 else [f'{split}.bin']
             arrays = [open_ids(self.folder / file, meta['dtype'], n) for file, n in zip(files, sizes)]
             self.data[split] = JoinedArrays(arrays) if len(arrays) > 1 else arrays[0]
             if meta['mask']:
                 self.mask[split] = open_ids(self.folder / f'{split}.mask', np.dtype(np.uint8), len(self.data[split]))
+                begins = np.flatnonzero(self.mask[split] == BEGINS)
+                if len(begins):
+                    self.begins[split] = begins
         if read_meta(self.folder) != meta:
             raise UserError(f'{self.folder} is being written anew: try again when that is done')
 
@@ -325,7 +332,7 @@ class Dataset:
         than 2**29 ids a thousand places are checked."""
         for split, ids in self.data.items():
             path = self.folder / f'{split}.bin'
-            if len(ids) < block_size + 1:
+            if len(ids) < block_size + 1 and not self.begins:
                 raise UserError(f'{path} has {len(ids):,} tokens, too few for block_size={block_size}: it needs '
                                 f'{block_size + 1:,}; lower block_size or prepare more text')
             for start in range(0, len(ids), 2**19 if len(ids) <= 2**29 else len(ids) // 1000):
@@ -336,17 +343,21 @@ class Dataset:
 
     def windows(self, split: str, starts: np.ndarray, block_size: int, device):
         """Inputs and targets of the windows at starts, an array of any shape: two tensors of ids of that shape and one
-        dimension of block_size more. Targets are one token ahead, and -1 where the mask is 0."""
+        dimension of block_size more. Targets are one token ahead, -1 where the mask is 0, and NEW_DOCUMENT where a
+        conversation begins."""
         import torch
 
         from flatgpt.machine import to_device
+        from model import NEW_DOCUMENT
 
         positions = starts[..., None] + np.arange(block_size + 1)
+        if self.begins:
+            positions %= len(self.data[split])
         tokens = to_device(torch.from_numpy(self.data[split][positions].astype(np.int64)), device)   # (..., T + 1)
         targets = tokens[..., 1:]
         if self.mask:
             mask = to_device(torch.from_numpy(self.mask[split][positions[..., 1:]]), device)
-            targets = targets.masked_fill(mask == 0, -1)
+            targets = targets.masked_fill(mask == 0, -1).masked_fill(mask == BEGINS, NEW_DOCUMENT)
         return tokens[..., :-1], targets
 
     def perplexity(self, loss: float, split: str = 'val') -> dict:
@@ -364,17 +375,28 @@ class Dataset:
         return {f'bits_per_{unit}': math.log2(value) for unit, value in self.perplexity(loss, split).items()
                 if unit != 'token'}
 
+    def num_starts(self, split: str, block_size: int) -> int:
+        """At how many places a row can begin: conversations, or windows of block_size + 1 tokens."""
+        return len(self.begins[split]) if self.begins else len(self.data[split]) - block_size
+
+    def num_cut(self, block_size: int) -> int:
+        """How many conversations of the training data are longer than a row: what is past its end is not learned."""
+        lengths = np.diff(self.begins['train'], append=len(self.data['train'])) if self.begins else np.array([])
+        return int((lengths > block_size + 1).sum())
+
     def train_batch(self, step: int, seed: int, micro_batches: int, batch_size: int, block_size: int, device,
                     rank: int = 0, world_size: int = 1):
         """The inputs and targets, (micro_batches / world_size, B, T) each, of process `rank` in a step: its share of a
         batch of micro_batches, which is a pure function of (seed, step)."""
-        starts = random_starts(len(self.data['train']), block_size, micro_batches * batch_size, seed, step)
+        starts = random_starts(self.num_starts('train', block_size), 0, micro_batches * batch_size, seed, step)
+        starts = self.begins['train'][starts] if self.begins else starts
         return self.windows('train', starts.reshape(micro_batches, batch_size)[rank::world_size], block_size, device)
 
     def eval_batch(self, split: str, i: int, eval_iters: int, batch_size: int, block_size: int, device):
         """The inputs and targets, (B, T) each, of batch i of the eval_iters batches of every evaluation: windows that
         are spread evenly over the split."""
-        starts = np.linspace(0, len(self.data[split]) - block_size - 1, eval_iters * batch_size).astype(np.int64)
+        starts = np.linspace(0, self.num_starts(split, block_size) - 1, eval_iters * batch_size).astype(np.int64)
+        starts = self.begins[split][starts] if self.begins else starts
         return self.windows(split, starts.reshape(eval_iters, batch_size)[i], block_size, device)
 
 

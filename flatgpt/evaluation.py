@@ -7,6 +7,7 @@ same result to the last bit, however many processes there are.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -112,14 +113,19 @@ def encode_documents(path: str, tok, limit: int | None = None, template: str = '
 
 
 def rolling_loss(model, rt, ids: np.ndarray, stride: int, batch_size: int,
-                 learnt: np.ndarray | None = None) -> tuple[float, float, int]:
+                 learnt: np.ndarray | None = None, begins: Sequence[int] = (0,)) -> tuple[float, float, int]:
     """The cost of every token of ids but the first, given those before it: at least block_size - stride of them, or
-    all there are. learnt: booleans, whether each of ids is scored; None: all. Returns the mean in nats, its standard
-    error, as if tokens were independent, and their number."""
+    all there are. learnt: booleans, whether each of ids is scored; None: all. begins: where texts begin that know
+    nothing of each other. Returns the mean in nats, its standard error, as if tokens were independent, and their
+    number."""
     if learnt is None:
         learnt = np.ones(len(ids), bool)
-    spans = windows(len(ids), model.config.block_size, stride)
-    rows = [(ids[begin:end], learnt[first:end]) for begin, first, end in spans]
+    rows = []
+    for start, stop in itertools.pairwise([*begins, len(ids)]):
+        for begin, first, end in windows(stop - start, model.config.block_size, stride):
+            scored = learnt[start + first:start + end]
+            if scored.any():
+                rows.append((ids[start + begin:start + end], scored))
     total, squares, _ = costs(model, rt, rows, batch_size, 'loss').sum(dim=0).tolist()
     n = int(learnt[1:].sum())
     variance = max(squares - total**2 / n, 0) / max(n - 1, 1)

@@ -158,8 +158,8 @@ class Runtime:
 
     def loss_denominators(self, targets: Tensor) -> Tensor:
         """What to divide the mean losses of the micro-batches of a step by, (M,), so that their sum over all processes
-        is the mean over all targets, (M, B, T), that are not -1."""
-        n = (targets != -1).sum(dim=(1, 2)).float()
+        is the mean over all targets, (M, B, T), that are not negative."""
+        n = (targets >= 0).sum(dim=(1, 2)).float()
         return self.mean(n.sum()).clamp(min=1 / self.world_size) / n.clamp(min=1)   # there may be none at all
 
     def gather_state(self, state):
