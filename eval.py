@@ -6,6 +6,7 @@ How good a model is: the exact loss of a text, multiple choice, last words, and 
     python eval.py --init_from=gpt2 --choices=assets/sentiment.jsonl --shots=4
     python eval.py --init_from=gpt2 --last_word=lambada_test.jsonl
     python eval.py --out_dir=out-x --generate=questions.jsonl --max_new_tokens=50 --stop="Q:"
+    python eval.py --out_dir=out-chat-tiny --questions=data/chat/questions.jsonl
     torchrun --standalone --nproc_per_node=2 eval.py --out_dir=out-python-char --data=python_char
 
 A table goes to stderr, one JSON object to stdout. What the figures mean: docs/evaluation.md.
@@ -23,6 +24,7 @@ data: str | None = None               # loss: a dataset's name or folder, a .bin
 choices: str | None = None            # accuracy: .jsonl of {"context", "choices", "gold"}, or HellaSwag's
 last_word: str | None = None          # accuracy, perplexity: .jsonl of {"text"}, all but its last word is given
 generate: str | None = None           # BLEU, chrF, ROUGE: .jsonl of {"prompt", "reference"}
+questions: str | None = None          # accuracy by kind of question: the file that data/chat/prepare.py makes
 # how
 split = 'val'                         # split of a dataset: 'train', 'val'
 template = ''                         # text of a record in data, such as '{title}\n{text}'; empty: what is under "text"
@@ -49,15 +51,15 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt import checkpoint, corpus, engine, evaluation, runtime, tokenizer, validate
+from flatgpt import checkpoint, corpus, engine, evaluation, runtime, tasks, tokenizer, validate
 from flatgpt.dataset import SPLITS, Dataset, open_ids
 from flatgpt.errors import UsageError, UserError
 
 # refusals
 
-if not (data or choices or last_word or generate):
+if not (data or choices or last_word or generate or questions):
     trained_on = checkpoint.load(checkpoint.model_path(out_dir, init_from))['config'].get('dataset', 'DATASET')
-    raise UsageError(f'nothing to do: give --data={trained_on}, --choices, --last_word or --generate, or several')
+    raise UsageError(f'nothing to do: give --data={trained_on}, --choices, --last_word, --generate or --questions')
 validate.eval_options(config)
 stops = engine.parse_stops(stop)
 if generate:
@@ -65,12 +67,24 @@ if generate:
 
 # questions, before the model is loaded, so that a wrong line is found at once
 
+
+def to_answer(record):
+    """(prompt, [tasks.Question]) of a line that data/chat/prepare.py has written."""
+    question = tasks.Question(*(evaluation.field(record, name) for name in tasks.Question._fields))
+    if question.kind not in tasks.KINDS or question.language not in tasks.LANGUAGES:
+        raise UserError(f'kind {question.kind[:40]!r}, language {question.language[:40]!r}: expected one of '
+                        f'{", ".join(tasks.KINDS)}, and one of {", ".join(tasks.LANGUAGES)}')
+    return evaluation.field(record, 'prompt'), [question]
+
+
 if choices:
     choice_items = evaluation.read_items(choices, evaluation.multiple_choice)
 if last_word:
     word_items = evaluation.read_items(last_word, evaluation.last_word)
 if generate:
     generate_items = evaluation.read_items(generate, evaluation.to_continue)
+if questions:
+    question_items = evaluation.read_items(questions, to_answer)
 
 # model
 
@@ -96,10 +110,11 @@ if rt.compile:
 
 
 def read_ids(name):
-    """(ids, learnt, where): token ids of which all but the first are to be scored, booleans that say which of them were
-    to be learnt, and the file that they are from."""
+    """(ids, learnt, begins, where): token ids of which all but the first are to be scored, booleans that say which of
+    them were to be learnt, where texts begin that know nothing of each other, and the file that they are from."""
     path = Path(name)
     learnt = None
+    begins = np.array([0])
     made_with = tok
     where = name
     if path.suffix != '.bin' and (path.is_file() or corpus.text_suffix(path) in corpus.SUFFIXES + corpus.TABLES):
@@ -115,19 +130,21 @@ def read_ids(name):
         ids = dataset.data[part]
         made_with = dataset.tokenizer
         if dataset.mask:
-            learnt = dataset.mask[part].astype(bool)
+            learnt = dataset.mask[part] == 1
+            begins = dataset.begins.get(part, begins)
     ids = ids[:limit and limit + 1]
+    begins = begins[begins < len(ids)]
     if (len(ids) and ids.max() >= tok.vocab_size) or not tokenizer.same(made_with, tok):
         raise UserError(f'{where} was made with another tokenizer than the model: give its text instead, or a dataset '
                         f'that the model can read')
-    return ids, np.ones(len(ids), bool) if learnt is None else learnt[:len(ids)], where
+    return ids, np.ones(len(ids), bool) if learnt is None else learnt[:len(ids)], begins, where
 
 
 if data:
-    ids, learnt, where = read_ids(data)
+    ids, learnt, begins, where = read_ids(data)
     if not learnt[1:].any():
         raise UserError(f'{where} has no token to score: expected two, or one of text if the model knows ends of texts')
-    loss, error, n = evaluation.rolling_loss(model, rt, ids, stride, batch_size, learnt)
+    loss, error, n = evaluation.rolling_loss(model, rt, ids, stride, batch_size, learnt, begins)
     n_chars, n_bytes = tok.count(ids[1:][learnt[1:]])   # 0 if all of the text is special tokens
     bits = loss / math.log(2)
     report['data'] = {'of': where, 'tokens': n, 'bytes': n_bytes, 'characters': n_chars,
@@ -192,6 +209,19 @@ if generate:
     references = [item.answers[0].strip() for item in items]
     report['generate'] = {'of': generate, 'n': len(items), 'shots': shots,
                           **evaluation.compare_texts(answers, references)}
+
+if questions:
+    items = with_examples(question_items)
+    prompts = []
+    for item in items:
+        with evaluation.naming(item.where):
+            prompts.append(tok.encode_prompt(item.context))
+    answers = evaluation.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size)
+    right = {}
+    for item, answer in zip(items, answers):
+        [question] = item.answers
+        right.setdefault(f'{question.kind} {question.language}', []).append(tasks.is_correct(question, answer))
+    report['questions'] = {'of': questions, 'n': len(items), **evaluation.summary(right)}
 
 # a table for people, an object for programs
 

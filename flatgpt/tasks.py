@@ -1,0 +1,436 @@
+"""
+Questions whose answers can be checked, in English and Chinese: made by a program, in any number. The embedded
+conversations of data/chat consist of them, and they are the rewards of grpo.py and the checks of eval.py.
+
+    python -m flatgpt.tasks        prints some of each kind
+
+A question is held out if the hash of what it asks says so: the same numbers are never learned in another wording.
+"""
+
+import hashlib
+import random
+import re
+import sqlite3
+import time
+from typing import NamedTuple
+
+LANGUAGES = ('en', 'zh')
+
+
+class Question(NamedTuple):
+    kind: str       # a key of KINDS
+    language: str   # 'en' or 'zh'
+    text: str       # what is asked
+    answer: str     # a good answer
+    result: str     # what an answer is checked for
+    key: str        # what is asked, without its wording; decides whether the question is held out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers in words
+
+ONES = ('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen '
+        'seventeen eighteen nineteen').split()
+TENS = 'zero ten twenty thirty forty fifty sixty seventy eighty ninety'.split()
+DIGITS = '零一二三四五六七八九'
+
+
+def number_in_words(number: int, language: str) -> str:
+    """An integer from 0 to 999 in words: 'forty-two', '四十二'."""
+    if language == 'en':
+        if number < 20:
+            return ONES[number]
+        if number < 100:
+            return TENS[number // 10] + (f'-{ONES[number % 10]}' if number % 10 else '')
+        rest = f' and {number_in_words(number % 100, language)}' if number % 100 else ''
+        return f'{ONES[number // 100]} hundred{rest}'
+    if number < 10:
+        return DIGITS[number]
+    if number < 100:
+        tens = DIGITS[number // 10] if number >= 20 else ''
+        return f'{tens}十{DIGITS[number % 10] if number % 10 else ""}'
+    rest = number % 100
+    if not rest:
+        return f'{DIGITS[number // 100]}百'
+    between = '零' if rest < 10 else '一' if rest < 20 else ''
+    return f'{DIGITS[number // 100]}百{between}{number_in_words(rest, language)}'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arithmetic
+
+SIGNS = {'+': {'en': 'plus', 'zh': '加'}, '-': {'en': 'minus', 'zh': '减'}, '*': {'en': 'times', 'zh': '乘以'}}
+ASK = {'en': ('What is {}?', 'How much is {}?', 'Compute {}.', '{} = ?', 'Please tell me: {}?'),
+       'zh': ('{}等于多少？', '{}是多少？', '计算{}。', '{} = ?', '请问{}得多少？')}
+STORIES = {
+    'en': {'+': ('Tom has {a} {thing} and buys {b} more. How many does he have now?',
+                 'There are {a} {thing} in a box and {b} on the table. How many are there?'),
+           '-': ('Tom has {a} {thing} and gives away {b}. How many are left?',
+                 'Of {a} {thing}, {b} are sold. How many are left?'),
+           '*': ('{a} boxes hold {b} {thing} each. How many are there?',
+                 'One bag costs {b} coins. How many coins do {a} bags cost?')},
+    'zh': {'+': ('小明有{a}个{thing}，又买了{b}个。现在有几个？', '盒子里有{a}个{thing}，桌上有{b}个。一共有几个？'),
+           '-': ('小明有{a}个{thing}，送出{b}个。还剩几个？', '{a}个{thing}卖掉了{b}个。还剩几个？'),
+           '*': ('{a}个盒子，每个装{b}个{thing}。一共有几个？', '一袋要{b}元，{a}袋要多少元？')}}
+THINGS = {'en': ('apples', 'pens', 'books', 'eggs', 'stones', 'cups'),
+          'zh': ('苹果', '梨', '本子', '鸡蛋', '石头', '杯子')}
+
+
+def operands(generator: random.Random, sign: str) -> tuple[int, int]:
+    """Two numbers whose sum, difference (not negative) or product is asked."""
+    if sign == '*':
+        return generator.randint(2, 9), generator.randint(2, 99)
+    a = generator.randint(2, 99)
+    b = generator.randint(2, 99)
+    if sign == '-':
+        return max(a, b), min(a, b)
+    return a, b
+
+
+def working(a: int, sign: str, b: int) -> str:
+    """A computation with its steps, as one does it in the head: '47 + 38 = 70 + 15 = 85'."""
+    if sign == '+':
+        steps = [f'{a} + {b}', f'{a // 10 * 10 + b // 10 * 10} + {a % 10 + b % 10}', str(a + b)]
+    elif sign == '-':
+        steps = [f'{a} - {b}', f'{a - b // 10 * 10} - {b % 10}', str(a - b)]
+    else:
+        steps = [f'{a} × {b}', f'{a * (b // 10 * 10)} + {a * (b % 10)}', str(a * b)]
+    if (sign != '-' and (a < 10 or sign == '*') and b < 10) or (sign == '-' and b < 10):
+        del steps[1]   # there are no tens to split off
+    return ' = '.join(steps)
+
+
+def arithmetic(generator: random.Random, language: str) -> Question:
+    """A sum, a difference or a product: in digits, in words or in a story."""
+    sign = generator.choice('++--*')
+    a, b = operands(generator, sign)
+    form = generator.random()
+    if form < 0.25:
+        thing = generator.choice(THINGS[language])
+        text = generator.choice(STORIES[language][sign]).format(a=a, b=b, thing=thing)
+    else:
+        if form < 0.5:
+            shown = [number_in_words(number, language) for number in (a, b)]
+            middle = SIGNS[sign][language]
+        else:
+            shown = [str(a), str(b)]
+            middle = generator.choice((SIGNS[sign][language], {'*': '×'}.get(sign, sign)))
+        gap = '' if language == 'zh' and middle == SIGNS[sign]['zh'] else ' '
+        text = generator.choice(ASK[language]).format(f'{shown[0]}{gap}{middle}{gap}{shown[1]}')
+    result = {'+': a + b, '-': a - b, '*': a * b}[sign]
+    answer = working(a, sign, b) + ('.' if language == 'en' else '。')
+    first, second = sorted((a, b))
+    return Question('arithmetic', language, text, answer, str(result), f'{first} {sign} {second}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dates and units
+
+DAYS = {'en': 'Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(),
+        'zh': [f'星期{day}' for day in '一二三四五六日']}
+MONTHS = {'en': ('January February March April May June July August September October November December').split(),
+          'zh': [f'{number}月' for number in range(1, 13)]}
+DAYS_OF = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+UNITS = (   # how many of the second make one of the first
+    (60, {'en': ('hours', 'minutes'), 'zh': ('小时', '分钟')}),
+    (60, {'en': ('minutes', 'seconds'), 'zh': ('分钟', '秒')}),
+    (24, {'en': ('days', 'hours'), 'zh': ('天', '小时')}), (7, {'en': ('weeks', 'days'), 'zh': ('周', '天')}),
+    (100, {'en': ('metres', 'centimetres'), 'zh': ('米', '厘米')}),
+    (10, {'en': ('centimetres', 'millimetres'), 'zh': ('厘米', '毫米')}),
+    (1000, {'en': ('kilometres', 'metres'), 'zh': ('公里', '米')}),
+    (1000, {'en': ('kilograms', 'grams'), 'zh': ('公斤', '克')}),
+    (12, {'en': ('years', 'months'), 'zh': ('年', '个月')}), (10, {'en': ('yuan', 'jiao'), 'zh': ('元', '角')}))
+
+
+def dates(generator: random.Random, language: str) -> Question:
+    """A day of the week some days on, or the days or the successor of a month."""
+    form = generator.randrange(3)
+    if form == 0:
+        day = generator.randrange(7)
+        after = generator.randint(1, 20)
+        result = DAYS[language][(day + after) % 7]
+        today = DAYS[language][day]
+        if language == 'en':
+            plural = 's' if after > 1 else ''
+            text = generator.choice((f'Today is {today}. Which day is it in {after} day{plural}?',
+                                     f'Which day comes {after} day{plural} after {today}?'))
+            answer = f'{after} day{plural} after {today} is {result}.'
+        else:
+            text = generator.choice((f'今天是{today}，{after}天后是星期几？', f'{today}之后{after}天是星期几？'))
+            answer = f'{today}之后{after}天是{result}。'
+        return Question('dates', language, text, answer, result, f'{day} + {after}')
+    month = generator.randrange(12)
+    name = MONTHS[language][month]
+    if form == 1:
+        result = str(DAYS_OF[month])
+        texts = {'en': (f'How many days does {name} have?', f'How long is {name}?'),
+                 'zh': (f'{name}有多少天？', f'{name}有几天？')}
+        answer = {'en': f'{name} has {result} days.', 'zh': f'{name}有{result}天。'}
+    else:
+        result = MONTHS[language][(month + 1) % 12]
+        texts = {'en': (f'Which month comes after {name}?', f'What follows {name}?'),
+                 'zh': (f'{name}之后是几月？', f'{name}的下一个月是几月？')}
+        answer = {'en': f'After {name} comes {result}.', 'zh': f'{name}之后是{result}。'}
+    text = generator.choice(texts[language])
+    return Question('dates', language, text, answer[language], result, text)   # there are 12 only
+
+
+def units(generator: random.Random, language: str) -> Question:
+    """So many of a unit in a smaller one."""
+    factor, names = generator.choice(UNITS)
+    large, small = names[language]
+    count = generator.randint(2, 99 if factor in (10, 100, 1000) else 12)
+    result = str(count * factor)
+    if language == 'en':
+        text = generator.choice((f'How many {small} are {count} {large}?', f'Convert {count} {large} to {small}.'))
+        answer = f'{count} {large} are {result} {small}.'
+    else:
+        text = generator.choice((f'{count}{large}是多少{small}？', f'把{count}{large}换算成{small}。'))
+        answer = f'{count}{large}是{result}{small}。'
+    return Question('units', language, text, answer, result, f'{count} {factor} {names["en"]}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lookups in a table that the question holds
+
+FRUIT = {'en': 'apple pear plum peach grape lemon melon cherry mango fig kiwi banana'.split(),
+         'zh': '苹果 梨 李子 桃子 葡萄 柠檬 西瓜 樱桃 芒果 橘子 草莓 香蕉'.split()}
+COLORS = {'en': 'red blue green white black yellow brown grey'.split(),
+          'zh': '红色 蓝色 绿色 白色 黑色 黄色 棕色 灰色'.split()}
+
+
+def lookup(generator: random.Random, language: str) -> Question:
+    """One value of a small table that the question begins with; the table has numbers or colors."""
+    names = generator.sample(FRUIT[language], generator.randint(3, 5))
+    of_colors = generator.random() < 0.4
+    if of_colors:
+        values = generator.sample(COLORS[language], len(names))
+    else:
+        values = [str(number) for number in generator.sample(range(1, 100), len(names))]
+    at = generator.randrange(len(names))
+    backwards = generator.random() < 0.3
+    if language == 'en':
+        table = ', '.join(f'{name}: {value}' for name, value in zip(names, values)) + '. '
+        if backwards:
+            what = f'is {values[at]}' if of_colors else f'costs {values[at]}'
+            text, result, answer = f'{table}What {what}?', names[at], f'The {names[at]} {what}.'
+        elif of_colors:
+            text, result = f'{table}Which color is the {names[at]}?', values[at]
+            answer = f'The {names[at]} is {result}.'
+        else:
+            text, result = f'{table}What does the {names[at]} cost?', values[at]
+            answer = f'The {names[at]} costs {result}.'
+    else:
+        table = '，'.join(f'{name}：{value}' for name, value in zip(names, values)) + '。'
+        if backwards:
+            what = f'是{values[at]}的' if of_colors else f'卖{values[at]}元'
+            text, result, answer = f'{table}什么{what}？', names[at], f'{names[at]}{what}。'
+        elif of_colors:
+            text, result = f'{table}{names[at]}是什么颜色？', values[at]
+            answer = f'{names[at]}是{result}的。'
+        else:
+            text, result = f'{table}{names[at]}多少钱？', values[at]
+            answer = f'{names[at]}卖{result}元。'
+    return Question('lookup', language, text, answer, result, text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SQL
+
+TABLES = {'fruit': ('name', 'color', 'price'), 'films': ('title', 'country', 'year'), 'staff': ('name', 'city', 'age'),
+          'books': ('title', 'language', 'pages')}   # a text that names a row, a text that groups rows, a number
+ZH = {'fruit': '水果', 'films': '电影', 'staff': '员工', 'books': '书', 'name': '名称', 'color': '颜色',
+      'price': '价格', 'title': '标题', 'country': '国家', 'year': '年份', 'city': '城市', 'age': '年龄',
+      'language': '语言', 'pages': '页数'}
+WORDS = {'color': ('red', 'green', 'blue', 'yellow'), 'country': ('China', 'Peru', 'Norway', 'Egypt'),
+         'city': ('Oslo', 'Lima', 'Kyoto', 'Cairo'), 'language': ('Chinese', 'English', 'Spanish', 'Arabic')}
+
+
+def sql(generator: random.Random, language: str) -> Question:
+    """A question about a table, answered by a query in SQL, which is the result too."""
+    table = generator.choice(list(TABLES))
+    title, group, number = TABLES[table]
+    value = generator.randint(1, 99)
+    word = generator.choice(WORDS[group])
+    more = generator.random() < 0.5
+    sign = '>' if more else '<'
+    form = generator.randrange(5)
+    query = (f'SELECT {title} FROM {table} WHERE {number} {sign} {value};',
+             f"SELECT COUNT(*) FROM {table} WHERE {group} = '{word}';",
+             f'SELECT {"MAX" if more else "MIN"}({number}) FROM {table};',
+             f'SELECT {group}, AVG({number}) FROM {table} GROUP BY {group};',
+             f'SELECT {title} FROM {table} ORDER BY {number}{" DESC" if more else ""} LIMIT {value % 9 + 1};')[form]
+    if language == 'en':
+        text = (f'which {table} have {number} {"above" if more else "below"} {value}?',
+                f'how many {table} have {group} {word}?',
+                f'what is the {"highest" if more else "lowest"} {number} of {table}?',
+                f'what is the average {number} of {table} by {group}?',
+                f'show the {value % 9 + 1} {table} with the {"highest" if more else "lowest"} {number}')[form]
+        text = f'SQL: {text}'
+    else:
+        what, of, rows = ZH[number], ZH[group], ZH[table]
+        text = (f'哪些{rows}的{what}{"大于" if more else "小于"}{value}？', f'{of}是{word}的{rows}有多少？',
+                f'{rows}的{what}{"最大" if more else "最小"}是多少？', f'每种{of}的{rows}平均{what}是多少？',
+                f'列出{what}{"最大" if more else "最小"}的{value % 9 + 1}个{rows}')[form]
+        text = f'SQL：{text}'
+    return Question('sql', language, text, query, query, query)
+
+
+def database(seed: int = 0) -> sqlite3.Connection:
+    """A small database in memory with the tables of the questions, 40 rows each."""
+    connection = sqlite3.connect(':memory:')
+    generator = random.Random(seed)
+    for table, (title, group, number) in TABLES.items():
+        connection.execute(f'CREATE TABLE {table} ({title} TEXT, {group} TEXT, {number} INTEGER)')
+        rows = [(f'{table} {i}', generator.choice(WORDS[group]), generator.randint(1, 99)) for i in range(40)]
+        connection.executemany(f'INSERT INTO {table} VALUES (?, ?, ?)', rows)
+    return connection
+
+
+READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}   # what a query may do
+READS_FUNCTIONS = {'count', 'sum', 'avg', 'min', 'max', 'total', 'abs', 'round', 'length', 'lower', 'upper', 'substr',
+                   'coalesce', 'ifnull', 'like'}
+
+
+def run_sql(query: str, seconds: float = 1.0, max_rows: int = 1000) -> list[tuple] | None:
+    """The rows that a query gives, or None if it is not one that reads, fails, or takes too long.
+
+    The query may come from a model: it can only read the tables, within the limits of time and rows.
+    """
+    connection = database()
+    end = time.monotonic() + seconds
+
+    def authorize(action, first, second, *_):
+        allowed = action in READS and (action != sqlite3.SQLITE_FUNCTION or second in READS_FUNCTIONS)
+        return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
+
+    connection.set_authorizer(authorize)
+    connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
+    try:
+        rows = connection.execute(query).fetchmany(max_rows + 1)
+    except (sqlite3.Error, sqlite3.Warning, ValueError, UnicodeError, OverflowError):
+        return None
+    finally:
+        connection.close()
+    return rows if len(rows) <= max_rows else None
+
+
+def same_rows(given: str, expected: str) -> bool:
+    """Whether two queries give the same rows; in the same order if the expected one asks for an order."""
+    found = run_sql(given)
+    wanted = run_sql(expected)
+    if found is None or wanted is None:
+        return False
+    if 'ORDER BY' in expected.upper():
+        return found == wanted
+    return sorted(found, key=repr) == sorted(wanted, key=repr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# small talk, and what nobody who only reads can know
+
+TALK = {
+    'en': (('Hello!', 'Hello! What can I do for you?'), ('Hi', 'Hello! What can I do for you?'),
+           ('Good morning.', 'Good morning! What would you like to know?'),
+           ('Who are you?', 'I am a small language model, trained with flatgpt.'),
+           ('What is your name?', 'I have no name. I am a small language model.'),
+           ('What can you do?', 'I can add, subtract and multiply, convert units, read small tables and write SQL.'),
+           ('Thank you!', 'You are welcome.'), ('Thanks', 'You are welcome.'), ('Goodbye.', 'Goodbye!'),
+           ('Are you a human?', 'No, I am a program.'), ('Do you speak Chinese?', 'Yes, ask me in Chinese.')),
+    'zh': (('你好！', '你好！有什么可以帮你？'), ('您好', '你好！有什么可以帮你？'),
+           ('早上好。', '早上好！你想知道什么？'),
+           ('你是谁？', '我是用flatgpt训练的小语言模型。'), ('你叫什么名字？', '我没有名字。我是一个小语言模型。'),
+           ('你会做什么？', '我会加减乘、换算单位、查小表格、写SQL。'), ('谢谢！', '不客气。'), ('再见。', '再见！'),
+           ('你是人吗？', '不是，我是一个程序。'), ('你会说英语吗？', '会，请用英语问我。'))}
+UNKNOWN = {
+    'en': (('What is the weather {} {}?', 'I do not know: I cannot see the weather.'),
+           ('What did I eat {1}?', 'I do not know: you have not told me.'),
+           ('Who wins the match {} {}?', 'I do not know: I cannot see the future.'),
+           ('What does a house {0} cost {1}?', 'I do not know: I have no such figures.')),
+    'zh': (('{1}{0}的天气怎么样？', '我不知道：我看不到天气。'), ('我{1}吃了什么？', '我不知道：你没有告诉我。'),
+           ('{1}{0}的比赛谁会赢？', '我不知道：我看不到未来。'),
+           ('{1}{0}的房子多少钱？', '我不知道：我没有这些数字。'))}
+PLACES = {'en': ('in Oslo', 'in Lima', 'in Kyoto', 'in Paris', 'in Cairo', 'here'),
+          'zh': ('北京', '上海', '广州', '巴黎', '东京', '这里')}
+TIMES = {'en': ('today', 'tomorrow', 'next week', 'tonight', 'on Monday', 'this year'),
+         'zh': ('今天', '明天', '下周', '今晚', '星期一', '今年')}
+
+
+def talk(generator: random.Random, language: str) -> Question:
+    """Small talk, whose answer is given."""
+    text, answer = generator.choice(TALK[language])
+    return Question('talk', language, text, answer, answer, text)
+
+
+def unknown(generator: random.Random, language: str) -> Question:
+    """A question whose only right answer is that one does not know."""
+    text, answer = generator.choice(UNKNOWN[language])
+    text = text.format(generator.choice(PLACES[language]), generator.choice(TIMES[language]))
+    return Question('unknown', language, text, answer, {'en': 'do not know', 'zh': '不知道'}[language], text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all of them
+
+KINDS = {'arithmetic': arithmetic, 'dates': dates, 'units': units, 'lookup': lookup, 'sql': sql, 'talk': talk,
+         'unknown': unknown}
+NEVER_HELD_OUT = ('talk',)   # there is nothing to generalise to
+
+
+def is_held_out(question: Question, share: float = 0.1) -> bool:
+    """Whether a question is for tests: for this share of what can be asked, whatever the wording and the language."""
+    if question.kind in NEVER_HELD_OUT:
+        return False
+    digest = hashlib.sha256(f'{question.kind}: {question.key}'.encode()).digest()
+    return int.from_bytes(digest[:4], 'little') < share * 2**32
+
+
+def questions(kind: str, language: str, seed: int, held_out: bool):
+    """Endless questions of a kind and a language, all held out or none."""
+    generator = random.Random(f'{kind} {language} {seed} {held_out}')
+    while True:
+        question = KINDS[kind](generator, language)
+        if is_held_out(question) == held_out:
+            yield question
+
+
+def is_correct(question: Question, answer: str) -> bool:
+    """Whether an answer to a question is right: whatever its words, what it ends with must be the result."""
+    answer = answer.strip()
+    if question.kind == 'sql':
+        return same_rows(answer, question.result)
+    if question.kind == 'unknown':
+        return question.result in answer
+    if question.kind == 'talk':
+        return answer == question.result
+    if question.result.isdigit():
+        numbers = re.findall(r'\d+', answer)
+        return bool(numbers) and numbers[-1] == question.result
+    lists = (DAYS, MONTHS, FRUIT, COLORS)
+    values = next(names[question.language] for names in lists if question.result in names[question.language])
+    ends = {value: answer.rfind(value) + len(value) for value in values if value in answer}
+    return bool(ends) and max(ends, key=lambda value: (ends[value], len(value))) == question.result
+
+
+def conversation(generator: random.Random, next_question) -> list[dict]:
+    """Messages of one to three questions in one language with their answers.
+
+    next_question: a function of kind and language that gives a question.
+    """
+    language = generator.choice(LANGUAGES)
+    messages = []
+    for _ in range(generator.choice((1, 1, 2, 3))):
+        kind = generator.choices(list(KINDS), weights=(6, 2, 2, 5, 2, 1, 1))[0]
+        question = next_question(kind, language)
+        messages.append({'role': 'user', 'content': question.text})
+        messages.append({'role': 'assistant', 'content': question.answer})
+    return messages
+
+
+if __name__ == '__main__':
+    for kind in KINDS:
+        for language in LANGUAGES:
+            stream = questions(kind, language, seed=1, held_out=False)
+            for question in (next(stream), next(stream), next(stream)):
+                print(f'{kind} {language}: {question.text} -> {question.answer}')
