@@ -1,5 +1,5 @@
 """
-Checks of the options of train.py, sample.py, eval.py and export.py, before anything is loaded or written.
+Checks of the options of scripts, before anything is loaded or written.
 
 Each function takes the options of a script by name, {name: value}, and raises UsageError for a value that is out of
 range or for options that exclude each other, UserError for a folder that is in the way: one line each, which says what
@@ -97,15 +97,20 @@ def set_context(model, block_size: int):
         raise UsageError(error) from None
 
 
-def sample_options(options):
-    """Check the options of sample.py."""
-    at_least(1, options, 'num_samples', 'batch_size', 'block_size')
-    at_least(0, options, 'max_new_tokens')
+def sampling_controls(options):
+    """Check the options of sample.py and chat.py that say how to sample a token."""
     controls = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
     try:
         engine.check_controls(**{name: options[name] for name in controls})
     except ValueError as error:
         raise UsageError(error) from None
+
+
+def sample_options(options):
+    """Check the options of sample.py."""
+    at_least(1, options, 'num_samples', 'batch_size', 'block_size')
+    at_least(0, options, 'max_new_tokens')
+    sampling_controls(options)
     stop_option(options)
     one_of((None, 'int8'), options, 'quantize')
     one_of(('auto', True, False), options, 'stream')
@@ -135,3 +140,25 @@ def export_options(options):
         raise UsageError(f'dtype={options["dtype"]!r}: adapters are kept in float32')
     if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
         raise UserError(f'{to} is there already: remove it, or give another folder')
+
+
+def share(options, name):
+    """Raise UsageError unless the option is above 0 and below 1."""
+    if not 0 < options[name] < 1:
+        raise UsageError(f'{name}={options[name]}: expected more than 0 and less than 1')
+
+
+def chat_options(options):
+    """Check the options of chat.py."""
+    at_least(1, options, 'max_new_tokens')
+    sampling_controls(options)
+    one_of((None, 'int8'), options, 'quantize')
+
+
+def serve_options(options):
+    """Check the options of serve.py."""
+    at_least(1, options, 'rows', 'max_tokens', 'max_body')
+    at_least(0, options, 'max_queue', 'max_seconds')
+    if not 0 <= options['port'] < 2**16:
+        raise UsageError(f'port={options["port"]}: expected between 0 (any that is free) and 65535')
+    one_of((None, 'int8'), options, 'quantize')

@@ -75,6 +75,8 @@ CAPABILITIES = {
     'limits': (lambda: is_there('resource'), 'needs limits of memory and file size: the module resource'),
     'file_locks': (lambda: is_there('fcntl'), 'needs the module fcntl'),
     'network_namespaces': (can_connect_namespaces, 'needs network namespaces: Linux and root'),
+    'browser': (lambda: bool(shutil.which('chromium') and shutil.which('chromedriver')) and is_there('selenium'),
+                'needs chromium, chromedriver and selenium'),
     'gpt2_encoding': (lambda: (SHARED / 'tiktoken_cache').is_dir(), "needs GPT-2's encoding on this machine"),
     'shakespeare': (lambda: (SHARED / 'tinyshakespeare.txt').exists(), 'needs tiny Shakespeare on this machine'),
 }
