@@ -20,17 +20,18 @@ from flatgpt import optim
 from model import GPTConfig
 
 # The project's own files are named here and checked; a user's own files are not.
-SCRIPTS = ['train', 'sample', 'eval', 'bench', 'export', 'plot']
+SCRIPTS = ['train', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot']
 # Each part imports only parts that stand before it
 PARTS = [part for part in (
-    'errors', 'budget', 'tokenizer', 'hub', 'machine', 'runtime', 'engine', 'quantize', 'architectures', 'pretrained',
-    'lora', 'dataset', 'checkpoint', 'corpus', 'ingest', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir',
-    'scaling', 'sweep') if (ROOT / f'flatgpt/{part}.py').exists()]
+    'errors', 'budget', 'tokenizer', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'serving', 'quantize',
+    'architectures', 'pretrained', 'lora', 'dataset', 'checkpoint', 'corpus', 'ingest', 'optim', 'validate', 'start',
+    'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks') if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
-    'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]
+    'chat', 'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]
 CONFIGS = [f'config/{name}.py' for name in (
-    'eval_gpt2', 'eval_gpt2_large', 'eval_gpt2_medium', 'eval_gpt2_xl', 'finetune_code', 'finetune_shakespeare',
-    'finetune_sql', 'lora_llama', 'train_bpe_10m', 'train_gpt2', 'train_python_char', 'train_shakespeare_char',
+    'chat_lora', 'chat_tiny', 'eval_gpt2', 'eval_gpt2_large', 'eval_gpt2_medium', 'eval_gpt2_xl', 'finetune_code',
+    'finetune_shakespeare', 'finetune_sql',
+    'lora_llama', 'train_bpe_10m', 'train_gpt2', 'train_python_char', 'train_shakespeare_char',
     'train_shakespeare_char_cpu', 'train_shakespeare_char_cpu_fast', 'train_shakespeare_char_fast')]
 # {module: file}
 MODULES = {**{name: f'{name}.py' for name in ('configurator', 'model', *SCRIPTS)},
@@ -307,8 +308,10 @@ def test_a_config_states_its_commands_hardware_time_and_result(path, monkeypatch
     header = text_of(path).split('\n\n')[0].splitlines()
     assert all(line.startswith('#') for line in header)
     config = configured('train.py', [path], monkeypatch)
-    wanted = {'train.py': path, 'sample.py': f'--out_dir={config["out_dir"]}',
-              f'data/{config["dataset"]}/prepare.py': None, 'data/text/prepare.py': f'--name={config["dataset"]}'}
+    wanted = {'train.py': path, f'data/{config["dataset"]}/prepare.py': None,
+              **{f'{script}.py': f'--out_dir={config["out_dir"]}' for script in ('sample', 'chat', 'eval', 'export')},
+              **{f'data/{name}/prepare.py': f'--name={config["dataset"]}' for name in ('text', 'chat')
+                 if name != config['dataset']}}
     assert 'train.py' in dict(commands(path))
     for script, args in commands(path):
         assert wanted[script] is None or wanted[script] in args

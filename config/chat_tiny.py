@@ -1,0 +1,32 @@
+# A small chat model from scratch, in English and Chinese: arithmetic, lookups in a table, dates, units, SQL, small
+# talk.
+#
+#   python data/chat/prepare.py
+#   python train.py config/chat_tiny.py
+#   python chat.py --out_dir=out-chat-tiny --temperature=0
+#   python eval.py --out_dir=out-chat-tiny --questions=data/chat/questions.jsonl
+#
+# hardware: 2 cores | time: 10 minutes, by max_minutes | result: not yet measured
+
+out_dir = 'out-chat-tiny'
+dataset = 'chat'
+
+eval_interval = 500
+eval_iters = 10
+log_interval = 50
+
+arch = 'llama'
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 256
+batch_size = 16
+gradient_accumulation_steps = 1
+
+optimizer = 'muon'
+max_iters = 20000
+max_minutes = 10
+learning_rate = 3e-3
+schedule = 'linear'
+warmup_iters = 50
+min_lr = 3e-4
