@@ -23,7 +23,7 @@ from flatgpt import corpus, tokenizer
 from flatgpt.corpus import Corpus, find_files, in_pieces, read_records, text_suffix
 from flatgpt.errors import UserError
 
-texts = st.text(st.characters(exclude_categories=['Cs']))
+texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'))   # NUL is refused: not text
 ZH = '你好，世界！今天我们去北京。\n'
 
 
