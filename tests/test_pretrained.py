@@ -597,3 +597,9 @@ def test_a_shard_that_is_missing_is_one_line(server, folders, tmp_path):   # noq
     serve(server, tmp_path)
     with pytest.raises(UserError, match='has no model-00002'):
         checkpoint.load_model('owner/name')
+
+
+def test_gpt2_names_its_context_as_the_converter_of_llama_cpp_asks_for_it():
+    config = GPTConfig(block_size=48, n_layer=1, n_head=1, n_embd=8)
+    hf_config = architectures.config_to_hf(config, 'gpt2', torch.float32, {})
+    assert (hf_config['n_ctx'], hf_config['n_positions']) == (48, 48)
