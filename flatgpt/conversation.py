@@ -9,6 +9,7 @@ It is code from elsewhere: it runs in Jinja's sandbox, with limits on time and o
 import datetime
 import functools
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -173,24 +174,18 @@ class ChatTemplate:
         markers = [f'\ue000{number}\ue001' for number in range(len(messages))]
         with_markers = [{**message, 'content': marker} for message, marker in zip(messages, markers)]
         marked = self.render(with_markers, add_generation_prompt)
-        spans = []
-        written = 0   # characters of text that are accounted for
-        read = 0      # characters of marked
-        for message, marker in zip(messages, markers):
-            at = marked.find(marker, read)
-            if at < 0:
-                spans.append((0, 0))
-                continue
-            start = written + at - read
-            if marked[read:at] != text[written:start]:
-                raise changes_content()
-            content = next((form for form in forms(message['content']) if text.startswith(form, start)), None)
-            if content is None:
-                raise changes_content()
-            written = start + len(content)
-            read = at + len(marker)
-            spans.append((start, written))
-        if marked[read:] != text[written:]:
+        spans = [(0, 0)] * len(messages)
+        before, *rest = re.split('\ue000(\\d+)\ue001', marked)   # text, number of a message, text, number, ...
+        written = len(before)   # characters of text that are accounted for
+        valid = text.startswith(before)
+        for number, after in zip(map(int, rest[::2]), rest[1::2]):
+            fits = [form for form in forms(messages[number]['content']) if text.startswith(form + after, written)]
+            valid = valid and bool(fits) and spans[number] == (0, 0)
+            if not valid:
+                break
+            spans[number] = (written, written + len(fits[0]))
+            written += len(fits[0]) + len(after)
+        if not valid or written != len(text):
             raise changes_content()
         return text, spans
 

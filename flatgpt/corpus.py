@@ -247,8 +247,8 @@ class Corpus:
         start = 0   # of the block, in bytes
         with open_text(path) as (f, raw):
             while block := f.read(BLOCK):
-                if block.endswith('\r'):
-                    block += f.read(1)   # a line end is not cut
+                while block.endswith('\r') and (more := f.read(1)):   # a line end is not cut
+                    block += more
                 text, fault = self.repair(block, path, start)
                 self.position = raw.tell()
                 text = text.replace('\r\n', '\n')

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 from conftest import needs
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import quick
 
@@ -505,6 +505,7 @@ def test_a_separator_counts_in_a_txt_alone(tmp_path):
 
 @quick
 @given(st.text(st.sampled_from('ab\r\n\ufeff世'), max_size=60))
+@example('aaaaa\r\r\n')
 def test_line_ends_are_plain_wherever_blocks_end(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / 'ends.txt'
     path.write_bytes(('\ufeff' + text).encode())
