@@ -39,11 +39,11 @@ from pathlib import Path
 
 import torch
 
-from flatgpt import checkpoint, engine, runtime, validate
+from flatgpt import batching, checkpoint, engine, runtime, validate
 from flatgpt.conversation import chat_template_of, messages_of
 from flatgpt.conversation import validate as validate_messages
 from flatgpt.errors import UserError
-from flatgpt.quantize import int8, pack
+from flatgpt.quantize import prepare
 
 HELP = """\
 /reset          begin a new conversation
@@ -71,11 +71,8 @@ rt = runtime.setup(device, dtype, False, seed)
 notice(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}')
 model.to(rt.device, rt.dtype)
 del ckpt   # its memory
-if quantize == 'int8':
-    int8(model)
-else:
-    pack(model)
-session = engine.Session(model, tok.vocab_size)   # encodes each turn once
+prepare(model, quantize)
+session = batching.Session(model, tok.vocab_size)   # encodes each turn once
 context = model.config.block_size
 
 # the conversation
@@ -116,7 +113,7 @@ def prompt_ids():
 def write_answer(ids):
     """Return the answer to a conversation, an engine.Answer; its text is printed as it comes. Ctrl-C ends it."""
     made = engine.Answer(tok, ids.numpy(), max_new_tokens)
-    request = engine.Request(ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, turns)
+    request = batching.Request(ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, turns)
     try:
         for token, log_prob in session.generate(request):
             made.add(token, log_prob)

@@ -54,7 +54,7 @@ from tqdm import tqdm
 from flatgpt import checkpoint, corpus, engine, runtime, tokenizer, validate
 from flatgpt.errors import UserError
 from flatgpt.evaluation import naming
-from flatgpt.quantize import int8, pack
+from flatgpt.quantize import prepare
 
 validate.sample_options(config)
 stops = engine.parse_stops(stop)
@@ -123,12 +123,10 @@ for text in filter(None, notices):
     rt.notice(text)
 
 model.to(rt.device, rt.dtype)
-if quantize == 'int8':
-    int8(model)
+if quantize or not rt.compile:   # a compiled step takes the matrices as they are
+    prepare(model, quantize)
 if rt.compile:
     rt.compile_step(model)
-elif not quantize:
-    pack(model)
 
 
 def grow(samples, first_row):

@@ -41,7 +41,7 @@ from pathlib import Path
 from flatgpt import checkpoint, runtime, validate
 from flatgpt.conversation import chat_template_of
 from flatgpt.errors import UserError
-from flatgpt.quantize import int8, pack
+from flatgpt.quantize import prepare
 from flatgpt.serving import Limits, Server
 
 validate.serve_options(config)
@@ -58,10 +58,7 @@ rt = runtime.setup(device, dtype, False, 0)
 print(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}', file=sys.stderr)
 model.to(rt.device, rt.dtype)
 del ckpt   # its memory
-if quantize == 'int8':
-    int8(model)
-else:
-    pack(model)
+prepare(model, quantize)
 
 # the server
 

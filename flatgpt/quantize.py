@@ -79,6 +79,11 @@ def pack(model: nn.Module) -> nn.Module:
     return model
 
 
+def prepare(model: nn.Module, quantize: str | None) -> nn.Module:
+    """Store the matrices of a model for decoding, in place: in 8 bits if quantize is 'int8', else as pack() does."""
+    return int8(model) if quantize == 'int8' else pack(model)
+
+
 def packed_if_possible(linear: nn.Linear) -> nn.Module:
     """A PackedLinear, or the Linear itself if oneDNN refuses it."""
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from flatgpt import engine
+from flatgpt import batching, engine
 from flatgpt.conversation import messages_from, one_line
 from flatgpt.errors import UserError
 
@@ -61,7 +61,7 @@ class Job:
     A piece is {'text', 'tokens': [(id, log_prob, top)], 'finish'}, or an exception.
     """
 
-    def __init__(self, request: engine.Request, answer: engine.Answer, seconds: float):
+    def __init__(self, request: batching.Request, answer: engine.Answer, seconds: float):
         self.request = request
         self.answer = answer
         self.loop = asyncio.get_running_loop()
@@ -77,15 +77,15 @@ class Job:
 
 
 class Worker(threading.Thread):
-    """The thread that decodes: takes jobs from a queue into an engine.Batch, and steps it."""
+    """The thread that decodes: takes jobs from a queue into an batching.Batch, and steps it."""
 
     def __init__(self, model, vocab_size: int, limits: Limits, metrics: 'Metrics'):
         super().__init__(name='decode', daemon=True)
-        self.batch = engine.Batch(model, limits.rows, vocab_size)
+        self.batch = batching.Batch(model, limits.rows, vocab_size)
         self.limits = limits
         self.metrics = metrics
         self.waiting = collections.deque()
-        self.running = {}   # engine.Request: Job
+        self.running = {}   # batching.Request: Job
         self.cancelled = set()
         self.condition = threading.Condition()   # guards waiting and cancelled
         self.stopping = False
@@ -160,7 +160,7 @@ class Worker(threading.Thread):
         for step in steps:
             self.take(step)
 
-    def take(self, step: engine.Step):
+    def take(self, step: batching.Step):
         """Add a token to its job, and hand over the text that is complete by it."""
         job = self.running[step.request]
         if step.token is None:
@@ -533,7 +533,7 @@ class Server:
                 echo = await asyncio.to_thread(self.echo, prompt, forms)
             for row in range(options['n']):
                 try:
-                    made = engine.Request(
+                    made = batching.Request(
                         prompt, number, options['temperature'], options['top_k'], options['top_p'], options['min_p'],
                         options['repetition_penalty'], options['seed'], row, forms.top if forms.logprobs else 0)
                 except ValueError as error:

@@ -198,6 +198,14 @@ FRUIT = {'en': 'apple pear plum peach grape lemon melon cherry mango fig kiwi ba
 COLORS = {'en': 'red blue green white black yellow brown grey'.split(),
           'zh': '红色 蓝色 绿色 白色 黑色 黄色 棕色 灰色'.split()}
 
+COLONS = {'en': ': ', 'zh': '：'}
+SEPARATORS = {'en': (', ', '. '), 'zh': ('，', '。')}   # between two entries, and after the last one
+LOOKUPS = {   # the answer, the question for a value, the question for a name
+    'en': {'color': ('The {name} is {value}.', 'Which color is the {name}?', 'What is {value}?'),
+           'price': ('The {name} costs {value}.', 'What does the {name} cost?', 'What costs {value}?')},
+    'zh': {'color': ('{name}是{value}的。', '{name}是什么颜色？', '什么是{value}的？'),
+           'price': ('{name}卖{value}元。', '{name}多少钱？', '什么卖{value}元？')}}
+
 
 def lookup(generator: random.Random, language: str) -> Question:
     """One value of a small table that the question begins with; the table has numbers or colors."""
@@ -209,28 +217,15 @@ def lookup(generator: random.Random, language: str) -> Question:
         values = [str(number) for number in generator.sample(range(1, 100), len(names))]
     at = generator.randrange(len(names))
     backwards = generator.random() < 0.3
-    if language == 'en':
-        table = ', '.join(f'{name}: {value}' for name, value in zip(names, values)) + '. '
-        if backwards:
-            what = f'is {values[at]}' if of_colors else f'costs {values[at]}'
-            text, result, answer = f'{table}What {what}?', names[at], f'The {names[at]} {what}.'
-        elif of_colors:
-            text, result = f'{table}Which color is the {names[at]}?', values[at]
-            answer = f'The {names[at]} is {result}.'
-        else:
-            text, result = f'{table}What does the {names[at]} cost?', values[at]
-            answer = f'The {names[at]} costs {result}.'
-    else:
-        table = '，'.join(f'{name}：{value}' for name, value in zip(names, values)) + '。'
-        if backwards:
-            what = f'是{values[at]}的' if of_colors else f'卖{values[at]}元'
-            text, result, answer = f'{table}什么{what}？', names[at], f'{names[at]}{what}。'
-        elif of_colors:
-            text, result = f'{table}{names[at]}是什么颜色？', values[at]
-            answer = f'{names[at]}是{result}的。'
-        else:
-            text, result = f'{table}{names[at]}多少钱？', values[at]
-            answer = f'{names[at]}卖{result}元。'
+    name = names[at]
+    value = values[at]
+    between, end = SEPARATORS[language]
+    table = between.join(f'{one}{COLONS[language]}{other}' for one, other in zip(names, values)) + end
+    statement, by_name, by_value = LOOKUPS[language]['color' if of_colors else 'price']
+    question = by_value if backwards else by_name
+    text = table + question.format(name=name, value=value)
+    answer = statement.format(name=name, value=value)
+    result = name if backwards else value
     return Question('lookup', language, text, answer, result, text)
 
 

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from flatgpt import engine
-from flatgpt.engine import Batch, Request
+from flatgpt import batching, engine
+from flatgpt.batching import Batch, Request
 from model import ARCHS, GPT, GPTConfig
 
 SHAPE = {'vocab_size': 50, 'block_size': 48, 'n_layer': 2, 'n_head': 4, 'n_embd': 32}
@@ -69,7 +69,7 @@ def test_a_request_gets_what_it_gets_alone_whoever_joins_and_leaves(name):
                 if leaves and not batch.finished(request):
                     left.add(request)
                 batch.remove(request)
-    assert not batch.state
+    assert not batch.samplers
     for request in everything:
         expected = alone(model, request)
         if request in left:
@@ -88,7 +88,7 @@ def test_the_likeliest_tokens_come_with_their_log_probabilities():
     assert [i for i, _ in step.top] == expected.indices.tolist()
     assert [p for _, p in step.top] == pytest.approx(expected.values.tolist(), abs=1e-5)
     assert (step.token, step.log_prob) == step.top[0]
-    assert batch.step()[0].top[0][0] == batch.state[batch.requests[0]]['tokens'][-1]
+    assert batch.step()[0].top[0][0] == batch.samplers[batch.requests[0]].tokens[-1]
 
 
 def test_ids_that_pad_the_vocabulary_are_never_sampled():
@@ -147,7 +147,7 @@ def test_what_leaves_frees_its_place_and_its_memory_is_used_again():
 @pytest.mark.parametrize('name', MODELS)
 def test_a_session_continues_a_text_as_if_it_were_new_and_encodes_only_what_is_new(name):
     model = make_model(name)
-    session = engine.Session(model)
+    session = batching.Session(model)
     encoded = []
     real = model.next_logits
     model.next_logits = lambda idx, cache: encoded.append(idx.size(1)) or real(idx, cache)
@@ -167,4 +167,4 @@ def test_a_session_continues_a_text_as_if_it_were_new_and_encodes_only_what_is_n
 
 def test_a_session_refuses_a_prompt_without_room():
     with pytest.raises(ValueError, match='48 tokens in a context of 48'):
-        next(engine.Session(make_model('gpt2')).generate(Request(torch.zeros(48, dtype=torch.long), 1)))
+        next(batching.Session(make_model('gpt2')).generate(Request(torch.zeros(48, dtype=torch.long), 1)))

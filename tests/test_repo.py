@@ -23,9 +23,9 @@ from model import GPTConfig
 SCRIPTS = ['train', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot']
 # Each part imports only parts that stand before it
 PARTS = [part for part in (
-    'errors', 'budget', 'tokenizer', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'serving', 'quantize',
-    'architectures', 'pretrained', 'lora', 'dataset', 'checkpoint', 'corpus', 'ingest', 'optim', 'validate', 'start',
-    'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks') if (ROOT / f'flatgpt/{part}.py').exists()]
+    'errors', 'budget', 'tokenizer', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'batching', 'serving',
+    'quantize', 'architectures', 'pretrained', 'lora', 'dataset', 'checkpoint', 'corpus', 'ingest', 'optim', 'validate',
+    'start', 'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks') if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'chat', 'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]
 CONFIGS = [f'config/{name}.py' for name in (
@@ -190,7 +190,7 @@ DIALECT = [re.compile(pattern, re.IGNORECASE) for pattern in (
     r'\blea(?:ve|ves|ving)\b(?:\s\S+){0,4}\s+away\b',   # drop, remove
     r'\bleft\s+away\b',
     r'\b(?:what|who)\s(?:is|are|was|were)\s+no\b',      # invalid
-    r'\bmend(?:s|ed|ing)?\b',                 # correct, fix
+    r'\bmend(?:s|ed|ing)?\b',                 # repair
     r'\bfore(?:tell|tells|told|telling)\b',   # predict
     r'\bdear(?:er|est|ly)?\b',                # expensive, slow
     r'\bso\s+are\b',
