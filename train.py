@@ -83,11 +83,10 @@ peak_flops: float | None = None       # peak FLOP/s of a device, to compute the 
 config = configure(globals())   # applies config files and --key=val to the options above; --help prints them
 
 import math
-import os
 
 import torch  # not above the options: --help and a misspelt option need not wait for it
 
-from flatgpt import checkpoint, lora, optim, outdir, plots, runtime, start, validate
+from flatgpt import checkpoint, optim, outdir, runtime, start, validate
 from flatgpt.budget import Budget, duration
 from flatgpt.dataset import Dataset
 from flatgpt.errors import UsageError, UserError
@@ -140,13 +139,7 @@ if data.num_cut(block_size):
 
 # what is trained: all weights, a part of them, or an adapter
 
-base = saved.get('base')   # of an adapter: which weights it belongs to
-adapter = None
-if lora_rank:
-    adapter = {'rank': lora_rank, 'alpha': lora_alpha, 'dropout': lora_dropout, 'targets': lora_targets}
-    if not resuming:
-        base = checkpoint.base_of(init_from, start_path, out_dir)
-        lora.put(model, **adapter)
+adapted = start.adapt(model, config, saved, start_path)   # puts the adapter on the model
 freezer = optim.Freezer(model, freeze)
 if not eval_only:
     start.require_memory(model, config, rt)
@@ -167,48 +160,13 @@ scaler = rt.grad_scaler()
 # progress: of a new run, or of the one that goes on
 
 run = start.Progress(measured=start.evaluation_id(data, eval_iters, batch_size, block_size))
-if resuming:
-    optim.load_state(opt, saved['optimizer'])
-    if saved.get('scaler'):
-        scaler.load_state_dict(saved['scaler'])
-    for line in run.resume(saved, start_path, config, model.flops_per_token(block_size)):
-        rt.notice(line)
+start.go_on(run, saved, start_path, config, opt, scaler, model.flops_per_token(block_size), rt)
 ckpt = saved = None   # frees memory
-if not rt.same_everywhere(run.step):
-    raise UserError(f'not all processes start at the same step, this one at {run.step:,}: start them again')
 
-# log, save, evaluate
+# the output folder: log.jsonl, W&B, TensorBoard, states; and Ctrl-C or SIGTERM, which end the run after a step
 
-log = outdir.Log(out_dir, config, rt, run, resuming, start_path if adapter else None)   # log.jsonl, W&B, TensorBoard
-signals = []   # of Ctrl-C or SIGTERM, which end the run after the current step
-if not eval_only:
-    signals = runtime.catch_signals(rt)
-ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-writer = outdir.Writer(out_dir, keep_last, run.step if resuming else None)
-
-
-def diverged(what):
-    """Return the UserError for a number that is not finite, once the last good state is written."""
-    writer.wait()
-    state = f'{ckpt_path} holds the last good state' if os.path.exists(ckpt_path) else 'nothing was saved'
-    return UserError(f'{what} at step {run.step}: {state}; lower learning_rate, raise warmup_iters, or use '
-                     f'dtype=float32, then resume or start again')
-
-
-def save():
-    """Copy the state of the run and write it in the background: ckpt.pt, and best.pt if it is the best so far. Raises
-    UserError if a weight is not finite."""
-    finite = all(runtime.local_shard(p).isfinite().all() for p in model.parameters())
-    ruined = rt.any_process(not finite)
-    if ruined:
-        raise diverged('a weight is not finite')
-    writer.wait()   # the previous state is freed before this one is copied
-    run.seconds = time.perf_counter() - begun
-    state = rt.gather_state(checkpoint.state_of(model, opt, scaler, data.tokenizer, config, run,
-                                                (rt.device.type, str(rt.dtype)[6:]), base, adapter))
-    if rt.master:
-        log.start()   # moves an earlier run out of the way
-        writer.put(state, best=run.evaluated == run.step and run.bad_evals == 0)
+folder = outdir.RunFolder(config, rt, run, resuming, start_path, model=model, optimizer=opt, scaler=scaler,
+                          description=data.tokenizer, **adapted)
 
 
 @torch.no_grad()
@@ -222,7 +180,7 @@ def evaluate():
         total = torch.zeros((), device=rt.device)   # sum of the losses of batches
         count = torch.zeros((), device=rt.device)   # number of batches
         for first in range(0, eval_iters, rt.world_size):
-            interrupted = rt.any_process(bool(signals))
+            interrupted = folder.interrupted()
             if interrupted:
                 model.train()
                 return None
@@ -259,8 +217,9 @@ for line in start.notices(config, model, end - run.step, flops_per_iter, rt, pea
 
 first_step = run.step
 changed = not resuming                   # whether the state differs from the saved one
+interrupted = False                      # by a signal
+no_progress = False                      # for so many evaluations that patience is exhausted
 x, y = batch_of(run.step)                # each (micro-batches of this process, B, T)
-begun = time.perf_counter() - run.seconds
 t0 = time.perf_counter()
 timed = 0                                # steps since t0
 after_first = t0                         # when the first step had ended
@@ -277,28 +236,25 @@ while True:
         rt.say(f'step {run.step}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         for split, loss in losses.items():
             if not math.isfinite(loss):
-                raise diverged(f'the {split} loss is {loss}')
+                raise folder.diverged(f'the {split} loss is {loss}')
         changed = True
-        run.evaluated = run.step
-        run.bad_evals += 1
-        if losses['val'] < run.best_val_loss:
-            run.bad_evals = 0
-            run.best_val_loss = losses['val']
-        log.add(step=run.step, train_loss=losses['train'], val_loss=losses['val'], best_val_loss=run.best_val_loss,
-                tokens=run.tokens, flops=run.flops, seconds=time.perf_counter() - begun, **data.bits(losses['val']))
+        run.evaluate(losses['val'])
+        folder.log.add(step=run.step, train_loss=losses['train'], val_loss=losses['val'],
+                       best_val_loss=run.best_val_loss, tokens=run.tokens, flops=run.flops, seconds=folder.seconds(),
+                       **data.bits(losses['val']))
         if mfu and mfu > 0.5 and not peak_flops:   # the peak was perhaps measured on a busy machine
             peak = max(peak, rt.peak_flops())
     if eval_only:
         break
 
     # save, and end the run if this was the last step, a signal came or patience is exhausted
-    interrupted = rt.any_process(bool(signals))
+    interrupted = folder.interrupted()
     no_progress = 0 < patience <= run.bad_evals
     done = last or interrupted or no_progress
     save_due = losses or done or (checkpoint_interval and run.step % checkpoint_interval == 0)
     if save_due and changed:
         budget.start()
-        save()
+        folder.save()
         budget.stop('save')
         changed = False
         t0 = time.perf_counter()
@@ -355,9 +311,9 @@ while True:
         rt.say(f'iter {run.step}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, '
                f'{tokens_per_iter / dt:,.0f} tok/s{left}')
         if not math.isfinite(loss):
-            raise diverged(f'the loss is {loss}')
-        log.add(iter=run.step, loss=loss, lr=lr, grad_norm=grad_norm.item(), dt=dt, tok_per_s=tokens_per_iter / dt,
-                mfu=mfu)
+            raise folder.diverged(f'the loss is {loss}')
+        folder.log.add(iter=run.step, loss=loss, lr=lr, grad_norm=grad_norm.item(), dt=dt,
+                       tok_per_s=tokens_per_iter / dt, mfu=mfu)
         t0 = time.perf_counter()
         timed = 0
     if run.step == first_step:
@@ -368,7 +324,7 @@ while True:
     if budget.measuring:
         rt.sync()
         budget.stop('step')
-        run.planned = budget.steps_that_fit(run.step, max_iters, eval_interval, writer.seconds)
+        run.planned = budget.steps_that_fit(run.step, max_iters, eval_interval, folder.writer.seconds)
         if run.planned is not None:
             end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
             rt.notice(f'max_minutes={max_minutes:g}: {run.planned:,} steps fit')
@@ -376,23 +332,7 @@ while True:
 # ---------------------------------------------------------------------------------------------------------------------
 # end: wait for the last save, draw the losses, say how the run ended
 
-status = 0
-write_error = writer.wait()   # the writer has printed it
-if write_error:
-    status = 1
-elif eval_only:
-    pass
-elif interrupted and not (last and run.evaluated == run.step):   # a signal after the last evaluation stops nothing
-    rt.notice(f'interrupted at step {run.step:,}, saved in {ckpt_path}: go on with --init_from=resume')
-    status = 130
-elif first_step >= end and resuming:
-    rt.notice(f'nothing to do: the run has made {first_step:,} steps, max_iters={end:,}: raise --max_iters to go on')
-else:
-    early = f'no better loss in {run.bad_evals} evaluations, ' if no_progress else ''
-    perplexity = start.describe_perplexity(data, run.best_val_loss)
-    rt.notice(f'done at step {run.step:,}: {early}best val loss {run.best_val_loss:.4f}, a perplexity of {perplexity}, '
-              f'in {out_dir}')
-if rt.master and run.evaluated >= 0 and not eval_only and not write_error:
-    plots.leave_picture(out_dir)   # loss.png
-log.close()
-rt.close(status)
+early = f'no better loss in {run.bad_evals} evaluations, ' if no_progress else ''
+perplexity = start.describe_perplexity(data, run.best_val_loss)
+result = f'{early}best val loss {run.best_val_loss:.4f}, a perplexity of {perplexity}'
+rt.close(folder.end(end, interrupted, result))

@@ -26,15 +26,15 @@ from pathlib import Path
 
 import filelock
 
-from flatgpt import plots
-from flatgpt.checkpoint import older_states, save
+from flatgpt import plots, runtime
+from flatgpt.checkpoint import older_states, save, state_of
 from flatgpt.dataset import write_atomically
 from flatgpt.errors import UserError, exit_callbacks
 from flatgpt.runtime import Runtime
 
 # What is in ckpt.pt and not in best.pt
 RESUME_ONLY = ('optimizer', 'scaler', 'machine', 'planned', 'evaluated', 'bad_evals', 'seconds', 'tokens', 'flops',
-               'measured', 'wandb_id')
+               'measured', 'wandb_id', 'reference')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +187,85 @@ class Writer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what a run writes
+
+class RunFolder:
+    """The output folder of a run while it trains: its log, its states, the signals that end it.
+
+    options: of the script. progress: a start.Progress. resuming: whether the run goes on. start_path: where its first
+    weights are. parts: model, optimizer, scaler, description, base and adapter, as checkpoint.state_of() gets them.
+    .log: a Log. .writer: a Writer. .path: of ckpt.pt.
+    """
+
+    def __init__(self, options: dict, rt: Runtime, progress, resuming: bool, start_path, **parts):
+        self.out_dir = options['out_dir']
+        self.eval_only = options.get('eval_only', False)
+        self.rt = rt
+        self.progress = progress
+        self.parts = {**parts, 'config': options, 'progress': progress, 'machine': (rt.device.type, str(rt.dtype)[6:])}
+        self.first_step = progress.step
+        self.resuming = resuming
+        self.log = Log(self.out_dir, options, rt, progress, resuming, start_path if parts['adapter'] else None)
+        self.signals = [] if self.eval_only else runtime.catch_signals(rt)
+        self.writer = Writer(self.out_dir, options.get('keep_last', 0), progress.step if resuming else None)
+        self.path = os.path.join(self.out_dir, 'ckpt.pt')
+        self.begun = time.perf_counter() - progress.seconds
+
+    def seconds(self) -> float:
+        """Seconds of the whole run until now."""
+        return time.perf_counter() - self.begun
+
+    def interrupted(self) -> bool:
+        """Whether a signal has come, in any process; each must call this."""
+        return self.rt.any_process(bool(self.signals))
+
+    def diverged(self, what: str) -> UserError:
+        """Return the error for a number that is not finite, once the last good state is written."""
+        self.writer.wait()
+        state = f'{self.path} holds the last good state' if os.path.exists(self.path) else 'nothing was saved'
+        return UserError(f'{what} at step {self.progress.step}: {state}; lower learning_rate, raise warmup_iters, or '
+                         f'use dtype=float32, then resume or start again')
+
+    def save(self, **more):
+        """Copy the state of the run, with more entries, and write it in the background: ckpt.pt, and best.pt if it is
+        the best so far. UserError if a weight is not finite."""
+        finite = all(runtime.local_shard(p).isfinite().all() for p in self.parts['model'].parameters())
+        ruined = self.rt.any_process(not finite)
+        if ruined:
+            raise self.diverged('a weight is not finite')
+        self.writer.wait()   # the previous state is freed before this one is copied
+        self.progress.seconds = self.seconds()
+        state = self.rt.gather_state({**state_of(**self.parts), **more})
+        if self.rt.master:
+            self.log.start()   # moves an earlier run out of the way
+            best = self.progress.evaluated == self.progress.step and self.progress.bad_evals == 0
+            self.writer.put(state, best)
+
+    def end(self, last_step: int, interrupted: bool, result: str) -> int:
+        """Wait for the last save, draw the losses, say how the run ended: with a result, unless it was interrupted or
+        had nothing to do until last_step. Returns the exit status of the script."""
+        run = self.progress
+        error = self.writer.wait()   # the writer has printed it
+        status = 0
+        if error:
+            status = 1
+        elif self.eval_only:
+            pass
+        elif interrupted and not (run.step >= last_step and run.evaluated == run.step):   # else nothing is missing
+            self.rt.notice(f'interrupted at step {run.step:,}, saved in {self.path}: go on with --init_from=resume')
+            status = 130
+        elif self.first_step >= last_step and self.resuming:
+            self.rt.notice(f'nothing to do: the run has made {run.step:,} steps, max_iters={last_step:,}: raise '
+                           f'--max_iters to go on')
+        else:
+            self.rt.notice(f'done at step {run.step:,}: {result}, in {self.out_dir}')
+        if self.rt.master and run.evaluated >= 0 and not (self.eval_only or error):
+            plots.leave_picture(self.out_dir)   # loss.png
+        self.log.close()
+        return status
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the log
 
 class Log:
@@ -200,7 +279,7 @@ class Log:
     def __init__(self, out_dir, options: dict, rt: Runtime, progress, resuming: bool, base_path=None):
         self.rt = rt
         self.out_dir = Path(out_dir)
-        self.writes = rt.master and not options['eval_only']
+        self.writes = rt.master and not options.get('eval_only')
         self.started = resuming
         self.base_path = base_path
         self.wandb = None

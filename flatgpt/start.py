@@ -1,5 +1,6 @@
 """
-What a run of train.py starts from, what has changed since it was saved, and what a user should know before it starts.
+What a run of train.py, dpo.py or grpo.py starts from, what has changed since it was saved, and what a user should know
+before it starts.
 """
 
 import math
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from flatgpt import architectures, checkpoint, optim, runtime, tokenizer
+from flatgpt import architectures, checkpoint, lora, optim, runtime, tokenizer
 from flatgpt.budget import duration
 from flatgpt.errors import UsageError, UserError
 from model import GPTConfig, arch_fields
 
 ARCH_OPTIONS = ('arch', 'pos', 'window', 'layer_scale')   # options that select the architecture
+LEARNED_FROM = ('dataset', 'pairs', 'reward')   # an option of train.py, of dpo.py, of grpo.py
 # Options that a resumed run does not take from its checkpoint, because they belong to one start
 LOCAL = ('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops')
 
@@ -23,22 +25,24 @@ LOCAL = ('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops')
 # scratch, a run, or weights
 
 def choose_start(config) -> tuple:
-    """Load what a run of train.py starts from, as init_from says. Returns (checkpoint, its path, whether its run is
-    resumed); (None, None, False) from scratch. Raises UserError, UsageError.
+    """Load what a run starts from, as init_from says. Returns (checkpoint, its path, whether its run is resumed);
+    (None, None, False) from scratch. Raises UserError, UsageError.
 
-    config: the Config of train.py. Options that the user has not given get the values of the checkpoint: all of them if
-    its run is resumed, else those of the model.
+    config: the Config of the script. Options that the user has not given get the values of the checkpoint: all of them
+    if its run is resumed, else those of the model.
     """
     init_from = config['init_from']
+    auto = init_from.split(':')[0] == 'auto'
     latest = os.path.join(config['out_dir'], 'ckpt.pt')
-    if runtime.restarts() and init_from not in ('resume', 'auto'):
+    if runtime.restarts() and not auto and init_from != 'resume':
+        weights = '' if init_from == 'scratch' else f':{init_from}'
         raise UserError(f'torchrun has started this run again, and init_from={init_from!r} would begin anew: '
-                        f'give --init_from=auto')
-    resuming = init_from == 'resume' or (init_from == 'auto' and os.path.exists(latest))
+                        f'give --init_from=auto{weights}')
+    resuming = init_from == 'resume' or (auto and os.path.exists(latest))
     if not resuming and init_from in ('scratch', 'auto'):
         return None, None, False
     if not resuming:
-        path = checkpoint.resolve(init_from)
+        path = checkpoint.resolve(init_from.removeprefix('auto:'))
     elif os.path.exists(latest):
         path = latest
     else:
@@ -50,7 +54,7 @@ def choose_start(config) -> tuple:
         config.adopt(ckpt['config'], but=LOCAL)
         same_run(config, ckpt['config'], path)
     saved = vars(GPTConfig(**ckpt['model_args']))
-    shape = {name: saved[name] for name in ('n_layer', 'n_head', 'n_embd', 'bias')}
+    shape = {name: saved[name] for name in ('n_layer', 'n_head', 'n_embd', 'bias') if name in config}
     asked = {name: config[name] for name in shape if name in config.given}
     # Rows of block_size tokens: as long as those of the checkpoint's run, or for weights of other projects at most the
     # default, because their context may be too long to train. Learned positions end with the context.
@@ -69,13 +73,14 @@ def choose_start(config) -> tuple:
 
 
 def same_run(options: dict, saved: dict, start_path):
-    """Raise UsageError if a resumed run would get another optimizer state than it needs: if the options of train.py
-    that decide what is trained differ from those of the checkpoint at start_path. saved: its config."""
+    """Raise UsageError if a resumed run would get another optimizer state than it needs: if it is of another script, or
+    if the options that decide what is trained differ from those of the checkpoint at start_path. saved: its config."""
     nanogpt = {'optimizer': 'adamw', 'freeze': '', 'lora_rank': 0}   # its checkpoints do not have these options
-    clash = []
+    clash = [f'{name}={saved[name]!r}' for name in LEARNED_FROM if name in saved and name not in options]
     for name in ('optimizer', 'freeze', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets'):
-        before = saved.get(name, nanogpt.get(name, options[name]))
-        if options[name] != before:
+        now = options.get(name)
+        before = saved.get(name, nanogpt.get(name, now))
+        if now != before and name in options:
             clash.append(f'{name}={before!r}')
     if clash:
         raise UsageError(f'{start_path} has the state of another run, of {", ".join(clash)}: '
@@ -112,19 +117,19 @@ class Progress:
     def resume(self, saved: dict, path, options, flops_per_token: int) -> list[str]:
         """Set the progress to that of the checkpoint at path. Returns lines for the user: how far the run is, and what
         has changed since. `measured` stays; if it differs, the best loss and patience begin anew."""
-        before = saved['config']
+        before = {**options, **saved['config']}
         names = ('gradient_accumulation_steps', 'batch_size', 'block_size')   # nanoGPT does not count tokens
         self.step = saved['iter_num']
-        self.tokens = saved.get('tokens', self.step * math.prod(before.get(name, options[name]) for name in names))
+        self.tokens = saved.get('tokens', self.step * math.prod(before[name] for name in names))
         self.flops = saved.get('flops', self.tokens * flops_per_token)
         self.seconds = saved.get('seconds', 0.0)
         self.wandb_id = saved.get('wandb_id')
-        if options['max_minutes'] == before.get('max_minutes'):
+        if options['max_minutes'] == saved['config'].get('max_minutes'):
             self.planned = saved.get('planned')
         lines = [f'resumed {path}: step {self.step:,}, {self.tokens:,} tokens seen, '
-                 f'best val loss {saved["best_val_loss"]:.4f}', *changes(options, before, self.step)]
+                 f'best val loss {saved["best_val_loss"]:.4f}', *changes(options, saved['config'], self.step)]
         names = ('dataset', 'eval_iters', 'batch_size', 'block_size')   # earlier versions do not save `measured`
-        unchanged = all(before.get(name, options[name]) == options[name] for name in names)
+        unchanged = all(before.get(name) == options.get(name) for name in names)
         if saved.get('measured', self.measured) == self.measured and ('measured' in saved or unchanged):
             self.best_val_loss = saved['best_val_loss']
             self.evaluated = saved.get('evaluated', -1)
@@ -133,6 +138,27 @@ class Progress:
             lines.append(f'evaluations measure other text than before: the best val loss and patience begin anew; '
                          f'the best weights until now stay in best-{self.step}.pt')
         return lines
+
+    def evaluate(self, val_loss: float):
+        """Note the validation loss of this step: the best one so far, or one evaluation more without a better one."""
+        self.evaluated = self.step
+        self.bad_evals += 1
+        if val_loss < self.best_val_loss:
+            self.bad_evals = 0
+            self.best_val_loss = val_loss
+
+
+def go_on(run: Progress, saved: dict, path, options, opt, scaler, flops_per_token: int, rt: runtime.Runtime):
+    """Load the state of the run that goes on, if there is one: its progress, its optimizer, its scaler. UserError if
+    the processes of a run are at different steps. saved: the checkpoint at path; empty for a new run."""
+    if saved:
+        optim.load_state(opt, saved['optimizer'])
+        if saved.get('scaler'):
+            scaler.load_state_dict(saved['scaler'])
+        for line in run.resume(saved, path, options, flops_per_token):
+            rt.notice(line)
+    if not rt.same_everywhere(run.step):
+        raise UserError(f'not all processes start at the same step, this one at {run.step:,}: start them again')
 
 
 def changes(options, saved: dict, step: int) -> list[str]:
@@ -167,6 +193,21 @@ def evaluation_id(data, eval_iters: int, batch_size: int, block_size: int) -> in
 
 # ---------------------------------------------------------------------------------------------------------------------
 # before the first step
+
+def adapt(model, options: dict, saved: dict, start_path) -> dict:
+    """Put the adapter on a model that the options ask for. Returns what checkpoint.state_of() stores of it: 'base' and
+    'adapter', both None if all weights are trained. saved: the checkpoint of the run that goes on, which has its
+    adapter; empty for a new run."""
+    if not options['lora_rank']:
+        return {'base': None, 'adapter': None}
+    adapter = {'rank': options['lora_rank'], 'alpha': options['lora_alpha'], 'targets': options['lora_targets'],
+               'dropout': options.get('lora_dropout', 0.0)}
+    base = saved.get('base')
+    if not saved:
+        base = checkpoint.base_of(options['init_from'].removeprefix('auto:'), start_path, options['out_dir'])
+        lora.put(model, **adapter)
+    return {'base': base, 'adapter': adapter}
+
 
 def fit_tokenizer(ckpt: dict, path, data, rt: runtime.Runtime):
     """Raise UserError or UsageError unless the weights of a checkpoint can be trained on a dataset: both need the same
