@@ -22,36 +22,38 @@ MAX_LOGITS = 2**24   # numbers of one piece of logits: 64 MiB in float32
 # ---------------------------------------------------------------------------------------------------------------------
 # log-probabilities
 
-def token_log_probs(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+def token_log_probs(model: GPT, idx: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the log-probabilities in nats of targets, (B, T) in float32, after token ids idx, (B, T); 0 where a target
     is negative. Logits are computed for the other positions alone, in pieces that are computed again in the backward
-    pass if one piece is not enough, so that a large vocabulary needs little memory."""
+    pass if one piece is not enough, so that a large vocabulary needs little memory. temperature: divides the logits."""
     counted = targets >= 0
     x = model.hidden_states(idx)[counted]                                             # (N, C), N targets that count
     wanted = targets[counted]                                                         # (N,)
     rows = max(MAX_LOGITS // model.config.vocab_size, 1)
     if len(x) <= rows:
-        found = log_probs_of(model, x, wanted)
+        found = log_probs_of(model, x, wanted, temperature)
     else:
         pieces = zip(x.split(rows), wanted.split(rows))
-        found = torch.cat([recompute(log_probs_of, model, *piece, use_reentrant=False) for piece in pieces])
+        found = torch.cat([recompute(log_probs_of, model, *piece, temperature, use_reentrant=False)
+                           for piece in pieces])
     return torch.zeros(targets.shape, device=found.device).masked_scatter(counted, found)
 
 
-def log_probs_of(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
+def log_probs_of(model: GPT, x: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the log-probabilities of targets, (N,), after hidden states x, (N, C)."""
-    return -F.cross_entropy(model.compute_logits(x).float(), targets, reduction='none')
+    return -F.cross_entropy(model.compute_logits(x).float() / temperature, targets, reduction='none')
 
 
 class LogProbs(nn.Module):
     """token_log_probs() of a model as a module, which is what DistributedDataParallel can wrap."""
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, temperature: float = 1.0):
         super().__init__()
         self.model = model
+        self.temperature = temperature
 
     def forward(self, idx, targets):
-        return token_log_probs(self.model, idx, targets)
+        return token_log_probs(self.model, idx, targets, self.temperature)
 
 
 @contextlib.contextmanager
@@ -131,3 +133,53 @@ def preference_loss(loss: str, chosen: Tensor, rejected: Tensor, reference_chose
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rewards of answers that the model has drawn
+
+def group_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
+    """Return the advantages of answers, (P, G), from their rewards, (P, G), of P questions with G answers each: how
+    much better an answer is than the mean of its group (Shao et al., 2024, section 4.1.2).
+
+    divide_by_std: divide by the standard deviation of the group, as GRPO does. Without it, questions that are nearly
+    always or nearly never answered do not get more weight than others (Dr. GRPO, Liu et al., 2025)."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-4)   # a group of equal rewards stays zero
+    return centred
+
+
+def token_weights(lengths: Tensor, normalize: str, longest: int) -> Tensor:
+    """Return what each token of an answer weighs in the loss of a step, (N,), for answers of `lengths` tokens, (N,):
+    all answers of the step, of all processes.
+
+    'answer': each answer counts the same, its tokens share it (GRPO, Shao et al., 2024); so tokens of long wrong
+    answers are punished less. 'token': each token counts the same (DAPO, Yu et al., 2025). 'constant': as 'token', but
+    divided by the length that answers may have, `longest`, not by the one they have (Dr. GRPO, Liu et al., 2025)."""
+    lengths = lengths.float()
+    if normalize == 'answer':
+        return 1 / (len(lengths) * lengths)
+    if normalize == 'token':
+        return torch.ones_like(lengths) / lengths.sum()
+    return torch.ones_like(lengths) / (len(lengths) * longest)
+
+
+def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float,
+                clip_high: float) -> tuple[Tensor, Tensor]:
+    """Return the clipped policy objective (Schulman et al., 2017, eq. 7), negative, summed over tokens; and which
+    tokens were clipped, (B, T) of bool.
+
+    log_probs: of the tokens by the model that learns, (B, T); old_log_probs: by the model that drew them. advantages:
+    of each answer, (B,). weights: of each token, (B, T), 0 where there is none. A ratio of the probabilities below
+    1 - clip_low or above 1 + clip_high gets no gradient where it already is on the side that the advantage asks for;
+    a clip_high above clip_low lets unlikely tokens rise (DAPO, Yu et al., 2025)."""
+    advantages = advantages[:, None]                                                  # (B, 1)
+    ratio = (log_probs - old_log_probs).exp()                                         # (B, T)
+    limited = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(ratio * advantages, limited * advantages)
+    clipped = (limited * advantages < ratio * advantages) & (weights > 0)
+    return -(weights * objective).sum(), clipped
+
+
+def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """Return an estimate of the KL divergence of the model from its reference at each token, (B, T), from the
+    log-probabilities of tokens that the model has drawn: unbiased and never negative (k3, Schulman, 2020)."""
+    log_ratio = reference - log_probs
+    return log_ratio.exp() - log_ratio - 1

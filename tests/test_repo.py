@@ -25,7 +25,7 @@ SCRIPTS = ['train', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot'
 PARTS = [part for part in (
     'errors', 'budget', 'tokenizer', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'batching', 'serving',
     'quantize', 'architectures', 'pretrained', 'lora', 'alignment', 'dataset', 'checkpoint', 'corpus', 'ingest',
-    'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks')
+    'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks', 'rewards')
     if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'chat', 'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]

@@ -1,0 +1,136 @@
+"""
+Rewards: how good an answer to a question is, as a number that a function computes. grpo.py learns from them, --check
+of eval.py counts with them.
+
+    'arithmetic', 'sql', ...     a kind of question of flatgpt/tasks.py: 1 for a right answer, else 0
+    'rewards.py:correct'         the function correct(question, answer) -> float of your file rewards.py
+
+A question is a dictionary: the record of a file, with what is asked in "messages", "prompt" or "text" and anything else
+that the function needs. An answer is a text. Your file is executed, as any program that you start: it is not
+restricted. An answer is only data to it; what it does with an answer, such as running code, is what it must restrict.
+"""
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from flatgpt import corpus, tasks
+from flatgpt.conversation import chat_template_of, messages_from
+from flatgpt.errors import UsageError, UserError, do_you_mean, nothing_at
+
+Reward = Callable[[dict, str], float]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reward functions
+
+def load(name: str) -> Reward:
+    """Return the function, (question, answer) -> float, that a name means: see above. It raises UserError, with the
+    question and the answer, if the user's function fails or returns anything but a finite number. UsageError, UserError
+    for a name that means none."""
+    if ':' not in name:
+        if name not in tasks.KINDS:
+            raise UsageError(f'reward={name!r}: expected FILE.py:FUNCTION or one of {", ".join(tasks.KINDS)}'
+                             f'{do_you_mean(name, tasks.KINDS)}')
+        return is_right
+    path, _, function = name.rpartition(':')
+    wanted = Path(path).expanduser()
+    if not wanted.is_file():
+        raise UserError(f'reward={name!r}: {nothing_at(str(wanted))}')
+    spec = importlib.util.spec_from_file_location(wanted.stem, wanted)
+    if spec is None:
+        raise UsageError(f'reward={name!r}: expected a file of Python, FILE.py:FUNCTION')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:   # it is the user's code
+        raise UserError(f'{wanted} fails: {type(error).__name__}: {error}') from None
+    user_function = getattr(module, function, None)
+    if not callable(user_function):
+        raise UserError(f'{wanted} has no function {function!r}: expected {function}(question, answer) -> float'
+                        f'{do_you_mean(function, vars(module))}')
+    return checked(user_function, name)
+
+
+def is_right(question: dict, answer: str) -> float:
+    """Return 1.0 if an answer to a question of flatgpt/tasks.py is right, else 0.0."""
+    fields = (question[name] for name in tasks.Question._fields)
+    return float(tasks.is_correct(tasks.Question(*fields), answer))
+
+
+def checked(user_function: Callable, name: str) -> Reward:
+    """Return a user's function with its mistakes as UserErrors."""
+    def reward(question, answer):
+        try:
+            value = user_function(dict(question), answer)
+            number = float(value) if hasattr(value, '__float__') else math.nan   # a text has none
+            problem = f'returns {value!r:.60}, expected a finite number'
+        except Exception as error:   # it is the user's code
+            number = math.nan
+            problem = f'fails: {type(error).__name__}: {error}'
+        if math.isfinite(number):
+            return number
+        raise UserError(f'reward={name!r} {problem}; question {asked(question)!r:.200}, answer {answer!r:.200}')
+
+    return reward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# questions
+
+def generate(kind: str, seed, n: int, held_out: bool) -> list[dict]:
+    """Return n questions of a kind of flatgpt/tasks.py, every second one in Chinese: a pure function of the arguments.
+    held_out: whether they are those that are never learned."""
+    streams = [tasks.questions(kind, language, seed, held_out) for language in tasks.LANGUAGES]
+    turns = itertools.chain.from_iterable(zip(*streams))
+    return [question._asdict() for question in itertools.islice(turns, n)]
+
+
+def read(path: str, of_tasks: bool) -> list[dict]:
+    """Return the questions in a file of records, such as .jsonl, each with "messages", "prompt" or "text". of_tasks:
+    whether they need the other fields of tasks.Question. UserError names the line that is wrong."""
+    questions = []
+    for where, record, _ in corpus.read_records(path):
+        if not isinstance(record, dict):
+            raise UserError(f'{where}: expected an object, {{...}}, not {record!r:.60}')
+        for name in tasks.Question._fields if of_tasks else ():
+            if not isinstance(record.get(name), str):
+                raise UserError(f'{where}: "{name}" is {record.get(name)!r:.60}, expected a text: it has '
+                                f'{", ".join(map(repr, record)) or "nothing"}')
+        if of_tasks and (record['kind'] not in tasks.KINDS or record['language'] not in tasks.LANGUAGES):
+            raise UserError(f'{where}: kind {record["kind"][:40]!r}, language {record["language"][:40]!r}: expected '
+                            f'one of {", ".join(tasks.KINDS)}, and one of {", ".join(tasks.LANGUAGES)}')
+        if 'messages' in record:
+            messages_from(record['messages'], where, answered=False)
+        elif not isinstance(record.get('prompt', record.get('text')), str):
+            raise UserError(f'{where}: expected "messages", "prompt" or "text", found '
+                            f'{", ".join(map(repr, record)) or "nothing"}')
+        questions.append(record)
+    if not questions:
+        raise UserError(f'{path} is empty: expected one object per line or row')
+    return questions
+
+
+def asked(question: dict) -> str:
+    """Return what a question asks, as text."""
+    if 'messages' in question:
+        return question['messages'][-1].get('content', '')
+    return question.get('text', question.get('prompt', ''))
+
+
+def prompt_ids(tok, question: dict) -> np.ndarray:
+    """Return the token ids, (T,), of a question for a model: "prompt" as it is, special tokens and all; else "messages"
+    or "text", which a user says, by the chat template of the model. Without a template, "text" as it is."""
+    if 'prompt' in question:
+        return tok.encode_prompt(question['prompt'])
+    template = chat_template_of(tok)
+    if template is None and 'messages' not in question:
+        return tok.encode_prompt(question['text'])
+    if template is None:
+        raise UserError('the model has no chat template, which "messages" need: give questions with "prompt"')
+    messages = question.get('messages') or [{'role': 'user', 'content': question['text']}]
+    return template.prompt_ids(tok, messages_from(messages, answered=False))
