@@ -19,6 +19,8 @@ import torch
 
 from flatgpt.errors import UserError
 
+SORTED_FIRST = 2048   # ids that are sorted first: nearly always enough for top_p
+
 # ---------------------------------------------------------------------------------------------------------------------
 # from logits to a token
 
@@ -77,11 +79,12 @@ def sample_token(logits: torch.Tensor, uniform: torch.Tensor, temperature: float
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-9)    # no overflow near 0
     ids = None
-    nucleus = top_p is not None and top_p < 1
-    if nucleus or (top_k is not None and top_k < V):
-        logits, ids = logits.topk(min(top_k or V, V))                                 # (B, k), the likeliest first
+    if top_k is not None and top_k < V:
+        logits, ids = logits.topk(top_k)                                              # (B, k), the likeliest first
     p = logits.softmax(dim=-1)
-    if nucleus:
+    if top_p is not None and top_p < 1:
+        if ids is None:
+            p, ids = likeliest_first(p, top_p)
         excluded = p.cumsum(dim=-1) - p >= top_p   # likelier ids alone are enough
         excluded[:, 0] = False
         p = p.masked_fill(excluded, 0)
@@ -90,6 +93,16 @@ def sample_token(logits: torch.Tensor, uniform: torch.Tensor, temperature: float
     cumulative = p.cumsum(dim=-1)                                                     # (B, k), up to about one
     index = (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(dim=-1)          # (B,)
     return index if ids is None else ids.gather(-1, index[:, None])[:, 0]
+
+
+def likeliest_first(p: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities, (B, V), in descending order, and their ids, both (B, k): at least as many as add up to top_p. To
+    sort all of them on a CPU takes longer than some models need for a token."""
+    if p.device.type == 'cpu' and p.size(-1) > SORTED_FIRST:
+        values, ids = p.topk(SORTED_FIRST)
+        if bool((values.cumsum(dim=-1)[:, -1] >= top_p).all()):
+            return values, ids
+    return p.topk(p.size(-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import quick
 
+from flatgpt import engine
 from flatgpt.engine import check_controls, parse_stops, penalize_repetition, random_uniform, sample_token
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,6 +78,15 @@ def test_top_p_of_zero_and_min_p_of_one_take_the_likeliest():
 def test_top_p_of_one_and_min_p_of_zero_are_no_limit():
     z = some_logits()
     assert torch.equal(counts_of(z, 512, top_p=1.0, min_p=0.0), counts_of(z, 512))
+
+
+def test_only_the_likeliest_are_sorted_where_they_are_enough(monkeypatch):
+    z = some_logits()
+    expected = {top_p: counts_of(z, 512, top_p=top_p) for top_p in (0.3, 0.7, 0.999)}
+    monkeypatch.setattr(engine, 'SORTED_FIRST', 4)
+    for top_p, counts in expected.items():
+        assert torch.equal(counts_of(z, 512, top_p=top_p), counts)
+    assert [engine.likeliest_first(z.softmax(-1)[None], top_p)[0].size(1) for top_p in expected] == [4, 4, 11]
 
 
 def test_each_row_has_its_own_limits():
