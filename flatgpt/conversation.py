@@ -3,27 +3,23 @@ Conversations: messages out of the forms in which people keep them, and their te
 
 A conversation is a list of messages, {'role': 'system', 'user', 'assistant' or 'tool', 'content': text}. A chat
 template is a Jinja program that comes with a model and turns such a list into the text that the model was trained on.
-It is code from elsewhere: it runs in Jinja's sandbox, with limits on time and on the size of what it makes.
 """
 
-import datetime
 import functools
 import json
 import re
-import sys
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
+from flatgpt import sandbox
 from flatgpt.errors import UserError
 
-Message = dict[str, str]
+Message = dict   # {'role': text, 'content': text}, and 'tool_calls' where an assistant calls tools
 ROLES = ('system', 'user', 'assistant', 'tool')
 SHAREGPT = {'system': 'system', 'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant',
             'tool': 'tool', 'observation': 'tool', 'function_response': 'tool'}   # what its files have in `from`
-MAX_SECONDS = 2.0         # for one run of a template
-MAX_CHARACTERS = 10**7    # that a template may make
+MARKER = '\ue000{}\ue001'   # a text that no message has: of private characters
 
 # for models that come without a template; the two special tokens are in the tokenizers that data/chat/prepare.py trains
 CHATML = """\
@@ -44,6 +40,8 @@ def messages_of(record: dict, where: str = 'a conversation') -> list[Message]:
     or Alpaca's {"instruction", "input", "output"}. UserError, which begins with `where`, for anything else."""
     if not isinstance(record, dict):
         raise UserError(f'{where}: expected a JSON object, found {brief(record)}')
+    if record.get('tools'):
+        raise UserError(f'{where}: definitions under "tools" are not read: put them into the system message')
     if 'instruction' not in record:
         found = record.get('messages', record.get('conversations', record.get('conversation')))
         if not isinstance(found, list):
@@ -68,9 +66,29 @@ def messages_from(found, where: str = 'messages', answered: bool = True) -> list
         role, content = turn_of(message, where)
         if role not in ROLES:
             raise UserError(f'{where}: role {brief(role)}, expected one of {", ".join(ROLES)}')
-        messages.append({'role': role, 'content': text_of(content, where)})
+        calls = {}
+        if role == 'assistant' and message.get('tool_calls'):
+            calls = {'tool_calls': tool_calls_of(message['tool_calls'], where)}
+            content = content or ''
+        messages.append({'role': role, 'content': text_of(content, where), **calls})
     validate(messages, where, answered)
     return messages
+
+
+def tool_calls_of(calls, where: str) -> list[dict]:
+    """Calls of tools in OpenAI's form as templates need them: with arguments that are an object, not its JSON."""
+    try:
+        functions = [call['function'] for call in calls]
+        found = [{'name': function['name'], 'arguments': function['arguments']} for function in functions]
+        for function in found:
+            if isinstance(function['arguments'], str):
+                function['arguments'] = json.loads(function['arguments'])
+            if not isinstance(function['arguments'], dict) or not isinstance(function['name'], str):
+                raise TypeError
+    except (KeyError, RecursionError, TypeError, ValueError):
+        raise UserError(f'{where}: tool_calls {brief(calls)}, expected [{{"function": {{"name": text, "arguments": '
+                        f'object}}}}]') from None
+    return [{'type': 'function', 'function': function} for function in found]
 
 
 def turn_of(message, where: str) -> tuple:
@@ -102,7 +120,7 @@ def validate(messages: Sequence[Message], where: str = 'a conversation', answere
     previous = 'system'
     for number, message in enumerate(messages, 1):
         role = message['role']
-        if not message['content'].strip():
+        if not message['content'].strip() and 'tool_calls' not in message:
             raise UserError(f'{where}: message {number}, of the {role}, is empty')
         allowed = {'system': ('user',) if number > 1 else ('system', 'user'), 'user': ('assistant',),
                    'assistant': ('user', 'tool'), 'tool': ('tool', 'assistant')}[previous]
@@ -131,99 +149,122 @@ class ChatTemplate:
     def __init__(self, source: str, special: dict[str, str] | None = None):
         self.source = source
         self.special = {name: token for name, token in (special or {}).items() if isinstance(token, str)}
-        self.program = compiled(source)
+        self.program = sandbox.compiled(source)
+        self.pieces = {}   # what pieces_between() and lead() have found, by roles
+        self.leads = {}
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables) -> str:
         """The text of messages. add_generation_prompt: end with what comes before an answer of the assistant. UserError
         if the template refuses them, fails, or takes too long."""
-        import jinja2
-
-        given = {**self.special, 'messages': [dict(message) for message in messages], 'tools': None,
-                 'add_generation_prompt': add_generation_prompt, **variables}
-        try:
-            with TimeLimit(MAX_SECONDS):
-                text = ''.join(self.limited(self.program.generate(given)))
-        except TimeLimit.Reached:
-            raise UserError(f'the chat template takes more than {MAX_SECONDS:g} seconds') from None
-        except jinja2.TemplateError as error:
-            raise UserError(f'the chat template refuses this conversation: {one_line(error)}') from None
-        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
-                ValueError) as error:
-            raise UserError(f'the chat template fails: {type(error).__name__}: {one_line(error)}') from None
-        return text
-
-    @staticmethod
-    def limited(pieces):
-        """Pieces of text as they are; UserError once they are too long together."""
-        length = 0
-        for piece in pieces:
-            length += len(piece)
-            if length > MAX_CHARACTERS:
-                raise UserError(f'the chat template makes more than {MAX_CHARACTERS:,} characters')
-            yield piece
+        return sandbox.run(self.program, {
+            **self.special, 'messages': [dict(message) for message in messages], 'tools': None,
+            'add_generation_prompt': add_generation_prompt, **variables})
 
     def render_with_spans(self, messages: Sequence[Message],
                           add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of messages, and for each of them where its content stands in it: (start, end). A template may strip
-        contents and leave some out ((0, 0)); UserError if it changes them in another way.
+        contents and leave some out ((0, 0)); ChangesContent if it changes them in another way.
 
-        Each content is replaced by a marker that the template cannot know. What stands between the markers is the
-        template's own text, and must stand between the contents too.
-        """
+        What stands between the contents is the template's own text. It is found by rendering messages of the same roles
+        whose contents are markers that the template cannot know."""
         text = self.render(messages, add_generation_prompt)
-        markers = [f'\ue000{number}\ue001' for number in range(len(messages))]
-        with_markers = [{**message, 'content': marker} for message, marker in zip(messages, markers)]
-        marked = self.render(with_markers, add_generation_prompt)
-        spans = [(0, 0)] * len(messages)
-        before, *rest = re.split('\ue000(\\d+)\ue001', marked)   # text, number of a message, text, number, ...
-        written = len(before)   # characters of text that are accounted for
-        valid = text.startswith(before)
-        for number, after in zip(map(int, rest[::2]), rest[1::2]):
-            fits = [form for form in forms(messages[number]['content']) if text.startswith(form + after, written)]
-            valid = valid and bool(fits) and spans[number] == (0, 0)
-            if not valid:
-                break
-            spans[number] = (written, written + len(fits[0]))
-            written += len(fits[0]) + len(after)
-        if not valid or written != len(text):
-            raise changes_content()
+        key = (*(message['role'] for message in messages), add_generation_prompt)
+        spans = find_spans(text, messages, self.pieces[key]) if key in self.pieces else None
+        if spans is None:   # the template may look at the contents or at the clock
+            marked = [{**message, 'content': MARKER.format(number)} for number, message in enumerate(messages)]
+            self.pieces[key] = re.split(MARKER.format(r'(\d+)'), self.render(marked, add_generation_prompt))
+            spans = find_spans(text, messages, self.pieces[key])
+        if spans is None:
+            raise ChangesContent
         return text, spans
+
+    def lead(self, roles: tuple) -> str:
+        """What the template writes between the prompt for the last answer and its content: a blank in Llama 2, an empty
+        <think> block in Qwen3."""
+        if roles not in self.leads:
+            messages = [{'role': role, 'content': MARKER.format(number)} for number, role in enumerate(roles)]
+            prompt = self.render(messages[:-1], add_generation_prompt=True)
+            text = self.render(messages)
+            lead, found, _ = text[len(prompt):].partition(messages[-1]['content'])
+            self.leads[roles] = lead if found and text.startswith(prompt) else ''
+        return self.leads[roles]
+
+    def answer_spans(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """Where in the text of messages the answers stand that are what a prompt lacks: its text begins with the prompt
+        before the answer, and with what the template makes of the messages up to it. The others are left out: of
+        those with a <think> block, Qwen3 has the last one only. Their end tokens belong to them. ChangesContent if
+        there is no such answer."""
+        text = self.render(messages)
+        spans = []
+        for number, message in enumerate(messages):
+            if message['role'] == 'assistant':
+                prompt = self.render(messages[:number], add_generation_prompt=True)
+                answered = self.render(messages[:number + 1])
+                if text.startswith(answered) and answered.startswith(prompt):
+                    spans.append((len(prompt), len(answered.rstrip())))
+        if not spans:
+            raise ChangesContent
+        return spans
+
+    def refuse_left_out(self, messages: Sequence[Message]):
+        """UserError if the template leaves out a call of a tool, or what a tool says."""
+        for number, message in enumerate(messages):
+            if message['role'] == 'tool':
+                other = {**message, 'content': MARKER}
+            elif 'tool_calls' in message:
+                other = {**message, 'tool_calls': [{'type': 'function', 'function': {'name': MARKER, 'arguments': {}}}]}
+            else:
+                continue
+            if MARKER not in self.render([*messages[:number], other, *messages[number + 1:]]):
+                what = 'messages of the role tool' if message['role'] == 'tool' else 'tool_calls'
+                raise UserError(f'the chat template leaves out {what}: this model does not know tools')
 
     def prompt_ids(self, tok, messages: Sequence[Message]) -> np.ndarray:
         """Token ids, (T,), of messages and of what comes before the next answer. Names of special tokens that a message
         contains are read as characters."""
-        contents = [message['content'] for message in messages]
-        if any(has_special(tok, content) for content in contents):
+        self.refuse_left_out(messages)
+        if any(has_special(tok, message['content']) for message in messages):
             text, spans = self.render_with_spans(messages, add_generation_prompt=True)
             return encode_literally(tok, text, spans)
         return tok.encode(self.render(messages, add_generation_prompt=True), special=True).astype(np.int64)
 
     def training_ids(self, tok, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of a conversation, (T,), and which of them are to be learned, (T,) of bool: those of the
-        assistant's contents, and a special token that ends one. UserError if the tokenizer changes the text."""
-        text, spans = self.render_with_spans(messages)
-        ids = encode_literally(tok, text, spans)
-        starts = []   # the character at which each token begins
-        piece = tok.stream()
-        decoded = ''
-        for i in ids:
-            starts.append(len(decoded))
-            decoded += piece(i)
-        decoded += piece(None)
-        extra = len(decoded) - len(text)   # a blank before the text, as SentencePiece has it
-        if extra < 0 or decoded[extra:] != text:
+        assistant's contents, and a special token that ends one. UserError if the tokenizer changes the text, or if it
+        is unknown where the answers stand."""
+        self.refuse_left_out(messages)
+        roles = tuple(message['role'] for message in messages)
+        try:
+            if any('tool_calls' in message for message in messages):
+                raise ChangesContent
+            text, contents = self.render_with_spans(messages)
+            lead = self.lead(roles) if roles[-1] == 'assistant' else ''
+            answers = [(len(text[:start].removesuffix(lead)), end)
+                       for (start, end), role in zip(contents, roles) if role == 'assistant' and start < end]
+        except ChangesContent:
+            if any(has_special(tok, re.sub('</?think>', '', message['content'])) for message in messages):
+                raise
+            text = self.render(messages)
+            contents = []
+            answers = self.answer_spans(messages)
+        ids = encode_literally(tok, text, contents)
+        pieces = pieces_of(tok, ids)
+        starts = np.cumsum([0, *map(len, pieces)])[:len(ids)]   # the byte at which each token begins
+        decoded = b''.join(pieces)
+        content = text.encode()
+        extra = len(decoded) - len(content)   # a blank before the text, as SentencePiece has it
+        if extra < 0 or decoded[extra:] != content:
             raise UserError('the tokenizer changes the text of a conversation: which tokens are the assistant\'s is '
                             'unknown')
-        starts = np.array(starts) - extra
+        starts -= extra
         learned = np.zeros(len(ids), bool)
-        for message, (start, end) in zip(messages, spans):
-            if message['role'] != 'assistant' or start == end:
-                continue
+        for span in answers:
+            start, end = (len(text[:at].encode()) for at in span)
             learned |= (starts >= start) & (starts < end)
             after = int(np.searchsorted(starts, end))   # the first token behind the content
             if after < len(ids) and is_special(tok, int(ids[after])):
                 learned[after] = True
-            blank = len(text[end:]) - len(text[end:].lstrip())   # as in Llama 2, where a space comes before </s>
+            blank = len(content[end:]) - len(content[end:].lstrip())   # as in Llama 2: a space comes before </s>
             last = int(np.searchsorted(starts, end + blank))
             if last < len(ids) and ids[last] in tok.ends:
                 learned[after:last + 1] = True
@@ -260,6 +301,21 @@ def is_special(tok, i: int) -> bool:
     return i in tok.ends or (len(tok.encode(tok.decode([i]))) != 1)
 
 
+def pieces_of(tok, ids: np.ndarray) -> list[bytes]:
+    """The bytes of each of some tokens, and those that are left at the end."""
+    if tok.local:
+        table = pieces_by_id(tok)
+        return [table[i] for i in ids.tolist()]
+    piece = tok.stream()
+    return [*(piece(i).encode() for i in ids), piece(None).encode()]
+
+
+@functools.lru_cache(maxsize=4)
+def pieces_by_id(tok) -> list[bytes]:
+    """The bytes of every token."""
+    return [tok.token_bytes(i) for i in range(tok.vocab_size)]
+
+
 def has_special(tok, text: str) -> bool:
     """Whether a text contains the name of a special token."""
     return not np.array_equal(tok.encode(text), tok.encode(text, special=True))
@@ -277,96 +333,30 @@ def encode_literally(tok, text: str, spans: Sequence[tuple[int, int]]) -> np.nda
     return np.concatenate(parts).astype(np.int64)
 
 
-def changes_content() -> UserError:
-    """The error for a template of which it is not known where the answers stand in its text."""
-    return UserError('the chat template changes what the messages say: which tokens are the assistant\'s is unknown')
+class ChangesContent(UserError):
+    """It is not known where the answers stand in the text that a template makes."""
+
+    def __init__(self):
+        super().__init__("the chat template changes what the messages say: which tokens are the assistant's is unknown")
+
+
+def find_spans(text: str, messages: Sequence[Message], pieces: list[str]) -> list[tuple[int, int]] | None:
+    """Where the content of each message stands in a text. pieces: what stands around them, and which comes where:
+    [text, number of a message, text, number, ..., text]. None if they do not make up the text."""
+    before, *rest = pieces
+    written = len(before)   # characters of text that are accounted for
+    spans = [(0, 0)] * len(messages)
+    if not text.startswith(before):
+        return None
+    for number, after in zip(map(int, rest[::2]), rest[1::2]):
+        fits = [form for form in forms(messages[number]['content']) if text.startswith(form + after, written)]
+        if not fits or spans[number] != (0, 0):
+            return None
+        spans[number] = (written, written + len(fits[0]))
+        written += len(fits[0]) + len(after)
+    return spans if written == len(text) else None
 
 
 def forms(content: str) -> list[str]:
     """A message's content in the forms that templates give it, the longest first."""
-    return [content, content.rstrip(), content.lstrip(), content.strip()]
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, in one line of at most 200 characters."""
-    return ' '.join(str(error).split())[:200]
-
-
-@functools.lru_cache(maxsize=16)
-def compiled(source: str):
-    """A Jinja template, compiled in a sandbox. UserError if its syntax is wrong."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        """Jinja's sandbox, in which products cannot make huge texts or numbers."""
-        intercepted_binops = frozenset(('*', '**', '%'))
-
-        def call_binop(self, context, operator, left, right):
-            if operator != '%' or isinstance(left, str):
-                for value in (left, right):
-                    if isinstance(value, int) and abs(value) > 10_000:
-                        raise jinja2.TemplateRuntimeError(f'{operator} with {value}: expected at most 10,000')
-                if operator == '%' and len(left) > 200:
-                    raise jinja2.TemplateRuntimeError('% with a long text')
-            return super().call_binop(context, operator, left, right)
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    extensions = ['jinja2.ext.loopcontrols', generation_tag()]
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters['tojson'] = tojson   # Jinja's own escapes HTML
-    environment.globals['raise_exception'] = refuse
-    environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        line = getattr(error, 'lineno', None)
-        raise UserError(f'the chat template has an error{f" in line {line}" if line else ""}: '
-                        f'{one_line(error)}') from None
-
-
-@functools.cache
-def generation_tag():
-    """The extension of Jinja for {% generation %} ... {% endgeneration %}, which some templates put around an answer:
-    the tags are passed over."""
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        tags = {'generation'}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(('name:endgeneration',), drop_needle=True)
-
-    return Generation
-
-
-class TimeLimit:
-    """A context in which Python code of this thread runs for so many seconds at most; then it raises Reached.
-
-    Between two lines of code the clock is read (sys.settrace), because a thread cannot be stopped from outside.
-    """
-
-    class Reached(BaseException):   # not an Exception, which a template could pass over
-        pass
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def __enter__(self):
-        self.end = time.monotonic() + self.seconds
-        self.before = sys.gettrace()
-        sys.settrace(self.look)
-
-    def __exit__(self, *error):
-        sys.settrace(self.before)
-
-    def look(self, frame, event, argument):
-        if time.monotonic() > self.end:
-            raise self.Reached
-        return self.look
+    return [content, content.lstrip('\n'), content.rstrip(), content.lstrip(), content.strip()]

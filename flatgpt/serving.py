@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from flatgpt import batching, engine
-from flatgpt.conversation import messages_from, one_line
+from flatgpt.conversation import messages_from
 from flatgpt.errors import UserError
+from flatgpt.sandbox import one_line
 
 MOST_STOPS = 16        # stop strings of a request
 MOST_TOP = 20          # likeliest tokens of which log-probabilities can be asked

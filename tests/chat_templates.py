@@ -49,6 +49,17 @@ CHAT_TEMPLATES = {
         "{% for m in messages %}{% if m.role == 'user' %}{{ ' USER: ' + m.content }}"
         "{% elif m.role == 'assistant' %}{{ ' ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"),
+    'qwen 3': (   # thoughts only after the last question, and calls of tools
+        "{% set ns = namespace(last=0) %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}{% set content = m.content %}"
+        "{% if m.role == 'assistant' %}{% set thought = '' %}{% if '</think>' in content %}"
+        "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+        "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}{% if loop.index0 > ns.last %}"
+        "{{ '<think>\n' ~ thought ~ '\n</think>\n\n' }}{% endif %}{% endif %}{{ content }}"
+        "{% for call in m.tool_calls or [] %}{{ '\n<tool_call>' ~ call.function | tojson ~ '</tool_call>' }}"
+        "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
     'generation tags': (
         "{%- for m in messages %}\n    {%- if m.role == 'assistant' %}\n"
         "        {{- '<|im_start|>assistant\n' }}{% generation %}{{ m.content + '<|im_end|>' }}"

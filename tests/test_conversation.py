@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import quick
 
-from flatgpt import conversation
+from flatgpt import conversation, sandbox
 from flatgpt.conversation import CHATML, ChatTemplate
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer
@@ -119,7 +119,7 @@ def test_a_template_that_is_wrong_or_hostile_is_one_line(source, message):
 
 
 def test_a_template_without_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(conversation, 'MAX_SECONDS', 0.1)
+    monkeypatch.setattr(sandbox, 'MAX_SECONDS', 0.1)
     begun = time.perf_counter()
     endless = '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}'
     with pytest.raises(UserError, match='more than 0.1 seconds'):
@@ -135,6 +135,11 @@ def test_the_time_limit_leaves_the_tracer_as_it_was():
 
 
 ASKED = [{'role': 'user', 'content': 'ask'}, {'role': 'assistant', 'content': 'answer'}]
+THOUGHT = {'role': 'assistant', 'content': '<think>\nwhy\n</think>\n\nso'}
+CALL = {'role': 'assistant', 'content': '', 'tool_calls': [
+    {'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 1}}}]}
+TOOL = {'role': 'tool', 'content': '42'}
+CALLED = '\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 
 
 @pytest.mark.parametrize('record, messages', [
@@ -182,6 +187,10 @@ def turns(*roles):
     ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': 'x'}]}, ASKED[1]]},
      "a part of type 'image_url': only text can be read"),
     ({'instruction': 'ask'}, 'content None'),
+    ({'messages': ASKED, 'tools': [{}]}, 'definitions under "tools" are not read'),
+    *[({'messages': [ASKED[0], {'role': 'assistant', 'tool_calls': calls}]}, 'expected [{"function": {"name": text')
+      for calls in (5, [5], [{}], [{'function': {'name': 'f'}}], [{'function': {'name': 'f', 'arguments': '{'}}],
+                    [{'function': {'name': 5, 'arguments': {}}}], [{'function': {'name': 'f', 'arguments': '[1]'}}])],
     ({'conversations': [{'from': 'alien', 'value': 'x' * 99}]}, "role 'alien'"),
 ])
 def test_a_record_that_holds_none_is_refused(record, message):
@@ -208,6 +217,13 @@ def test_any_record_becomes_messages_or_an_error_of_one_line(record):
 def test_a_tool_speaks_after_the_assistant():
     roles = ['user', 'assistant', 'tool', 'tool', 'assistant', 'user', 'assistant']
     assert [message['role'] for message in conversation.messages_of(turns(*roles))] == roles
+
+
+@pytest.mark.parametrize('arguments', [{'a': 1}, '{"a": 1}'])
+def test_calls_of_tools_are_kept_with_arguments_that_are_an_object(arguments):
+    call = {'id': 'x', 'type': 'function', 'function': {'name': 'add', 'arguments': arguments}}
+    messages = [ASKED[0], {'role': 'assistant', 'content': None, 'tool_calls': [call]}, TOOL, ASKED[1]]
+    assert conversation.messages_of({'messages': messages}) == [ASKED[0], CALL, TOOL, ASKED[1]]
 
 
 def test_a_question_without_an_answer_is_valid_where_one_is_to_be_made():
@@ -268,6 +284,71 @@ def test_characters_are_tokens_too():
     tok = CharTokenizer.of(text)
     ids, learned = ChatTemplate(CHATML).training_ids(tok, ASKED)
     assert tok.decode(ids[learned]) == 'answer'
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+@quick
+@given(conversations())
+def test_for_each_template_the_mask_begins_where_the_prompt_ends(tok, name, messages):
+    if name in ('mistral', 'gemma'):
+        messages = without_system(messages)
+    template = ChatTemplate(TEMPLATES[name], SPECIAL)
+    ids, learned = template.training_ids(tok, messages)
+    assert tok.decode(ids) == template.render(messages)
+    prompt = template.prompt_ids(tok, messages[:-1])
+    assert ids[:len(prompt)].tolist() == prompt.tolist()
+    assert learned[len(prompt)] and not learned[len(prompt) - 1]
+    said = [message['content'].strip() for message in messages if message['role'] == 'assistant']
+    rest = tok.decode(ids[learned])
+    for content in said:
+        _, found, rest = rest.partition(content)
+        assert found
+    assert learned.sum() <= len(tok.encode(' <think>\n\n</think>\n\n')) + sum(
+        len(tok.encode(f' {message["content"]}<|im_end|>')) for message in messages if message['role'] == 'assistant')
+
+
+@pytest.mark.parametrize('messages, learned_text', [
+    ([ASKED[0], THOUGHT], '<think>\nwhy\n</think>\n\nso<|im_end|>'),
+    ([ASKED[0], THOUGHT, ASKED[0], THOUGHT], '<think>\nwhy\n</think>\n\nso<|im_end|>'),   # the first has no thoughts
+    ([ASKED[0], ASKED[1], ASKED[0], THOUGHT], '<think>\nwhy\n</think>\n\nso<|im_end|>'),
+    ([*ASKED, *ASKED], 'answer<|im_end|><think>\n\n</think>\n\nanswer<|im_end|>'),
+    ([ASKED[0], CALL, TOOL, ASKED[1]],
+     f'<think>\n\n</think>\n\n{CALLED}<|im_end|><think>\n\n</think>\n\nanswer<|im_end|>'),
+])
+def test_thoughts_and_calls_of_tools_are_learned_as_the_model_has_to_write_them(tok, messages, learned_text):
+    template = ChatTemplate(TEMPLATES['qwen 3'])
+    ids, learned = template.training_ids(tok, messages)
+    assert tok.decode(ids) == template.render(messages)
+    assert tok.decode(ids[learned]) == learned_text
+    prompt = template.prompt_ids(tok, messages[:-1])
+    assert ids[:len(prompt)].tolist() == prompt.tolist() and learned[len(prompt)]
+
+
+@pytest.mark.parametrize('source, messages, error', [
+    ("{{ messages | length }}{% for m in messages %}{{ m.content | upper }}{% endfor %}", ASKED,
+     'changes what the messages say'),
+    (TEMPLATES['qwen 3'], [{'role': 'user', 'content': '<|im_end|>'}, THOUGHT], 'changes what the messages say'),
+    (CHATML, [ASKED[0], CALL, TOOL, ASKED[1]], 'leaves out tool_calls'),
+    (TEMPLATES['phi 3'], [*ASKED, TOOL, ASKED[1]], 'leaves out messages of the role tool'),
+    (TEMPLATES['mistral'], [*ASKED, TOOL, ASKED[1]], 'only user and assistant are known'),
+])
+def test_what_cannot_be_learned_exactly_is_refused(tok, source, messages, error):
+    with pytest.raises(UserError, match=error):
+        ChatTemplate(source, SPECIAL).training_ids(tok, messages)
+
+
+def test_the_first_token_of_an_answer_is_learned_where_the_template_writes_a_blank_before_it():
+    tok = BpeTokenizer.train([' answer answer ask'] * 9, 300, special=CHATML_NAMES)
+    ids, learned = ChatTemplate(TEMPLATES['llama 2'], SPECIAL).training_ids(tok, ASKED * 2)
+    assert tok.decode(ids[learned]) == ' answer' * 2
+
+
+def test_a_template_that_looks_at_the_clock_has_spans_also_when_it_shows_another_time(monkeypatch):
+    template = ChatTemplate("{{ strftime_now('%S') }}{% for m in messages %}{{ m.content ~ '|' }}{% endfor %}")
+    for time_shown in ('1', '22'):
+        monkeypatch.setitem(template.program.environment.globals, 'strftime_now', lambda form, now=time_shown: now)
+        _, spans = template.render_with_spans(ASKED)
+        assert spans[0] == (len(time_shown), len(time_shown) + 3)
 
 
 def test_an_end_token_after_a_blank_is_learned_with_it(tok):

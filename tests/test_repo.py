@@ -23,9 +23,9 @@ from model import GPTConfig
 SCRIPTS = ['train', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot']
 # Each part imports only parts that stand before it
 PARTS = [part for part in (
-    'errors', 'budget', 'tokenizer', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'batching', 'serving',
-    'quantize', 'architectures', 'pretrained', 'lora', 'alignment', 'dataset', 'checkpoint', 'corpus', 'ingest',
-    'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks', 'rewards')
+    'errors', 'budget', 'tokenizer', 'sandbox', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'batching',
+    'serving', 'quantize', 'architectures', 'pretrained', 'lora', 'alignment', 'dataset', 'checkpoint', 'corpus',
+    'ingest', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks', 'rewards')
     if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'chat', 'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]

@@ -1,0 +1,123 @@
+"""
+Jinja templates that come from elsewhere, such as the chat template of a model: compiled and run in Jinja's sandbox,
+with limits on time and on the size of what they make.
+"""
+
+import datetime
+import functools
+import json
+import sys
+import time
+
+from flatgpt.errors import UserError
+
+MAX_SECONDS = 2.0         # of work for one run of a template
+MAX_CHARACTERS = 10**7    # that a template may make
+
+
+def run(program, variables: dict) -> str:
+    """The text that a compiled template makes of variables. UserError if it refuses them, fails, or takes too long."""
+    import jinja2
+
+    pieces = []
+    length = 0
+    try:
+        with TimeLimit(MAX_SECONDS):
+            for piece in program.generate(variables):
+                length += len(piece)
+                if length > MAX_CHARACTERS:
+                    raise UserError(f'the chat template makes more than {MAX_CHARACTERS:,} characters')
+                pieces.append(piece)
+    except TimeLimit.Reached:
+        raise UserError(f'the chat template takes more than {MAX_SECONDS:g} seconds') from None
+    except jinja2.TemplateError as error:
+        raise UserError(f'the chat template refuses this conversation: {one_line(error)}') from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f'the chat template fails: {type(error).__name__}: {one_line(error)}') from None
+    return ''.join(pieces)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, in one line of at most 200 characters."""
+    return ' '.join(str(error).split())[:200]
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(source: str):
+    """A Jinja template, compiled in a sandbox. UserError if its syntax is wrong."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Jinja's sandbox, in which products cannot make huge texts or numbers."""
+        intercepted_binops = frozenset(('*', '**', '%'))
+
+        def call_binop(self, context, operator, left, right):
+            if operator != '%' or isinstance(left, str):
+                for value in (left, right):
+                    if isinstance(value, int) and abs(value) > 10_000:
+                        raise jinja2.TemplateRuntimeError(f'{operator} with {value}: expected at most 10,000')
+                if operator == '%' and len(left) > 200:
+                    raise jinja2.TemplateRuntimeError('% with a long text')
+            return super().call_binop(context, operator, left, right)
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    extensions = ['jinja2.ext.loopcontrols', generation_tag()]
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters['tojson'] = tojson   # Jinja's own escapes HTML
+    environment.globals['raise_exception'] = refuse
+    environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except (jinja2.TemplateError, RecursionError) as error:
+        line = getattr(error, 'lineno', None)
+        raise UserError(f'the chat template has an error{f" in line {line}" if line else ""}: '
+                        f'{one_line(error)}') from None
+
+
+@functools.cache
+def generation_tag():
+    """The extension of Jinja for {% generation %} ... {% endgeneration %}, which some templates put around an answer:
+    the tags are passed over."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {'generation'}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
+    return Generation
+
+
+class TimeLimit:
+    """A context in which Python code of this thread runs for so many seconds at most; then it raises Reached.
+
+    The thread's own clock, which does not run while other programs do, is read between two lines of code
+    (sys.settrace), because a thread cannot be stopped from outside.
+    """
+
+    class Reached(BaseException):   # not an Exception, which a template could pass over
+        pass
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __enter__(self):
+        self.end = time.thread_time() + self.seconds
+        self.before = sys.gettrace()
+        sys.settrace(self.look)
+
+    def __exit__(self, *error):
+        sys.settrace(self.before)
+
+    def look(self, frame, event, argument):
+        if time.thread_time() > self.end:
+            raise self.Reached
+        return self.look
