@@ -69,7 +69,7 @@ if stream == 'auto':
 def read_prompts(file):
     """[(file and line, prompt)] of a file: a record of text is a prompt, of others what is under "prompt"."""
     found = []
-    for where, record, _ in corpus.read_records(file):
+    for where, record in corpus.read_records(file):
         prompt = record.get('prompt') if isinstance(record, dict) else record
         if not isinstance(prompt, str):
             raise UserError(f'{where}: expected {{"prompt": "..."}}')

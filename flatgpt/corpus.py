@@ -88,8 +88,8 @@ def reading(path, *exceptions):
 
 @contextlib.contextmanager
 def open_text(path):
-    """(f, raw): a file opened for reading text, decompressed, and the same file as it is on the disk. Bytes that are
-    not UTF-8 are read as lone surrogates, and line ends as they are."""
+    """(f, raw): a file opened for reading text, decompressed and without a byte order mark, and the same file as it is
+    on the disk. Bytes that are not UTF-8 are read as lone surrogates, and line ends as they are."""
     if text_suffix(path) in MARKUP:
         raise UserError(f'{path} is markup, not text: convert it, for instance with pandoc -t plain; to learn the '
                         f'markup itself, let its name end in .txt, or use data/my_code')
@@ -101,7 +101,7 @@ def open_text(path):
         elif suffix == '.zst':
             pa = import_pyarrow(path)
             f = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode='r'), 'zstd'), BLOCK)
-        yield io.TextIOWrapper(f, encoding='utf-8', errors='surrogateescape', newline='\n'), raw
+        yield io.TextIOWrapper(f, encoding='utf-8-sig', errors='surrogateescape', newline='\n'), raw
 
 
 def import_pyarrow(path):
@@ -124,9 +124,8 @@ def progress(title: str, sizes: list, done: int = 0):
 
 class Record(NamedTuple):
     """A record of a file."""
-    where: str        # the file, and the line, row or number in it
-    value: object     # an object of JSON, a row as {column: cell}, or a text; None: left out
-    fault: str = ''   # why it is left out or was repaired
+    where: str      # the file, and the line, row or number in it
+    value: object   # an object of JSON, a row as {column: cell}, or a text; None: left out
 
 
 class Piece(NamedTuple):
@@ -143,13 +142,13 @@ def read_records(path) -> Iterator[Record]:
     with reading(path):
         corpus = Corpus([path], options=False)
     if text_suffix(path) not in RECORDS:
-        yield from (Record(where, line.rstrip('\r\n')) for where, line, _ in corpus.lines(path) if line.strip())
+        yield from (Record(where, line.rstrip('\r\n')) for where, line in corpus.lines(path) if line.strip())
         return
-    for record in corpus.records(path):
-        for value in record.value.values() if isinstance(record.value, dict) else [record.value]:
-            if isinstance(value, str):
-                corpus.repair(value, record.where)
-        yield record
+    for where, value in corpus.records(path):
+        for text in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(text, str):
+                corpus.repair(text, where)
+        yield Record(where, value)
 
 
 @dataclass
@@ -163,19 +162,17 @@ class Corpus:
     options: bool = True        # whether errors and field are options of the script, to be named in advice
     template: str = ''          # the text of a record, such as '{title}\n{text}'; empty: its field or column
     separator: str = ''         # what ends the documents of a .txt; empty: the file is one document
-    sizes: list = None          # bytes of each file, and what changes when it does; default: as on the disk
-    versions: list = None
+    versions: list = None       # (bytes, what changes when it does) of each file; default: as on the disk
     fetch: object = None        # function: number of a file -> its path
     duplicates: list = None     # for each file booleans, one per document: whether it is not read
-    longest: int | None = None  # characters of a piece; None: PIECE
     border: object = tokenizer.BORDER   # regular expression of where a document may be cut
     position = 0                # bytes read so far of the current file
+    fault = ''                  # what is wrong with the document that is being read
 
     def __post_init__(self):
-        if self.sizes is None:
-            with reading(self.files[0]):
-                self.sizes = [os.path.getsize(file) for file in self.files]
-                self.versions = [os.stat(file).st_mtime_ns for file in self.files]
+        with reading(self.files[0]):
+            self.versions = self.versions or [(os.path.getsize(file), os.stat(file).st_mtime_ns) for file in self.files]
+        self.sizes = [size for size, _ in self.versions]
 
     def is_one_text(self) -> bool:
         """Whether the corpus is a single text file without a separator, and so a single document."""
@@ -187,12 +184,13 @@ class Corpus:
         """The pieces of the documents of file i. bar: a progress bar, which advances by the bytes read."""
         path = self.fetch(i) if self.fetch else self.files[i]
         self.position = reported = number = 0
-        parts = self.texts(path) if text_suffix(path) in RECORDS else self.parts(path)
-        for piece in in_pieces(parts, self.longest, self.border):
+        self.fault = ''
+        for piece in in_pieces(self.texts(path) if text_suffix(path) in RECORDS else self.parts(path), self.border):
             if self.duplicates is None or not self.duplicates[i][number]:
-                yield piece
+                yield piece._replace(fault=self.fault) if piece.last else piece
             if piece.last:
                 number += 1
+                self.fault = ''
             if bar is not None:
                 bar.update(self.position - reported)
                 reported = self.position
@@ -204,16 +202,17 @@ class Corpus:
                 yield from self.pieces(i, bar)
 
     def refuse(self, fault, advice, unless):
-        """UserError, unless this is how to treat errors."""
+        """Note a fault of the current document, if errors are treated in one of the ways in unless; else UserError."""
         if self.errors not in unless:
             raise UserError(f'{fault}; {advice}' if self.options else fault)
+        self.fault = self.fault or fault
 
     def repair(self, text, where, start=0):
-        """(text, fault) of what open_text() reads at byte `start` of `where`, with U+FFFD for what is invalid."""
+        """What open_text() reads at byte `start` of `where`, with U+FFFD for what is invalid."""
         with contextlib.suppress(UnicodeEncodeError):   # much faster than INVALID.search()
             text.encode()
             if '\0' not in text:
-                return text, ''
+                return text
         match = INVALID.search(text)
         byte = f'byte {start + len(text[:match.start()].encode()):,}'
         advice = 'give --errors=replace or --errors=skip'
@@ -228,54 +227,49 @@ class Corpus:
         self.refuse(fault, advice, ('replace', 'skip'))
         with contextlib.suppress(UnicodeEncodeError):   # of half a pair
             text = text.encode(errors='surrogateescape').decode(errors='replace')
-        return tokenizer.no_surrogates(text).replace('\0', '\ufffd'), fault
+        return tokenizer.no_surrogates(text).replace('\0', '\ufffd')
 
     # text files
 
     def parts(self, path):
-        """(text, fault, whether the document ends) of each part of a text file."""
-        fault = ''
-        if self.errors == 'skip':
-            fault = next((fault for _, fault in self.blocks(path) if fault), '')
-        if fault:
-            yield '', fault, True
+        """(text, whether the document ends) of each part of a text file."""
+        if self.errors == 'skip' and any(self.fault for _ in self.blocks(path)):
+            yield '', True
         else:
             yield from split_documents(self.blocks(path), self.separator if text_suffix(path) == '.txt' else '')
 
     def blocks(self, path):
-        """(text, fault) of each block of a text file."""
+        """The blocks of a text file."""
         start = 0   # of the block, in bytes
         with open_text(path) as (f, raw):
             while block := f.read(BLOCK):
                 while block.endswith('\r') and (more := f.read(1)):   # a line end is not cut
                     block += more
-                text, fault = self.repair(block, path, start)
+                text = self.repair(block, path, start)
                 self.position = raw.tell()
-                text = text.replace('\r\n', '\n')
-                yield text.removeprefix('\ufeff') if start == 0 else text, fault
+                yield text.replace('\r\n', '\n')
                 start += len(block.encode(errors='surrogateescape'))
 
     # records
 
     def texts(self, path):
-        """(text, fault, True) of each record of a file."""
+        """(text, True) of each record of a file."""
         names = FIELD.findall(self.template) or [self.column if text_suffix(path) == '.parquet' else self.field]
-        for where, record, fault in self.records(path, names):
-            text, wrong = ('', '') if record is None else self.text_of(record, names, where)
-            fault = fault or wrong
-            yield '' if fault and self.errors == 'skip' else text, fault, True
+        for where, value in self.records(path, names):
+            text = '' if value is None else self.text_of(value, names, where)
+            yield '' if self.fault and self.errors == 'skip' else text, True
 
     def text_of(self, record, names, where):
-        """(text, fault) of a record: its field, or the template with its fields. A list of texts is lines of text."""
+        """The text of a record: its field, or the template with its fields. A list of texts is lines of text."""
         record = {self.field: record} if isinstance(record, str) else record
         template = self.template.replace('\\n', '\n').replace('\\t', '\t')
         try:
             cells = {name: cell(record[name], numbers=template != '') for name in names}
         except (KeyError, TypeError):
-            fault = f'{where}: expected a text under {" and ".join(map(repr, names))}'
             has = f'; it has {", ".join(map(repr, record))}'[:100] if isinstance(record, dict) and record else ''
-            self.refuse(fault + has, 'give --field=NAME, --template={NAME}, or --errors=skip', ('skip',))
-            return '', fault
+            self.refuse(f'{where}: expected a text under {" and ".join(map(repr, names))}{has}',
+                        'give --field=NAME, --template={NAME}, or --errors=skip', ('skip',))
+            return ''
         text = FIELD.sub(lambda match: cells[match[1]], template) if template else cells[names[0]]
         return self.repair(text.replace('\r\n', '\n'), where)
 
@@ -292,27 +286,24 @@ class Corpus:
                 self.position = raw.tell()
             if len(content) == LONGEST:
                 raise UserError(f'{path} has {LONGEST:,} characters or more: convert it to .jsonl, a record per line')
-            records, fault = self.parse(*self.repair(content.removeprefix('\ufeff'), path), path)
-            for i, record in enumerate([None] if records is None else records, 1):
-                yield Record(f'{path}, record {i:,}', record, fault)
+            records = self.parse(self.repair(content, path), path)
+            records = [None] if records is None else records
+            yield from (Record(f'{path}, record {i:,}', record) for i, record in enumerate(records, 1))
         else:
-            for where, line, fault in self.lines(path):
-                if line.strip():
-                    yield Record(where, *self.parse(line, fault, where))
+            yield from (Record(where, self.parse(line, where)) for where, line in self.lines(path) if line.strip())
 
     def is_list(self, path):
         """Whether a .json is a list of records, and not an object per line."""
         with open_text(path) as (f, _):
-            return f.read(BLOCK).lstrip('\ufeff \t\r\n').startswith('[')
+            return f.read(BLOCK).lstrip().startswith('[')
 
-    def parse(self, text, fault, where):
-        """(value, fault) of a text in JSON, which may have a fault already; None if it is not JSON."""
+    def parse(self, text, where):
+        """The value of a text in JSON; None if it is not JSON."""
         try:
-            return json.loads(text), fault
+            return json.loads(text)
         except (ValueError, RecursionError) as error:
-            fault = fault or f'{where} is not JSON: {" ".join(str(error).split())[:80]}'
-            self.refuse(fault, 'correct it, or give --errors=skip', ('skip',))
-            return None, fault
+            self.refuse(f'{where} is not JSON: {" ".join(str(error).split())[:80]}',
+                        'correct it, or give --errors=skip', ('skip',))
 
     def lines(self, path) -> Iterator[Record]:
         """The lines of a file, with their ends, as records."""
@@ -325,14 +316,13 @@ class Corpus:
                 if len(line) == LONGEST:
                     raise UserError(f'{where} has {LONGEST:,} characters or more')
                 self.position = raw.tell()
-                text, fault = self.repair(line, where)
-                yield Record(where, text.removeprefix('\ufeff') if number == 1 else text, fault)
+                yield Record(where, self.repair(line, where))
 
     def table(self, path, suffix):
         """The rows of a .csv or .tsv as records."""
         csv.field_size_limit(LONGEST)
         with open_text(path) as (f, raw), reading(path, csv.Error):
-            header = f.readline().removeprefix('\ufeff')
+            header = f.readline()
             delimiter = '\t' if suffix == '.tsv' else max(',;\t', key=header.count)
             reader = csv.DictReader(itertools.chain([header], f), delimiter=delimiter, strict=True)
             for row in reader:
@@ -377,51 +367,41 @@ def cell(value, numbers):
 
 
 def split_documents(blocks, separator):
-    """(text, fault, whether the document ends) of the parts of documents, from (text, fault) of blocks. A line break
-    after a separator belongs to it."""
+    """(text, whether the document ends) of the parts of documents, from the blocks of their text. A line break after a
+    separator belongs to it."""
     pattern = re.compile(re.escape(separator) + '\n?')
     text = ''
-    for block, fault in blocks:
+    for block in blocks:
         text += block
         end = max(len(text) - len(separator), 0)   # a separator that begins there or later may go on in the next block
         start = 0
         for match in pattern.finditer(text) if separator else ():
             if match.start() >= end:
                 break
-            yield text[start:match.start()], fault, True
+            yield text[start:match.start()], True
             start = match.end()
-        yield text[start:max(start, end)], fault, False
+        yield text[start:max(start, end)], False
         text = text[max(start, end):]
-    *documents, text = pattern.split(text) if separator else [text]
-    yield from ((document, '', True) for document in [*documents, text])
+    yield from ((part, True) for part in (pattern.split(text) if separator else [text]))
 
 
-def in_pieces(parts, longest=None, border=tokenizer.BORDER) -> Iterator[Piece]:
-    """The pieces of documents, given as (text, fault, whether the document ends) of their parts. Where they end depends
-    on the text of the document alone."""
-    longest = longest or PIECE
+def in_pieces(parts, border=tokenizer.BORDER) -> Iterator[Piece]:
+    """The pieces of documents, given as (text, whether the document ends) of their parts. A piece ends at the last
+    border among its last 4,096 characters, if there is one, which depends on the text of the document alone."""
     held = ''
     held_start = 0   # in the document
-    first_fault = ''
-    for text, fault, last in parts:
-        first_fault = first_fault or fault
+    for text, last in parts:
         held += text
         start = 0
-        while len(held) - start > longest:
-            end = last_border(held, start, longest, border)
+        while len(held) - start > PIECE:
+            end = start + PIECE
+            borders = list(border.finditer(held, max(start + 2, end - 4096), end))   # it shows by 2 characters before
+            end = borders[-1].start() if borders else end
             yield Piece(held[start:end], held_start + start, False)
             start = end
         held = held[start:]
         held_start += start
         if last:
-            yield Piece(held, held_start, True, first_fault)
-            held, held_start, first_fault = '', 0, ''
-
-
-def last_border(text: str, start: int, length: int, border=tokenizer.BORDER) -> int:
-    """Where a piece that begins at start ends: at the last border before start + length, or there, if it has none."""
-    for width in (2**6, 2**12, length):   # it is usually close to the end
-        first = start + max(length - width, 2)   # a border shows by two characters before it
-        for match in reversed(list(border.finditer(text, first, start + length))):
-            return match.start()
-    return start + length
+            yield Piece(held, held_start, True)
+            held = ''
+            held_start = 0

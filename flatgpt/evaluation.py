@@ -98,10 +98,7 @@ def encode_documents(path: str, tok, limit: int | None = None, template: str = '
     whole = True
     with corpus.reading(path):
         documents = corpus.Corpus([path], template=template, options=False)
-    if limit is not None:
-        documents.longest = max(20 * limit, 1000)   # characters: mostly enough, otherwise there is another piece
-    elif not tok.cuttable:
-        documents.longest = 16 * corpus.PIECE
+    documents.border = tok.border
     for piece in documents.pieces(0):
         with naming(path):
             parts.append(tok.encode_texts([piece.text], end=piece.last, begin=piece.start == 0))
@@ -218,7 +215,7 @@ def read_items(path: str, parse: Callable[[dict], tuple]) -> list[Item]:
     """The items in a file of records, each made by parse(record). Whatever is wrong is a UserError that names the
     record."""
     items = []
-    for where, record, _ in corpus.read_records(path):
+    for where, record in corpus.read_records(path):
         with naming(where):
             if not isinstance(record, dict):
                 raise UserError(f'expected an object, {{...}}, not {str(record).strip()[:40]}')

@@ -6,6 +6,7 @@ A document belongs to training or to validation as a whole, by the hash of its f
 validation far from the one that is asked for, as with few documents, the end of the whole text is for validation.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,24 +17,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from flatgpt import hub, tokenizer
-from flatgpt.corpus import PIECE, Corpus, last_border, progress
+from flatgpt.corpus import PIECE, Corpus, progress
 from flatgpt.dataset import SPLITS, open_writer
 from flatgpt.errors import UsageError, UserError
 
-FORMAT = 4   # of the state
+FORMAT = 5   # of the state
 AHEAD = 16   # batches per thread that are read before they are written
 # Characters of Thai, Lao, Burmese, Khmer, Japanese and Chinese, which have no spaces between words: training a
 # vocabulary needs a hundred times as much memory for them, because the texts between spaces occur only once.
-UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
-                      '\U00020000-\U0003ffff]')
-BLANK = re.compile(r'(?<=[^\W_])(?= [^\W_])')   # where a tokenizer that is not cuttable is cut, if need be
+UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]')
 
 
 @dataclass
@@ -68,11 +67,11 @@ class State:
     pieces: int = 0         # of the current file that are written
     report: dict = field(default_factory=lambda: {
         'documents': dict.fromkeys(SPLITS, 0), 'bytes': dict.fromkeys(SPLITS, 0),
-        'characters': dict.fromkeys(SPLITS, 0), 'empty': 0, 'left_out': 0, 'repaired': 0, 'faults': [],
-        'longest': {'characters': 0, 'file': ''}, 'validation': 'documents, by their hash'})
+        'characters': dict.fromkeys(SPLITS, 0), 'empty': 0, 'left_out': 0, 'repaired': 0, 'unknown': 0, 'faults': [],
+        'validation': 'documents, by their hash'})
 
-    def add(self, piece, split, file):
-        """Count a piece of a document, which belongs to a split and comes from a file."""
+    def add(self, piece, split):
+        """Count a piece of a document, which belongs to a split."""
         report = self.report
         self.pieces += 1
         if piece.fault:
@@ -86,9 +85,6 @@ class State:
             report['documents'][split] += 1
         if piece.fault:
             report['repaired'] += 1
-        end = piece.start + len(piece.text)
-        if end > report['longest']['characters']:
-            report['longest'] = {'characters': end, 'file': file}
 
 
 def build(folder, corpus: Corpus, options: Options, source: dict | None = None) -> tuple:
@@ -97,8 +93,8 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
     made = options.tokenizer == 'char' or tokenizer.trained_size(options.tokenizer) is not None
     tok = None if made else load_tokenizer(options.tokenizer)   # before anything is read: a typo is found at once
     same = {**asdict(options), 'threads': None, 'save_mb': None}   # these two do not change the bytes
-    key = json.dumps([FORMAT, same, tok and tok.to_dict(), [str(file) for file in corpus.files], corpus.sizes,
-                      corpus.versions, corpus.field, corpus.column, corpus.errors, corpus.template, corpus.separator])
+    key = json.dumps([FORMAT, same, tok and tok.to_dict(), [str(file) for file in corpus.files], corpus.versions,
+                      corpus.field, corpus.column, corpus.errors, corpus.template, corpus.separator])
     key = hashlib.sha256(key.encode()).hexdigest()
     with open_writer(folder, key) as writer:
         if options.deduplicate:
@@ -106,12 +102,11 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
         if writer.state is None:
             one_text = corpus.is_one_text()
             writer.begin(tok or make_tokenizer(corpus, options, one_text))
-            state = State(by_hash=not one_text)
-            writer.commit(vars(state))
+            writer.commit(vars(State(by_hash=not one_text)))
         else:
-            state = State(**writer.state)
             print(f'{folder} is unfinished, with {sum(writer.num_tokens.values()):,} tokens: continuing',
                   file=sys.stderr)
+        state = State(**writer.state)
         write_documents(corpus, writer, state, options)
         fraction = options.val_fraction
         share = writer.num_tokens['val'] / max(sum(writer.num_tokens.values()), 1)
@@ -211,20 +206,13 @@ def write_documents(corpus, writer, state, options):
     """Write the documents that come after a state, and advance the state to the end of the corpus."""
     threads = options.threads or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     tok = writer.tok
-    tok.encode_texts([''])   # the first call sets up what the threads share
-    blank = ''   # what is left out of a piece that continues a document
-    if not tok.cuttable:   # many put a blank before each text themselves
-        corpus.longest = 16 * PIECE
-        corpus.border = BLANK
-        blank = ' ' if np.array_equal(tok.encode('a b'), np.concatenate((tok.encode('a'), tok.encode('b')))) else ''
+    tok.encode_texts([''], begin=False)   # the first call sets up what the threads share
+    corpus.border = tok.border
     saved = 0   # characters
 
     def encode(batch):
         texts, first, last = batch
-        if not first:
-            texts = [(split, text.removeprefix(blank)) for split, text in texts]
-        return {split: tok.encode_texts([text for of, text in texts if of == split], end=last, begin=first)
-                for split in {of for of, _ in texts}}
+        return {split: tok.encode_texts(texts[split], end=last, begin=first) for split in texts}
 
     with progress('encoding', corpus.sizes, state.file) as bar, ThreadPoolExecutor(threads) as pool:
         batches = read_batches(corpus, tok, state, options, bar)
@@ -251,9 +239,9 @@ def check_disk_space(writer, fraction):
 
 
 def read_batches(corpus, tok, state, options, bar) -> Iterator[tuple]:
-    """([(split, text)], whether documents begin with them, whether they end) for texts that are encoded together: whole
+    """({split: texts}, whether documents begin with them, whether they end) for texts that are encoded together: whole
     documents of at most PIECE characters, or a piece of a longer one. Advances the state up to the last batch."""
-    batch = []
+    batch = {}
     length = 0
     for i in range(state.file, len(corpus.files)):
         written = state.pieces   # before an interruption
@@ -265,19 +253,18 @@ def read_batches(corpus, tok, state, options, bar) -> Iterator[tuple]:
             is_document = piece.start == 0 and piece.last
             if batch and not (is_document and length + len(piece.text) <= PIECE):
                 yield batch, True, True
-                batch = []
+                batch = {}
                 length = 0
             if options.tokenizer != 'char':
                 piece = without_unknown(piece, tok, state, corpus, i)
             follows = tok.eot is None and piece.start == 0 and state.report['documents'][split] > 0
-            state.add(piece, split, str(corpus.files[i]))
-            if piece.text:
-                batch.append((split, '\n' + piece.text if follows else piece.text))
-                length += len(piece.text)
-            if batch and not is_document:
-                yield batch, piece.start == 0, piece.last
-                batch = []
-                length = 0
+            state.add(piece, split)
+            text = '\n' + piece.text if follows else piece.text
+            if not is_document:
+                yield {split: [text]}, piece.start == 0, piece.last
+            elif piece.text:
+                batch.setdefault(split, []).append(text)
+                length += len(text)
         state.file = i + 1
         state.pieces = 0
     if batch:
@@ -293,18 +280,14 @@ def without_unknown(piece, tok, state, corpus, i):
                   f'{"".join(unknown[:20])!r}', 'give another tokenizer, or --errors=skip to leave them out',
                   ('replace', 'skip'))
     text = piece.text.translate(dict.fromkeys(map(ord, unknown)))
-    state.report['unknown'] = state.report.get('unknown', 0) + len(piece.text) - len(text)
+    state.report['unknown'] += len(piece.text) - len(text)
     return piece._replace(text=text)
 
 
 def split_of(text, state, options) -> str:
     """The split of a document, by its first piece."""
-    if not state.by_hash:
-        return 'train'
-    if len(text) > PIECE:
-        text = text[:last_border(text, 0, PIECE)]
     number = uniform(hashlib.sha256(text.encode()).digest(), options.seed, 'split')
-    return 'val' if number < options.val_fraction else 'train'
+    return 'val' if state.by_hash and number < options.val_fraction else 'train'
 
 
 def move_end_to_validation(writer, state, val_fraction):
@@ -341,13 +324,10 @@ def report_lines(report: dict, tok) -> Iterator[str]:
     for split in SPLITS:
         yield (f'{split}: {report["documents"][split]:,} documents, {report["bytes"][split]:,} bytes, '
                f'{report["characters"][split]:,} characters, {report["tokens"][split]:,} tokens')
-    yield (f'vocabulary of {tok.vocab_size:,}, {report["bytes_per_token"]:.3f} bytes per token; longest document '
-           f'{report["longest"]["characters"]:,} characters, in {report["longest"]["file"]}; validation is '
+    yield (f'vocabulary of {tok.vocab_size:,}, {report["bytes_per_token"]:.3f} bytes per token; validation is '
            f'{report["validation"]}')
     yield (f'left out: {report["duplicates"]:,} duplicates, {report["empty"]:,} empty, {report["left_out"]:,} '
-           f'unreadable; repaired: {report["repaired"]:,}')
-    if 'unknown' in report:
-        yield f'left out: {report["unknown"]:,} characters that the tokenizer lacks'
+           f'unreadable, {report["unknown"]:,} characters that the tokenizer lacks; repaired: {report["repaired"]:,}')
     yield from (f'  {fault}' for fault in report['faults'])
     yield 'snippets:'
     yield from (f'  {text!r}' for text in report['snippets'])
@@ -358,23 +338,21 @@ def report_lines(report: dict, tok) -> Iterator[str]:
 
 def fetcher(folder: Path, repo: str, revision: str, files: list[dict]):
     """A function from the number of a file, see hub.dataset_files(), to its path in a folder: the file is downloaded
-    then, the next one while it is read, and those before the last one are removed."""
-    futures = {}
+    then, the next one while it is read, and the one before the last is removed."""
 
     def get(i):
-        try:
-            futures[i].set_result(hub.dataset_file(repo, revision, files[i], folder))
-        except BaseException as error:   # for the thread that asks for the result
-            futures[i].set_exception(error)
+        return hub.dataset_file(repo, revision, files[i], folder)
+
+    def get_ahead(i):
+        with contextlib.suppress(UserError):   # which is raised when the file is needed
+            get(i)
 
     def fetch(i):
-        for done in [k for k in futures if k < i - 1]:   # the last one may have to be read again
-            futures.pop(done).result().unlink(missing_ok=True)
-        for k in range(i, min(i + 2, len(files))):
-            if k not in futures:
-                futures[k] = Future()
-                threading.Thread(target=get, args=(k,), daemon=True).start()   # ends with the process
-            path = futures[i].result()
+        path = get(i)   # waits for get_ahead(i)
+        if i > 1:   # the last one may have to be read again
+            (folder / files[i - 2]['path']).unlink(missing_ok=True)
+        if i + 1 < len(files):
+            threading.Thread(target=get_ahead, args=(i + 1,), daemon=True).start()   # ends with the process
         return path
 
     return fetch
@@ -396,7 +374,7 @@ def build_from_hub(folder, config: dict):
     files = hub.dataset_files(config['repo'], config['path'], config['revision'])[:config['shards']]
     corpus = Corpus([file['path'] for file in files], column=config['column'], errors='replace',
                     fetch=fetcher(shards, config['repo'], config['revision'], files),
-                    sizes=[file['size'] for file in files], versions=[file['sha256'] for file in files])
+                    versions=[(file['size'], file['sha256']) for file in files])
     source = {name: config[name] for name in ('repo', 'path', 'revision')}
     tok, report = build(folder, corpus, options, {**source, 'files': len(files)})
     shutil.rmtree(shards, ignore_errors=True)   # with what other runs have left

@@ -35,6 +35,7 @@ GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 PROBE = ("It's 12,345 o'clock:\n\n    don't  __init__(self) -> naïve café, Größe 你好，世界 😀\t!!\r\n"
          'A line\n2 more x1\n世界\nend.\nÉ')
 BORDER = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S\n)(?=[^\W_])')   # no encoding in use has a token that goes across
+BLANK = re.compile(r'(?<=[^\W_])(?= [^\W_])')   # the same for tokenizers that look at more than a word
 LONG_WORD = re.compile(r'[^\W\d_]{256}|\d{256}|(?:[^\w\s]|_){256}|\s{256}')
 CONTEXT = 8   # how many tokens back the text of a token can depend on others
 
@@ -46,7 +47,8 @@ class Tokenizer:
     ends = ()
     ranks = None      # the Encodings of an encoding that tiktoken can run
     local = True      # whether the bytes of a token do not depend on those before it
-    cuttable = True   # whether a text may be encoded in pieces, if cut at a BORDER
+    border = BORDER   # where a long text may be cut into pieces
+    joint = ''        # what a piece that continues a text begins with and must not be encoded
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """The ids with which a prompt begins; of an empty one, those that stand for the beginning of a text."""
@@ -73,6 +75,7 @@ class Tokenizer:
         text are added, which pieces of a document have only at its ends. Threads may call it at the same time, after
         a first call."""
         end = end and self.eot is not None
+        texts = texts if begin else [text.removeprefix(self.joint) for text in texts]
         if self.ranks:   # all in one call
             name = self.token_bytes(self.eot).decode() if end else ''
             return self.encode(''.join(no_surrogates(text) + name for text in texts), special=True)
@@ -295,11 +298,17 @@ class BpeTokenizer(Tokenizer):
         return [word for word, _ in self.encoding.pre_tokenizer.pre_tokenize_str(self.normal(text))]
 
     @functools.cached_property
-    def cuttable(self):
+    def border(self):
         """As it is for all tokenizers; found out by cutting a text that has something of everything."""
         cuts = [match.start() for match in BORDER.finditer(PROBE)]
-        return self.bytes_of is not None and all(
-            self.words(PROBE[:at]) + self.words(PROBE[at:]) == self.words(PROBE) for at in cuts)
+        same_words = all(self.words(PROBE[:at]) + self.words(PROBE[at:]) == self.words(PROBE) for at in cuts)
+        return BORDER if self.bytes_of is not None and same_words else BLANK
+
+    @functools.cached_property
+    def joint(self):
+        """As it is for all tokenizers; many put a blank before each text themselves."""
+        two_texts, one_text = (self.library_ids(texts, special=True) for texts in (['a', 'b'], ['a b']))
+        return ' ' if self.border is BLANK and sum(two_texts, []) == one_text[0] else ''
 
     def can_encode(self, char):
         """Whether a character is in the ids of a text, or is one that the tokenizer removes on purpose."""

@@ -128,7 +128,7 @@ def test_a_limit_reads_and_encodes_little_more_than_it_says(tmp_path, monkeypatc
     encoded, encode = [], tok.encode
     monkeypatch.setattr(tok, 'encode', lambda text, **more: encoded.append(text) or encode(text, **more))
     ids = evaluation.encode_documents(str(tmp_path / 'long.txt'), tok, limit=300)
-    assert len(ids) > 300 and sum(map(len, encoded)) < 20_000
+    assert len(ids) > 300 and sum(map(len, encoded)) < 300_000   # of 800,000: one piece
     assert ids[:301].tolist() == [tok.eot, *encode('déjà vu\n' * 100)][:301]
 
 

@@ -149,8 +149,6 @@ def test_the_report_counts_everything(files, bpe_path, tmp_path):
     kept = list(dict.fromkeys(text for text in files.texts if text))
     assert sum(report['documents'].values()) == len(kept) and report['duplicates'] == 1
     assert report['empty'] == 1
-    assert report['longest']['characters'] == max(map(len, kept))
-    assert report['longest']['file'].startswith(str(files.paths[0].parent))
     assert report['bytes_per_token'] == sum(report['bytes'].values()) / sum(report['tokens'].values())
     assert sorted(sum(documents_of(tmp_path / 'out').values(), [])) == sorted(kept)
 
@@ -305,7 +303,7 @@ def uncuttable(tmp_path_factory):
 
 def test_a_tokenizer_whose_texts_must_not_be_cut_sees_them_whole(files, tmp_path, uncuttable):
     made, _ = build(tmp_path / 'out', files, uncuttable)
-    assert made.eot == 0 and not made.cuttable
+    assert made.eot == 0 and made.border is tokenizer.BLANK
     assert sorted(sum(documents_of(tmp_path / 'out').values(), [])) == sorted(text for text in files.texts if text)
 
 
@@ -329,8 +327,8 @@ def test_a_long_document_of_such_a_tokenizer_is_cut_at_blanks_and_has_the_ids_of
     path = tmp_path / 'x.jsonl'
     path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
     tok, _ = build(tmp_path / 'out', [path], uncuttable, val_fraction=0.1)
-    cut = Corpus([path], longest=16 * 300, border=ingest.BLANK)
-    assert len(list(cut.pieces(0))) > 5 and max(len(piece.text) for piece in cut.pieces(0)) <= 4800
+    cut = Corpus([path], border=tokenizer.BLANK)
+    assert len(list(cut.pieces(0))) > 5 and max(len(piece.text) for piece in cut.pieces(0)) <= 300
     ids = [i for split in Dataset(f'{tmp_path / "out"}/').data.values() for i in split.tolist()]
     assert ids == [i for text in texts for i in tok.encode_document(text).tolist()]
 
@@ -445,7 +443,7 @@ def test_killed_within_a_long_document_it_goes_on_there_with_the_same_bytes(tmp_
     how = {'spec': 'char' if kind == 'char' else uncuttable, 'save_bytes': 700, 'deduplicate': True, 'threads': 1}
     build(tmp_path / 'undisturbed', [path], **how)
     inside, folder, of = 0, tmp_path / 'out', Corpus([path])
-    of.longest = 300 if kind == 'char' else 16 * 300
+    of.border = tokenizer.BORDER if kind == 'char' else tokenizer.BLANK
     of.duplicates = ingest.find_duplicates(of)
     pieces = list(of.pieces(0))
     for n in range(5, 10**6, 5):
@@ -462,7 +460,7 @@ def test_killed_within_a_long_document_it_goes_on_there_with_the_same_bytes(tmp_
         build(folder, [path], **how)
         assert content(folder) == content(tmp_path / 'undisturbed'), n
         shutil.rmtree(folder)
-    assert inside > 3 if kind == 'char' else inside == 0   # what must not be cut is begun again
+    assert inside > 3
 
 
 def test_it_goes_on_and_does_not_begin_again(files, tmp_path, bpe_path, monkeypatch, capsys):

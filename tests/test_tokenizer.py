@@ -15,7 +15,17 @@ from properties import quick
 
 from flatgpt import checkpoint, tokenizer
 from flatgpt.errors import UserError
-from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer, from_dict, id_type, same
+from flatgpt.tokenizer import (
+    BLANK,
+    BORDER,
+    BpeTokenizer,
+    CharTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    from_dict,
+    id_type,
+    same,
+)
 
 characters = st.characters(exclude_categories=['Cs'])
 texts = st.text(characters)   # any Unicode text
@@ -788,16 +798,16 @@ def test_ranks_are_not_used_where_names_of_special_tokens_or_the_end_are_ambiguo
 
 
 def test_texts_must_not_be_cut_where_blanks_are_put_before_them(trained, kinds):
-    assert trained.cuttable and not kinds['SentencePiece'].cuttable
-    assert not other(json.loads(trained.json), lambda d: d['pre_tokenizer'].update(add_prefix_space=True)).cuttable
-    assert not other(json.loads(trained.json), lambda d: d['pre_tokenizer'].update(use_regex=False)).cuttable
+    assert trained.border is BORDER and kinds['SentencePiece'].border is BLANK
+    assert other(json.loads(trained.json), lambda d: d['pre_tokenizer'].update(add_prefix_space=True)).border is BLANK
+    assert other(json.loads(trained.json), lambda d: d['pre_tokenizer'].update(use_regex=False)).border is BLANK
     split = {'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False}
     by_bytes = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
     after = {'type': 'Sequence', 'pretokenizers': [split, by_bytes]}   # blanks belong to the word before them
-    assert not other(json.loads(trained.json), lambda d: d.update(pre_tokenizer=after)).cuttable
+    assert other(json.loads(trained.json), lambda d: d.update(pre_tokenizer=after)).border is BLANK
     prepend = {'type': 'Prepend', 'prepend': 'x'}
-    assert not other(json.loads(trained.json), lambda d: d.update(normalizer=prepend)).cuttable
-    assert other(json.loads(trained.json), lambda d: d.update(normalizer={'type': 'NFC'})).cuttable
+    assert other(json.loads(trained.json), lambda d: d.update(normalizer=prepend)).border is BLANK
+    assert other(json.loads(trained.json), lambda d: d.update(normalizer={'type': 'NFC'})).border is BORDER
 
 
 @pytest.mark.full

@@ -80,7 +80,7 @@ def generate_pair(generator):
 def read_pairs(path):
     """[(question, SQL)] of a file of records. UserError names a pair that is invalid."""
     pairs = []
-    for where, record, _ in read_records(path):
+    for where, record in read_records(path):
         try:
             sql = record['sql'] if 'sql' in record else record['query']
             context = f'{record["context"].strip()}\n' if 'context' in record else ''
