@@ -19,7 +19,10 @@ from flatgpt.errors import UserError, exit_callbacks, nothing_at
 SCALES = {'step': 'step', 'tokens': 'tokens', 'seconds': 'seconds', 'flops': 'FLOPs'}   # of the horizontal axis
 PANELS = {'loss': 'loss, nats per token', 'bits_per_byte': 'bits per byte of the validation text',
           'bits_per_character': 'bits per character of the validation text', 'lr': 'learning rate',
-          'grad_norm': 'norm of the gradient', 'mfu': 'MFU', 'tok_per_s': 'tokens per second'}
+          'accuracy': 'pairs ranked rightly', 'margin': 'margin of rewards',
+          'chosen_reward': 'reward of chosen', 'rejected_reward': 'reward of rejected',
+          'distance': 'distance from the reference', 'grad_norm': 'norm of the gradient',
+          'mfu': 'MFU', 'tok_per_s': 'tokens per second'}
 COLORS = ('#d1495b', '#00798c', '#edae49', '#30638e', '#6a994e', '#8e5ea2', '#3d3d3d', '#f28482')
 STYLES = {'raw': {'alpha': 0.25, 'linewidth': 0.8}, 'smooth': {'alpha': 0.6}, 'train': {'linestyle': '--'},
           'val': {'linewidth': 1.8, 'marker': '.'}}
@@ -29,7 +32,7 @@ STYLES = {'raw': {'alpha': 0.25, 'linewidth': 0.8}, 'smooth': {'alpha': 0.6}, 't
 class Run:
     name: str      # its folder
     log: Path
-    evals: list    # records of evaluations, as train.py logs them, without values that are not finite numbers
+    evals: list    # records of evaluations, as scripts log them, without values that are not finite numbers
     steps: list    # records of single steps
     best: dict     # the evaluation with the lowest validation loss
 
@@ -45,7 +48,7 @@ def read(folder) -> Run:
         raise UserError(f'{reason}; give folders that train.py has written') from None
     if broken:
         print(f'{path}: skipped line {", ".join(broken)}, not a JSON object', file=sys.stderr)
-    evals = [record for record in records if {'step', 'train_loss', 'val_loss'} <= record.keys()]
+    evals = [record for record in records if {'step', 'val_loss'} <= record.keys()]
     if not evals:
         raise UserError(f'{path} holds no evaluation yet: there is nothing to draw')
     best = min(evals, key=lambda record: record['val_loss'])
@@ -101,9 +104,10 @@ def curves(run: Run, panel: str = 'loss', by: str = 'step', smooth: int | None =
         found['smooth'] = x[width // 2:][:len(means)], means, f'training, mean of {width}'
     if panel == 'loss':
         at = f'step {run.best["step"]:,.0f}' if by == 'step' else f'{short(run.best[by])} {SCALES[by]}'
-        found['train'] = marks, column(run.evals, 'train_loss'), 'training, as evaluated'
+        if 'train_loss' in run.best:
+            found['train'] = marks, column(run.evals, 'train_loss'), 'training, as evaluated'
         found['val'] = marks, column(run.evals, 'val_loss'), f'validation, best {run.best["val_loss"]:.4f} at {at}'
-    elif panel.startswith('bits') and panel in run.best:
+    elif panel in run.best:
         found['val'] = marks, column(run.evals, panel), f'{run.best[panel]:.4f} at the best loss'
     for kind, (x, y, label) in found.items():
         seen = ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))

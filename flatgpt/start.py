@@ -276,10 +276,10 @@ def require_memory(model, options: dict, rt: runtime.Runtime):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = 0 if rt.device.type == 'cpu' else sum(p.numel() for p in model.parameters())
     state = 4 * weights + (12 if options['optimizer'] == 'adamw' else 8) * trained
-    if options['parallel'] == 'fsdp':
+    if options.get('parallel') == 'fsdp':
         state //= rt.world_size
-    per_layer = (4 if options['activation_checkpointing'] else 12) * c.n_embd
-    if options['freeze']:
+    per_layer = (4 if options.get('activation_checkpointing') else 12) * c.n_embd
+    if options.get('freeze'):
         per_layer = 0   # nothing is kept below the first layer that is trained
     per_token = c.n_layer * per_layer + 4 * c.vocab_size // c.loss_chunks   # logits in float32
     needed = state + per_token * options['batch_size'] * options['block_size']

@@ -9,7 +9,7 @@ is wrong, the value, and what is expected.
 import math
 import os
 
-from flatgpt import engine, machine, optim, runtime
+from flatgpt import alignment, engine, machine, optim, runtime
 from flatgpt.errors import UsageError, UserError
 from model import ALLOWED, ARCHS
 
@@ -30,19 +30,37 @@ def one_of(known, options, name):
         raise UsageError(f'{name}={options[name]!r}: expected one of {", ".join(map(repr, known))}')
 
 
+def below_one(options, name):
+    """Raise UsageError unless the option is 0 or more, and below 1."""
+    if not 0 <= options[name] < 1:
+        raise UsageError(f'{name}={options[name]}: expected 0 or more, and less than 1')
+
+
 def train_options(options, processes=1, ckpt=None, start_path=None, resuming=False):
     """Check the options of train.py. The last three arguments are what start.choose_start() returns."""
-    at_least(1, options, 'eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
-             'block_size', 'loss_chunks')
-    at_least(0, options, 'checkpoint_interval', 'keep_last', 'patience', 'max_iters', 'max_minutes', 'learning_rate',
-             'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'lora_rank',
-             'lora_alpha', 'peak_flops')
-    for name in ('beta1', 'beta2', 'dropout', 'lora_dropout'):
-        if not 0 <= options[name] < 1:
-            raise UsageError(f'{name}={options[name]}: expected 0 or more, and less than 1')
+    at_least(1, options, 'eval_iters', 'loss_chunks')
+    at_least(0, options, 'checkpoint_interval', 'keep_last', 'patience', 'peak_flops')
+    for name in ('dropout', 'lora_dropout'):
+        below_one(options, name)
     one_of(ARCHS, options, 'arch')
     one_of(ALLOWED['attention'], options, 'attention')
     one_of(runtime.PARALLEL, options, 'parallel')
+    training_options(options, processes, ckpt, start_path, resuming)
+    if options['parallel'] == 'fsdp' and options['dtype'] == 'float16':
+        raise UsageError("parallel='fsdp' does not scale the loss of dtype='float16': give --dtype=bfloat16")
+    if options['parallel'] == 'fsdp' and ';' in options['freeze']:
+        raise UsageError(f"freeze={options['freeze']!r}: parallel='fsdp' cannot freeze or release parameters during a "
+                         f"run, give one regex, or parallel='ddp'")
+
+
+def training_options(options, processes, ckpt, start_path, resuming):
+    """Check the options that train.py, dpo.py and grpo.py share. The last three arguments are those of
+    train_options()."""
+    at_least(1, options, 'eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size')
+    at_least(0, options, 'max_iters', 'max_minutes', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
+             'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'lora_rank', 'lora_alpha')
+    below_one(options, 'beta1')
+    below_one(options, 'beta2')
     one_of(optim.OPTIMIZERS, options, 'optimizer')
     one_of(optim.SCHEDULES, options, 'schedule')
     micro_batches = options['gradient_accumulation_steps']
@@ -54,11 +72,25 @@ def train_options(options, processes=1, ckpt=None, start_path=None, resuming=Fal
     rate, lowest = options['learning_rate'], options['min_lr']
     if options['schedule'] != 'constant' and lowest > rate:
         raise UsageError(f'min_lr={lowest} is above learning_rate={rate}: give both')
-    if options['parallel'] == 'fsdp' and options['dtype'] == 'float16':
-        raise UsageError("parallel='fsdp' does not scale the loss of dtype='float16': give --dtype=bfloat16")
-    if options['parallel'] == 'fsdp' and ';' in options['freeze']:
-        raise UsageError(f"freeze={options['freeze']!r}: parallel='fsdp' cannot freeze or release parameters during a "
-                         f"run, give one regex, or parallel='ddp'")
+
+
+def weights_option(options):
+    """Check that init_from of dpo.py or grpo.py names weights, or a run to resume."""
+    if options['init_from'] in ('', 'scratch', 'auto'):
+        raise UsageError(f'init_from={options["init_from"]!r}: expected weights to start from, such as out-chat-tiny, '
+                         f'resume, or auto:out-chat-tiny (resume, or start from these)')
+
+
+def dpo_options(options, processes=1, ckpt=None, start_path=None, resuming=False):
+    """Check the options of dpo.py. The last three arguments are what start.choose_start() returns."""
+    at_least(1, options, 'eval_pairs')
+    training_options(options, processes, ckpt, start_path, resuming)
+    one_of(alignment.LOSSES, options, 'loss')
+    if not 0 <= options['label_smoothing'] <= 0.5:
+        raise UsageError(f'label_smoothing={options["label_smoothing"]}: expected 0 or more, at most 0.5')
+    if options['beta'] <= 0:
+        raise UsageError(f'beta={options["beta"]}: expected more than 0')
+    share(options, 'val_fraction')
 
 
 def lora_options(options, ckpt, start_path, resuming):
@@ -66,7 +98,7 @@ def lora_options(options, ckpt, start_path, resuming):
     rank = options['lora_rank']
     if ckpt is None:
         raise UsageError(f'lora_rank={rank}: expected weights to adapt, give --init_from=gpt2 or another model')
-    if options['freeze']:
+    if options.get('freeze'):
         raise UsageError(f'lora_rank={rank} and freeze={options["freeze"]!r}: an adapter leaves all weights as they '
                          f'are, give one of them')
     if not options['lora_alpha']:

@@ -20,17 +20,20 @@ from flatgpt import optim
 from model import GPTConfig
 
 # The project's own files are named here and checked; a user's own files are not.
-SCRIPTS = ['train', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot']
+SCRIPTS = ['train', 'dpo', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot']
 # Each part imports only parts that stand before it
 PARTS = [part for part in (
     'errors', 'budget', 'tokenizer', 'sandbox', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'batching',
     'serving', 'quantize', 'architectures', 'pretrained', 'lora', 'alignment', 'dataset', 'checkpoint', 'corpus',
-    'ingest', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks', 'rewards')
+    'ingest', 'pairs', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling', 'sweep', 'tasks',
+    'rewards')
     if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
-    'chat', 'fineweb', 'my_code', 'openwebtext', 'python_char', 'shakespeare', 'shakespeare_char', 'sql', 'text')]
+    'chat', 'fineweb', 'my_code', 'openwebtext', 'preferences', 'python_char', 'shakespeare', 'shakespeare_char', 'sql',
+    'text')]
 CONFIGS = [f'config/{name}.py' for name in (
-    'chat_lora', 'chat_tiny', 'eval_gpt2', 'eval_gpt2_large', 'eval_gpt2_medium', 'eval_gpt2_xl', 'finetune_code',
+    'chat_lora', 'chat_tiny', 'dpo_lora', 'dpo_tiny',
+    'eval_gpt2', 'eval_gpt2_large', 'eval_gpt2_medium', 'eval_gpt2_xl', 'finetune_code',
     'finetune_shakespeare', 'finetune_sql',
     'lora_llama', 'train_bpe_10m', 'train_gpt2', 'train_python_char', 'train_shakespeare_char',
     'train_shakespeare_char_cpu', 'train_shakespeare_char_cpu_fast', 'train_shakespeare_char_fast')]
@@ -292,14 +295,22 @@ def configured(script, args, monkeypatch):
         return options(script, *args)
 
 
+def script_of(recipe):
+    """The script that a file in config/ is for."""
+    kind = recipe.removeprefix('config/').split('_')[0]
+    return f'{kind}.py' if kind in ('dpo', 'grpo') else 'train.py'
+
+
 @pytest.mark.parametrize('path', CONFIGS)
 def test_a_config_is_accepted_and_makes_a_model_and_a_schedule(path, monkeypatch):
-    config = configured('train.py', [path], monkeypatch)
+    config = configured(script_of(path), [path], monkeypatch)
+    assert config['schedule'] in optim.SCHEDULES and config['optimizer'] in optim.OPTIMIZERS
+    assert config.get('eval_only') or 0 <= config['warmup_iters'] < config['max_iters']
+    assert config.get('eval_only') or config['out_dir'] not in ('out', 'out-dpo', 'out-grpo')   # its own folder
+    if script_of(path) != 'train.py':
+        return
     names = ('block_size', 'n_layer', 'n_embd', 'n_head', 'bias', 'dropout', 'attention')
     GPTConfig(**{name: config[name] for name in names})
-    assert config['schedule'] in optim.SCHEDULES and config['optimizer'] in optim.OPTIMIZERS
-    assert config['eval_only'] or 0 <= config['warmup_iters'] < config['max_iters']
-    assert config['eval_only'] or config['out_dir'] != 'out'   # its own folder
     made_here = f'--name={config["dataset"]} ' in text_of(path)   # by data/text/prepare.py
     assert (ROOT / 'data' / config['dataset'] / 'prepare.py').exists() or made_here
 
@@ -308,12 +319,12 @@ def test_a_config_is_accepted_and_makes_a_model_and_a_schedule(path, monkeypatch
 def test_a_config_states_its_commands_hardware_time_and_result(path, monkeypatch):
     header = text_of(path).split('\n\n')[0].splitlines()
     assert all(line.startswith('#') for line in header)
-    config = configured('train.py', [path], monkeypatch)
-    wanted = {'train.py': path, f'data/{config["dataset"]}/prepare.py': None,
+    config = configured(script_of(path), [path], monkeypatch)
+    dataset = config.get('dataset', 'preferences')
+    wanted = {script_of(path): path, f'data/{dataset}/prepare.py': None,
               **{f'{script}.py': f'--out_dir={config["out_dir"]}' for script in ('sample', 'chat', 'eval', 'export')},
-              **{f'data/{name}/prepare.py': f'--name={config["dataset"]}' for name in ('text', 'chat')
-                 if name != config['dataset']}}
-    assert 'train.py' in dict(commands(path))
+              **{f'data/{name}/prepare.py': f'--name={dataset}' for name in ('text', 'chat') if name != dataset}}
+    assert script_of(path) in dict(commands(path))
     for script, args in commands(path):
         assert wanted[script] is None or wanted[script] in args
     assert all(f'{word}: ' in '\n'.join(header) for word in ('hardware', 'time', 'result'))

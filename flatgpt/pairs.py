@@ -1,0 +1,155 @@
+"""
+Pairs of a better and a worse answer to one prompt: out of files, to token ids, to batches.
+"""
+
+import hashlib
+import re
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flatgpt.conversation import Message, brief, messages_from, text_of
+from flatgpt.corpus import find_files, read_records
+from flatgpt.errors import UserError
+from flatgpt.machine import to_device
+
+SPEAKERS = {'Human': 'user', 'Assistant': 'assistant'}   # in texts such as those of Anthropic/hh-rlhf
+
+
+class Pair(NamedTuple):
+    prompt: str | list[Message]   # a text that the answers continue, or messages that they answer
+    chosen: str
+    rejected: str
+
+
+def read(paths: str) -> list[Pair]:
+    """Return the pairs in comma-separated files, globs and folders. UserError names the record that is none."""
+    found = [pair_of(record.value, record.where) for path in find_files(paths) for record in read_records(path)]
+    if not found:
+        raise UserError(f'{paths} has no pair')
+    return found
+
+
+def pair_of(record: dict, where: str) -> Pair:
+    """Return the pair of one record. {"prompt" or "messages", "chosen", "rejected"}: the answers are texts, or lists of
+    messages that are the answer alone or the whole conversation; a prompt is a text or a list of messages. Without a
+    prompt, chosen and rejected are whole conversations, as messages or as "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    UserError, which begins with `where`, for anything else."""
+    if not isinstance(record, dict) or not {'chosen', 'rejected'} <= record.keys():
+        raise UserError(f'{where}: expected an object with "prompt", "chosen" and "rejected", found {brief(record)}')
+    prompt = record.get('prompt', record.get('messages'))
+    if isinstance(prompt, list):
+        prompt = messages_from(prompt, f'{where}, prompt', answered=False)
+    prompts = []
+    answers = []
+    for name in ('chosen', 'rejected'):
+        answer = record[name]
+        before = prompt
+        if prompt is None and isinstance(answer, str):
+            parts = re.split(r'\n\n(Human|Assistant):', f'\n\n{answer.strip()}')
+            answer = [{'role': SPEAKERS[who], 'content': said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
+        if isinstance(answer, list):
+            asked = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt or []
+            alone = bool(answer) and isinstance(answer[0], dict) and answer[0].get('role') == 'assistant'
+            *before, last = messages_from([*asked, *answer] if alone else answer, f'{where}, {name}')
+            if last['role'] != 'assistant':
+                raise UserError(f'{where}, {name}: its last message is of the {last["role"]}, expected the assistant')
+            answer = last['content']
+        if before is None or not text_of(answer, f'{where}, {name}').strip():
+            raise UserError(f'{where}, {name}: {brief(record[name])}, expected an answer to a prompt, not empty')
+        prompts.append(before)
+        answers.append(answer)
+    if prompts[0] != prompts[1]:
+        raise UserError(f'{where}: chosen and rejected answer different prompts')
+    return Pair(prompts[0], *answers)
+
+
+def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs to train on, and those to validate on: the pairs of this fraction of all prompts, at least one,
+    whose hash is smallest. No prompt is in both, and the order of the pairs does not matter."""
+    hashes = [hashlib.sha256(repr(pair.prompt).encode()).digest() for pair in pairs]
+    known = sorted(set(hashes))
+    if len(known) < 2:
+        raise UserError('all pairs have one prompt: two or more are needed to hold one out, or give --val_pairs')
+    last = known[max(round(fraction * len(known)), 1) - 1]
+    train = [pair for pair, number in zip(pairs, hashes) if number > last]
+    return train, [pair for pair, number in zip(pairs, hashes) if number <= last]
+
+
+def row_of(prompt: str | list[Message], answer: str, tok, template) -> tuple[np.ndarray, int]:
+    """Return the token ids of a prompt with its answer, (T,), and where the answer begins; they end with what ends an
+    answer. template: the ChatTemplate of the model, or None: then the prompt must be a text."""
+    if template is None and not isinstance(prompt, str):
+        raise UserError('these pairs have messages and the model has no chat template: give prompts as texts, or use '
+                        'an instruct model')
+    if template is None:
+        start = tok.encode(prompt)
+        return np.concatenate((start, tok.encode(answer), tok.ends[:1])).astype(np.int64), max(len(start), 1)
+    messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
+    ids, learned = template.training_ids(tok, [*messages, {'role': 'assistant', 'content': answer}])
+    before = np.flatnonzero(~learned)   # the answer is the last run of what is learned
+    end = np.flatnonzero(learned)[-1] + 1
+    return ids[:end], int(before[before < end][-1]) + 1
+
+
+class Rows:
+    """Pairs as token ids: .pairs has a chosen and a rejected row of each, (ids, where the answer begins). A prompt that
+    is too long for block_size is cut at its beginning: .num_cut; pairs whose answers alone are too long, or are equal,
+    are left out: .num_left_out. UserError if none is left."""
+
+    def __init__(self, pairs: Sequence[Pair], tok, template, block_size: int, name: str):
+        self.pairs = []
+        self.num_cut = 0
+        self.num_left_out = 0
+        for pair in tqdm(pairs, desc=name, unit=' pairs', leave=False, disable=None):
+            rows = [row_of(pair.prompt, answer, tok, template) for answer in (pair.chosen, pair.rejected)]
+            excess = max(max(len(ids) for ids, _ in rows) - 1 - block_size, 0)
+            if excess >= min(start for _, start in rows) or pair.chosen == pair.rejected:
+                self.num_left_out += 1
+                continue
+            if excess:
+                self.num_cut += 1
+            self.pairs.append([(ids[excess:], start - excess) for ids, start in rows])
+        self.lengths = np.array([len(chosen) + len(rejected) - 2 for (chosen, _), (rejected, _) in self.pairs])
+        if not self.pairs:
+            raise UserError(f'no pair of {name} has answers that differ and fit into block_size={block_size}')
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def checksum(self) -> int:
+        """Return the CRC-32 of all ids, which tells these pairs from others."""
+        number = 0
+        for rows in self.pairs:
+            for ids, start in rows:
+                number = zlib.crc32(np.append(ids, start).tobytes(), number)
+        return number
+
+    def of_step(self, step: int, seed: int, micro_batches: int, batch_size: int) -> np.ndarray:
+        """Return the numbers of the pairs of a step, (micro_batches, batch_size), a pure function of (seed, step):
+        each epoch has all pairs once, in an order of its own."""
+        count = micro_batches * batch_size
+        found = []
+        for position in range(step * count, (step + 1) * count):
+            epoch, place = divmod(position, len(self.pairs))
+            if place == 0 or not found:
+                raw = np.random.Philox(key=seed % 2**64, counter=[0, epoch, 0, 0]).random_raw(len(self.pairs))
+                order = np.argsort(raw, kind='stable')
+            found.append(order[place])
+        return np.array(found).reshape(micro_batches, batch_size)
+
+    def batch(self, numbers: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the inputs and targets, (2 B, T) each, of B pairs: the chosen answers, then the rejected ones. Targets
+        are -1 outside the answers; rows are padded on the right."""
+        rows = [self.pairs[i][which] for which in (0, 1) for i in numbers]
+        T = max(len(ids) for ids, _ in rows) - 1
+        idx = np.zeros((len(rows), T), np.int64)
+        targets = np.full((len(rows), T), -1)
+        for row, (ids, start) in enumerate(rows):
+            idx[row, :len(ids) - 1] = ids[:-1]
+            targets[row, start - 1:len(ids) - 1] = ids[start:]
+        return tuple(to_device(torch.from_numpy(array), device) for array in (idx, targets))

@@ -1,0 +1,221 @@
+"""dpo.py end to end: what a run writes, what changes and what does not, resume, several processes, kills, refusals."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from conftest import assert_one_line, log_of, needs, run, started, torchrun
+from in_process import call, options
+
+from flatgpt import alignment, checkpoint, lora, validate
+from flatgpt.conversation import add_chatml
+from flatgpt.errors import UsageError
+from flatgpt.tokenizer import load
+from model import ARCHS, GPT, GPTConfig
+
+WORDS = 'red green blue apple pear plum yes no please thanks'.split()
+SETTINGS = ['--eval_interval=5', '--eval_pairs=8', '--batch_size=4', '--gradient_accumulation_steps=2',
+            '--block_size=64', '--max_iters=10', '--learning_rate=3e-3', '--warmup_iters=2', '--val_fraction=0.2',
+            '--device=cpu', '--dtype=float32']
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    """The folder of a small chat model that has learnt nothing."""
+    folder = tmp_path_factory.mktemp('base')
+    tok = load('bpe:300', [' '.join(WORDS)] * 3, special=('<|im_start|>', '<|im_end|>'))
+    add_chatml(tok)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=tok.vocab_size, block_size=64, n_layer=2, n_embd=16, n_head=2, **ARCHS['llama']))
+    checkpoint.save(folder / 'best.pt', {
+        'version': 1, 'model_args': model.config.to_dict(), 'model': model.state_dict(), 'tokenizer': tok.to_dict(),
+        'config': {}, 'iter_num': 0, 'best_val_loss': math.inf})
+    return folder
+
+
+@pytest.fixture(scope='module')
+def pairs(tmp_path_factory):
+    """A file of pairs: the polite answer is better."""
+    path = tmp_path_factory.mktemp('pairs') / 'pairs.jsonl'
+    records = [{'prompt': f'{one} {other}?', 'chosen': f'{other}, please', 'rejected': f'no {one}'}
+               for one in WORDS[:6] for other in WORDS[:6] if one != other]
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return path
+
+
+def arguments(base, pairs, out_dir, *more):
+    return [f'--init_from={base}', f'--pairs={pairs}', f'--out_dir={out_dir}', *SETTINGS, *more]
+
+
+@pytest.fixture(scope='module')
+def whole(base, pairs, tmp_path_factory):
+    """The out_dir of a finished run."""
+    out_dir = tmp_path_factory.mktemp('whole') / 'out'
+    done = call('dpo.py', *arguments(base, pairs, out_dir))
+    assert done.returncode == 0, done.stderr
+    return out_dir
+
+
+def weights(path):
+    return checkpoint.load(path)['model']
+
+
+def assert_same_run(out_dir, other):
+    """Two runs have logged and saved the same, bit for bit."""
+    assert log_of(out_dir) == log_of(other)
+    for name in ('ckpt.pt', 'best.pt'):
+        one, two = checkpoint.load(out_dir / name), checkpoint.load(other / name)
+        for key in ('model', 'optimizer', 'reference'):
+            torch.testing.assert_close(one.get(key), two.get(key), rtol=0, atol=0)
+
+
+def test_it_learns_what_is_preferred_and_logs_it(whole):
+    records = log_of(whole)
+    evals = [record for record in records if 'step' in record]
+    steps = [record for record in records if 'iter' in record]
+    assert [record['step'] for record in evals] == [0, 5, 10] and len(steps) == 10
+    assert evals[-1]['accuracy'] > 0.9 and evals[-1]['margin'] > evals[1]['margin'] > 0
+    assert evals[-1]['val_loss'] < evals[0]['val_loss'] and evals[-1]['distance'] > 0
+    for record in records:
+        assert record['margin'] == pytest.approx(record['chosen_reward'] - record['rejected_reward'], abs=1e-5)
+
+
+def test_step_0_is_the_reference(whole):
+    first, second = [next(r for r in log_of(whole) if name in r) for name in ('step', 'iter')]
+    assert first['val_loss'] == pytest.approx(math.log(2), abs=1e-6)
+    assert second['loss'] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(first['margin']) < 1e-6 and first['distance'] < 1e-6
+
+
+def test_the_reference_is_the_starting_model_and_never_changes(whole, base):
+    reference = checkpoint.load(whole / 'ckpt.pt')['reference']
+    assert 'reference' not in checkpoint.load(whole / 'best.pt')
+    state = torch.load(whole / 'ckpt.pt', weights_only=True)
+    assert state['iter_num'] == 10 and reference['train'].shape[1] == 2
+    again = call('dpo.py', *arguments(base, state['config']['pairs'], whole.parent / 'again', '--max_iters=0'))
+    assert again.returncode == 0, again.stderr
+    fresh = checkpoint.load(whole.parent / 'again' / 'ckpt.pt')['reference']
+    for split in ('train', 'val'):
+        assert torch.equal(fresh[split], reference[split])
+
+
+def test_the_weights_change_and_a_run_can_be_sampled_and_exported(whole, base, tmp_path):
+    assert any(not torch.equal(p, weights(base / 'best.pt')[name]) for name, p in weights(whole / 'best.pt').items())
+    hf = tmp_path / 'hf'
+    for script, *args in (('sample.py', f'--out_dir={whole}', '--num_samples=1', '--max_new_tokens=3', '--start=red'),
+                          ('export.py', f'--out_dir={whole}', f'--to={hf}'),
+                          ('sample.py', f'--init_from={hf}', '--num_samples=1', '--max_new_tokens=3', '--start=red'),
+                          ('plot.py', f'--runs={whole}', '--panels=loss,accuracy,margin,distance')):
+        done = call(script, *args)
+        assert done.returncode == 0, done.stderr
+    assert checkpoint.load_model(hf)[1].files['chat_template.jinja']
+
+
+def test_a_resumed_run_is_the_whole_run(whole, base, pairs, tmp_path):
+    out_dir = tmp_path / 'out'
+    assert call('dpo.py', *arguments(base, pairs, out_dir, '--max_iters=5', '--lr_decay_iters=10')).returncode == 0
+    done = call('dpo.py', f'--out_dir={out_dir}', '--init_from=resume', '--max_iters=10')
+    assert done.returncode == 0 and 'step 5' in done.stderr, done.stderr
+    whole_again = tmp_path / 'whole'
+    assert call('dpo.py', *arguments(base, pairs, whole_again, '--lr_decay_iters=10')).returncode == 0
+    assert_same_run(out_dir, whole_again)
+
+
+def test_only_adapters_change_and_the_base_is_the_reference(base, pairs, tmp_path):
+    out_dir = tmp_path / 'out'
+    done = call('dpo.py', *arguments(base, pairs, out_dir, '--lora_rank=4', '--learning_rate=3e-2'))
+    assert done.returncode == 0, done.stderr
+    saved = checkpoint.load(out_dir / 'ckpt.pt')
+    model = checkpoint.build(saved, out_dir / 'ckpt.pt')
+    before = weights(base / 'best.pt')
+    assert saved['model'].keys() == lora.adapters(model).keys()
+    for name, p in model.named_parameters():
+        if name not in saved['model']:
+            assert torch.equal(p, before[name]), name
+    assert [r for r in log_of(out_dir) if 'step' in r][-1]['accuracy'] > 0.9
+    idx = torch.randint(20, (2, 9))
+    with alignment.adapters_off(model), torch.no_grad():
+        found = alignment.token_log_probs(model, idx, idx)
+    original = checkpoint.build(checkpoint.load(base / 'best.pt'), base / 'best.pt')
+    assert torch.equal(found, alignment.token_log_probs(original, idx, idx))
+    done = call('dpo.py', f'--out_dir={out_dir}', '--init_from=resume', '--max_iters=12')
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('loss', ['ipo', 'simpo'])
+def test_the_other_losses_learn_too(loss, base, pairs, tmp_path):
+    done = call('dpo.py', *arguments(base, pairs, tmp_path / 'out', f'--loss={loss}', '--beta=0.5',
+                                     '--optimizer=muon'))
+    assert done.returncode == 0, done.stderr
+    evals = [record for record in log_of(tmp_path / 'out') if 'step' in record]
+    assert evals[-1]['accuracy'] > 0.9 and evals[-1]['val_loss'] < evals[0]['val_loss']
+
+
+def test_max_minutes_plans_the_steps(base, pairs, tmp_path):
+    done = call('dpo.py', *arguments(base, pairs, tmp_path / 'out', '--max_minutes=0.05', '--max_iters=1000000'))
+    assert done.returncode == 0 and 'steps fit' in done.stderr
+    assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] < 10000
+
+
+def test_the_made_up_preferences_hold_questions_out_and_prefer_short_answers(tmp_path):
+    done = call('data/preferences/prepare.py', f'--folder={tmp_path}', '--num_pairs=200', '--num_held_out=60')
+    assert done.returncode == 0, done.stderr
+    learned, held_out = [[json.loads(line) for line in (tmp_path / f'{name}.jsonl').read_text('utf-8').splitlines()]
+                         for name in ('pairs', 'held_out')]
+    assert (len(learned), len(held_out)) == (200, 60)
+    assert not {pair['prompt'] for pair in learned} & {pair['prompt'] for pair in held_out}
+    assert all(len(pair['chosen']) < len(pair['rejected']) and pair['chosen'][:-1] in pair['rejected']
+               for pair in learned)
+
+
+@pytest.mark.parametrize('words, args', [
+    (('init_from', 'expected weights'), ['--init_from=scratch']), (('loss', "'ipo'"), ['--loss=kto']),
+    (('beta=0',), ['--beta=0']), (('label_smoothing',), ['--label_smoothing=0.6']),
+    (('val_fraction',), ['--val_fraction=1']), (('batch_size',), ['--batch_size=0']),
+    (('beta1',), ['--beta1=1']), (('optimizer',), ['--optimizer=sgd'])])
+def test_wrong_options_are_one_line(words, args, base):
+    config = options('dpo.py', f'--init_from={base}', *args)
+    with pytest.raises(UsageError) as error:
+        validate.weights_option(config)
+        validate.dpo_options(config)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_other_pairs_or_another_script_cannot_resume(whole, pairs, tmp_path):
+    fewer = tmp_path / 'fewer.jsonl'
+    fewer.write_text('\n'.join(pairs.read_text().splitlines()[:20]))
+    done = call('dpo.py', f'--out_dir={whole}', '--init_from=resume', f'--pairs={fewer}')
+    assert_one_line(done, 1, 'other pairs', '--init_from=')
+    done = call('train.py', f'--out_dir={whole}', '--init_from=resume', '--dataset=shakespeare_char')
+    assert_one_line(done, 2, 'another run', 'pairs=')
+
+
+@pytest.mark.full
+@needs('two_processes')
+def test_two_processes_are_as_one(whole, base, pairs, tmp_path):
+    torchrun('dpo.py', *arguments(base, pairs, tmp_path / 'out'))
+    assert torch.equal(checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['reference']['train'],
+                       checkpoint.load(whole / 'ckpt.pt')['reference']['train'])
+    for one, two in zip(log_of(tmp_path / 'out'), log_of(whole), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    for name, p in weights(tmp_path / 'out' / 'ckpt.pt').items():
+        torch.testing.assert_close(p, weights(whole / 'ckpt.pt')[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.full
+@needs('linux')
+def test_killed_five_times_it_ends_as_if_nothing_had_happened(base, pairs, tmp_path):
+    steps = '--max_iters=400', '--eval_interval=10'
+    args = [*arguments(base, pairs, tmp_path / 'out', *steps), f'--init_from=auto:{base}']
+    log = tmp_path / 'out' / 'log.jsonl'
+    for kill in range(5):
+        with started('dpo.py', *args) as process:
+            while process.poll() is None and not (log.exists() and log.read_bytes().count(b'"step"') > 2 * kill + 2):
+                time.sleep(0.005)
+            assert process.poll() is None   # it has not ended by itself
+            process.kill()
+    assert run('dpo.py', *args).returncode == 0
+    assert run('dpo.py', *arguments(base, pairs, tmp_path / 'calm', *steps)).returncode == 0
+    assert_same_run(tmp_path / 'out', tmp_path / 'calm')
