@@ -1,4 +1,5 @@
 # make          from a fresh clone to samples: installs, prepares the embedded dataset, trains, samples
+# make chat     a small model that answers: prepares its conversations, trains for ten minutes, opens a conversation
 # make test     lint and the fast tests: what to run before each commit
 # make test-all    these and all others, but for those that need a GPU
 # make test-gpu    the tests that need a GPU, and how long each took
@@ -16,7 +17,7 @@ OUT := out-python-char
 # a worker for each core, but for four at most: each holds 0.7 GB
 WORKERS := -n auto --maxprocesses=4 --dist=worksteal
 
-.PHONY: all train sample test test-full test-all test-gpu test-oldest lint lines bench notebooks scaling clean
+.PHONY: all train sample chat test test-full test-all test-gpu test-oldest lint lines bench notebooks scaling clean
 all: sample
 
 # the pins are installed again only when they change; matplotlib, so that a run leaves loss.png, has its pin there too
@@ -42,6 +43,13 @@ train: data/python_char/meta.json
 
 sample: train
 	$(PY) sample.py --out_dir=$(OUT) --num_samples=3 --max_new_tokens=400 --temperature=0.6 --start="def "
+
+data/chat/meta.json: .venv/runtime data/chat/prepare.py flatgpt/tasks.py
+	$(PY) data/chat/prepare.py
+
+chat: data/chat/meta.json
+	$(PY) train.py config/chat_tiny.py --init_from=auto
+	$(PY) chat.py --out_dir=out-chat-tiny --temperature=0
 
 bench: .venv/runtime
 	$(PY) bench.py

@@ -323,7 +323,10 @@ def has_special(tok, text: str) -> bool:
 
 def encode_literally(tok, text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     """Token ids of a text in which the names of special tokens are read as such, but not within these spans."""
-    literal = sorted((start, end) for start, end in spans if has_special(tok, text[start:end]))
+    contents = ''.join(text[start:end] for start, end in spans)
+    literal = []
+    if has_special(tok, contents):   # one question for all of them, as it is rare
+        literal = sorted((start, end) for start, end in spans if has_special(tok, text[start:end]))
     parts = []
     done = 0
     for start, end in literal:

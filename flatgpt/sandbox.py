@@ -99,8 +99,8 @@ def generation_tag():
 class TimeLimit:
     """A context in which Python code of this thread runs for so many seconds at most; then it raises Reached.
 
-    The thread's own clock, which does not run while other programs do, is read between two lines of code
-    (sys.settrace), because a thread cannot be stopped from outside.
+    The thread's own clock, which does not run while other programs do, is read between two lines of the template and
+    at each call (sys.settrace), because a thread cannot be stopped from outside.
     """
 
     class Reached(BaseException):   # not an Exception, which a template could pass over
@@ -120,4 +120,4 @@ class TimeLimit:
     def look(self, frame, event, argument):
         if time.thread_time() > self.end:
             raise self.Reached
-        return self.look
+        return self.look if frame.f_code.co_filename == '<template>' else None   # the lines of Jinja itself are many

@@ -36,24 +36,15 @@ DIGITS = '零一二三四五六七八九'
 
 
 def number_in_words(number: int, language: str) -> str:
-    """An integer from 0 to 999 in words: 'forty-two', '四十二'."""
+    """An integer from 0 to 99 in words: 'forty-two', '四十二'."""
+    tens, ones = divmod(number, 10)
     if language == 'en':
         if number < 20:
             return ONES[number]
-        if number < 100:
-            return TENS[number // 10] + (f'-{ONES[number % 10]}' if number % 10 else '')
-        rest = f' and {number_in_words(number % 100, language)}' if number % 100 else ''
-        return f'{ONES[number // 100]} hundred{rest}'
+        return TENS[tens] + (f'-{ONES[ones]}' if ones else '')
     if number < 10:
         return DIGITS[number]
-    if number < 100:
-        tens = DIGITS[number // 10] if number >= 20 else ''
-        return f'{tens}十{DIGITS[number % 10] if number % 10 else ""}'
-    rest = number % 100
-    if not rest:
-        return f'{DIGITS[number // 100]}百'
-    between = '零' if rest < 10 else '一' if rest < 20 else ''
-    return f'{DIGITS[number // 100]}百{between}{number_in_words(rest, language)}'
+    return (DIGITS[tens] if tens > 1 else '') + '十' + (DIGITS[ones] if ones else '')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,13 +80,15 @@ def operands(generator: random.Random, sign: str) -> tuple[int, int]:
 
 def working(a: int, sign: str, b: int) -> str:
     """A computation with its steps, as one does it in the head: '47 + 38 = 70 + 15 = 85'."""
+    tens = b // 10 * 10
+    ones = b % 10
     if sign == '+':
-        steps = [f'{a} + {b}', f'{a // 10 * 10 + b // 10 * 10} + {a % 10 + b % 10}', str(a + b)]
+        steps = [f'{a} + {b}', f'{a // 10 * 10 + tens} + {a % 10 + ones}', str(a + b)]
     elif sign == '-':
-        steps = [f'{a} - {b}', f'{a - b // 10 * 10} - {b % 10}', str(a - b)]
+        steps = [f'{a} - {b}', f'{a - tens} - {ones}', str(a - b)]
     else:
-        steps = [f'{a} × {b}', f'{a * (b // 10 * 10)} + {a * (b % 10)}', str(a * b)]
-    if (sign != '-' and (a < 10 or sign == '*') and b < 10) or (sign == '-' and b < 10):
+        steps = [f'{a} × {b}', f'{a * tens} + {a * ones}', str(a * b)]
+    if b < 10 and (sign != '+' or a < 10):
         del steps[1]   # there are no tens to split off
     return ' = '.join(steps)
 
@@ -142,37 +135,34 @@ UNITS = (   # how many of the second make one of the first
     (12, {'en': ('years', 'months'), 'zh': ('年', '个月')}), (10, {'en': ('yuan', 'jiao'), 'zh': ('元', '角')}))
 
 
+DATES = {   # the questions and the answer: the day in n days, how long a month is, the next month
+    'en': ((('Today is {day}. Which day is it in {n} day{s}?', 'Which day comes {n} day{s} after {day}?'),
+            '{n} day{s} after {day} is {result}.'),
+           (('How many days does {month} have?', 'How long is {month}?'), '{month} has {result} days.'),
+           (('Which month comes after {month}?', 'What follows {month}?'), 'After {month} comes {result}.')),
+    'zh': ((('今天是{day}，{n}天后是星期几？', '{day}之后{n}天是星期几？'), '{day}之后{n}天是{result}。'),
+           (('{month}有多少天？', '{month}有几天？'), '{month}有{result}天。'),
+           (('{month}之后是几月？', '{month}的下一个月是几月？'), '{month}之后是{result}。'))}
+
+
 def dates(generator: random.Random, language: str) -> Question:
     """A day of the week some days on, or the days or the successor of a month."""
     form = generator.randrange(3)
-    if form == 0:
-        day = generator.randrange(7)
-        after = generator.randint(1, 20)
-        result = DAYS[language][(day + after) % 7]
-        today = DAYS[language][day]
-        if language == 'en':
-            plural = 's' if after > 1 else ''
-            text = generator.choice((f'Today is {today}. Which day is it in {after} day{plural}?',
-                                     f'Which day comes {after} day{plural} after {today}?'))
-            answer = f'{after} day{plural} after {today} is {result}.'
-        else:
-            text = generator.choice((f'今天是{today}，{after}天后是星期几？', f'{today}之后{after}天是星期几？'))
-            answer = f'{today}之后{after}天是{result}。'
-        return Question('dates', language, text, answer, result, f'{day} + {after}')
+    texts, answer = DATES[language][form]
+    day = generator.randrange(7)
+    n = generator.randint(1, 20)
     month = generator.randrange(12)
-    name = MONTHS[language][month]
-    if form == 1:
-        result = str(DAYS_OF[month])
-        texts = {'en': (f'How many days does {name} have?', f'How long is {name}?'),
-                 'zh': (f'{name}有多少天？', f'{name}有几天？')}
-        answer = {'en': f'{name} has {result} days.', 'zh': f'{name}有{result}天。'}
-    else:
-        result = MONTHS[language][(month + 1) % 12]
-        texts = {'en': (f'Which month comes after {name}?', f'What follows {name}?'),
-                 'zh': (f'{name}之后是几月？', f'{name}的下一个月是几月？')}
-        answer = {'en': f'After {name} comes {result}.', 'zh': f'{name}之后是{result}。'}
-    text = generator.choice(texts[language])
-    return Question('dates', language, text, answer[language], result, text)   # there are 12 only
+    result = (DAYS[language][(day + n) % 7], str(DAYS_OF[month]), MONTHS[language][(month + 1) % 12])[form]
+    given = {'day': DAYS[language][day], 'n': n, 's': 's' if n > 1 else '', 'month': MONTHS[language][month]}
+    text = generator.choice(texts).format(**given)
+    key = f'{day} + {n}' if form == 0 else text   # there are 12 months only: all of them are learned
+    return Question('dates', language, text, answer.format(result=result, **given), result, key)
+
+
+CONVERSIONS = {   # the questions and the answer
+    'en': (('How many {small} are {count} {large}?', 'Convert {count} {large} to {small}.'),
+           '{count} {large} are {result} {small}.'),
+    'zh': (('{count}{large}是多少{small}？', '把{count}{large}换算成{small}。'), '{count}{large}是{result}{small}。')}
 
 
 def units(generator: random.Random, language: str) -> Question:
@@ -180,14 +170,11 @@ def units(generator: random.Random, language: str) -> Question:
     factor, names = generator.choice(UNITS)
     large, small = names[language]
     count = generator.randint(2, 99 if factor in (10, 100, 1000) else 12)
+    given = {'count': count, 'large': large, 'small': small}
+    texts, answer = CONVERSIONS[language]
     result = str(count * factor)
-    if language == 'en':
-        text = generator.choice((f'How many {small} are {count} {large}?', f'Convert {count} {large} to {small}.'))
-        answer = f'{count} {large} are {result} {small}.'
-    else:
-        text = generator.choice((f'{count}{large}是多少{small}？', f'把{count}{large}换算成{small}。'))
-        answer = f'{count}{large}是{result}{small}。'
-    return Question('units', language, text, answer, result, f'{count} {factor} {names["en"]}')
+    return Question('units', language, generator.choice(texts).format(**given), answer.format(result=result, **given),
+                    result, f'{count} {factor} {names["en"]}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,8 +185,7 @@ FRUIT = {'en': 'apple pear plum peach grape lemon melon cherry mango fig kiwi ba
 COLORS = {'en': 'red blue green white black yellow brown grey'.split(),
           'zh': '红色 蓝色 绿色 白色 黑色 黄色 棕色 灰色'.split()}
 
-COLONS = {'en': ': ', 'zh': '：'}
-SEPARATORS = {'en': (', ', '. '), 'zh': ('，', '。')}   # between two entries, and after the last one
+ENTRIES = {'en': ('{}: {}', ', ', '. '), 'zh': ('{}：{}', '，', '。')}   # one, between two, after the last
 LOOKUPS = {   # the answer, the question for a value, the question for a name
     'en': {'color': ('The {name} is {value}.', 'Which color is the {name}?', 'What is {value}?'),
            'price': ('The {name} costs {value}.', 'What does the {name} cost?', 'What costs {value}?')},
@@ -210,23 +196,16 @@ LOOKUPS = {   # the answer, the question for a value, the question for a name
 def lookup(generator: random.Random, language: str) -> Question:
     """One value of a small table that the question begins with; the table has numbers or colors."""
     names = generator.sample(FRUIT[language], generator.randint(3, 5))
-    of_colors = generator.random() < 0.4
-    if of_colors:
-        values = generator.sample(COLORS[language], len(names))
-    else:
-        values = [str(number) for number in generator.sample(range(1, 100), len(names))]
-    at = generator.randrange(len(names))
+    sort = 'color' if generator.random() < 0.4 else 'price'
+    values = generator.sample(COLORS[language] if sort == 'color' else range(1, 100), len(names))
+    name, value = generator.choice(list(zip(names, values)))
+    entry, between, end = ENTRIES[language]
+    table = between.join(map(entry.format, names, values)) + end
+    statement, by_name, by_value = LOOKUPS[language][sort]
     backwards = generator.random() < 0.3
-    name = names[at]
-    value = values[at]
-    between, end = SEPARATORS[language]
-    table = between.join(f'{one}{COLONS[language]}{other}' for one, other in zip(names, values)) + end
-    statement, by_name, by_value = LOOKUPS[language]['color' if of_colors else 'price']
-    question = by_value if backwards else by_name
-    text = table + question.format(name=name, value=value)
-    answer = statement.format(name=name, value=value)
-    result = name if backwards else value
-    return Question('lookup', language, text, answer, result, text)
+    text = table + (by_value if backwards else by_name).format(name=name, value=value)
+    result = name if backwards else str(value)
+    return Question('lookup', language, text, statement.format(name=name, value=value), result, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,33 +220,34 @@ WORDS = {'color': ('red', 'green', 'blue', 'yellow'), 'country': ('China', 'Peru
          'city': ('Oslo', 'Lima', 'Kyoto', 'Cairo'), 'language': ('Chinese', 'English', 'Spanish', 'Arabic')}
 
 
+QUERIES = (   # the query, and what is asked in English and Chinese
+    ('SELECT {title} FROM {table} WHERE {number} {sign} {value};',
+     'which {table} have {number} {above} {value}?', '哪些{rows}的{what}{above}{value}？'),
+    ("SELECT COUNT(*) FROM {table} WHERE {group} = '{word}';",
+     'how many {table} have {group} {word}?', '{of}是{word}的{rows}有多少？'),
+    ('SELECT {most}({number}) FROM {table};',
+     'what is the {highest} {number} of {table}?', '{rows}的{what}{highest}是多少？'),
+    ('SELECT {group}, AVG({number}) FROM {table} GROUP BY {group};',
+     'what is the average {number} of {table} by {group}?', '每种{of}的{rows}平均{what}是多少？'),
+    ('SELECT {title} FROM {table} ORDER BY {number}{order} LIMIT {few};',
+     'show the {few} {table} with the {highest} {number}', '列出{what}{highest}的{few}个{rows}'))
+MORE = {'sign': '>', 'most': 'MAX', 'order': ' DESC'}
+LESS = {'sign': '<', 'most': 'MIN', 'order': ''}
+COMPARED = {'en': {'>': ('above', 'highest'), '<': ('below', 'lowest')},
+            'zh': {'>': ('大于', '最大'), '<': ('小于', '最小')}}
+
+
 def sql(generator: random.Random, language: str) -> Question:
     """A question about a table, answered by a query in SQL, which is the result too."""
+    query, *texts = generator.choice(QUERIES)
     table = generator.choice(list(TABLES))
     title, group, number = TABLES[table]
-    value = generator.randint(1, 99)
-    word = generator.choice(WORDS[group])
-    more = generator.random() < 0.5
-    sign = '>' if more else '<'
-    form = generator.randrange(5)
-    query = (f'SELECT {title} FROM {table} WHERE {number} {sign} {value};',
-             f"SELECT COUNT(*) FROM {table} WHERE {group} = '{word}';",
-             f'SELECT {"MAX" if more else "MIN"}({number}) FROM {table};',
-             f'SELECT {group}, AVG({number}) FROM {table} GROUP BY {group};',
-             f'SELECT {title} FROM {table} ORDER BY {number}{" DESC" if more else ""} LIMIT {value % 9 + 1};')[form]
-    if language == 'en':
-        text = (f'which {table} have {number} {"above" if more else "below"} {value}?',
-                f'how many {table} have {group} {word}?',
-                f'what is the {"highest" if more else "lowest"} {number} of {table}?',
-                f'what is the average {number} of {table} by {group}?',
-                f'show the {value % 9 + 1} {table} with the {"highest" if more else "lowest"} {number}')[form]
-        text = f'SQL: {text}'
-    else:
-        what, of, rows = ZH[number], ZH[group], ZH[table]
-        text = (f'哪些{rows}的{what}{"大于" if more else "小于"}{value}？', f'{of}是{word}的{rows}有多少？',
-                f'{rows}的{what}{"最大" if more else "最小"}是多少？', f'每种{of}的{rows}平均{what}是多少？',
-                f'列出{what}{"最大" if more else "最小"}的{value % 9 + 1}个{rows}')[form]
-        text = f'SQL：{text}'
+    given = {**generator.choice((MORE, LESS)), 'table': table, 'title': title, 'group': group, 'number': number,
+             'value': generator.randint(1, 99), 'few': generator.randint(1, 9), 'word': generator.choice(WORDS[group]),
+             'rows': ZH[table], 'of': ZH[group], 'what': ZH[number]}
+    given['above'], given['highest'] = COMPARED[language][given['sign']]
+    query = query.format(**given)
+    text = {'en': 'SQL: ', 'zh': 'SQL：'}[language] + texts[LANGUAGES.index(language)].format(**given)
     return Question('sql', language, text, query, query, query)
 
 

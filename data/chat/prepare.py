@@ -23,7 +23,7 @@ from configurator import configure
 input = ''                 # comma-separated files, globs and folders of conversations; '': generate them
 name = 'chat'              # the dataset: a folder in data/, or a path, which has a slash
 tokenizer = 'bpe:2000'     # 'bpe:5000' (trained here), or that of a model with a chat template: a folder, owner/name
-num_generated = 30000      # conversations to generate
+num_generated = 60000      # conversations to generate
 val_fraction = 0.02        # the share of conversations that is for validation
 max_tokens = 0             # leave out conversations of more tokens; 0: none is left out
 seed = 1337                # which are for validation, and what is generated
@@ -46,7 +46,8 @@ from flatgpt.dataset import BEGINS, SPLITS, write
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import load, trained_size
 
-QUESTIONS = 50   # of each kind and language, in questions.jsonl
+QUESTIONS = 50         # of each kind and language, in questions.jsonl
+TO_TOKENIZE = 10000    # conversations on which a tokenizer is trained
 
 validate.at_least(10, config, 'num_generated')
 validate.at_least(0, config, 'max_tokens')
@@ -77,8 +78,9 @@ else:
 # tokenizer and template
 
 if trained_size(tokenizer) is not None:
-    contents = (message['content'] for messages in conversations['train'] for message in messages)
-    without_digits = (part for content in contents for part in re.split(r'\d', content))   # each digit stays a token
+    texts = (f'{message["role"]}\n{message["content"]}' for messages in conversations['train'][:TO_TOKENIZE]
+             for message in messages)
+    without_digits = (part for text in texts for part in re.split(r'\d', text))   # each digit stays a token
     tok = load(tokenizer, without_digits, special=('<|im_start|>', '<|im_end|>'))
     template = add_chatml(tok)
 else:
