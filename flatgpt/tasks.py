@@ -362,11 +362,11 @@ def is_held_out(question: Question, share: float = 0.1) -> bool:
 
 
 def questions(kind: str, language: str, seed: int, held_out: bool):
-    """Endless questions of a kind and a language, all held out or none."""
+    """Endless questions of a kind and a language, all held out or none; those of small talk are never held out."""
     generator = random.Random(f'{kind} {language} {seed} {held_out}')
     while True:
         question = KINDS[kind](generator, language)
-        if is_held_out(question) == held_out:
+        if is_held_out(question) == held_out or kind in NEVER_HELD_OUT:
             yield question
 
 

@@ -24,6 +24,7 @@ input = ''                 # comma-separated files, globs and folders of convers
 name = 'chat'              # the dataset: a folder in data/, or a path, which has a slash
 tokenizer = 'bpe:2000'     # 'bpe:5000' (trained here), or that of a model with a chat template: a folder, owner/name
 num_generated = 60000      # conversations to generate
+num_questions = 50         # held-out questions of each kind and language, in questions.jsonl
 val_fraction = 0.02        # the share of conversations that is for validation
 max_tokens = 0             # leave out conversations of more tokens; 0: none is left out
 seed = 1337                # which are for validation, and what is generated
@@ -46,11 +47,10 @@ from flatgpt.dataset import BEGINS, SPLITS, write
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import load, trained_size
 
-QUESTIONS = 50         # of each kind and language, in questions.jsonl
-TO_TOKENIZE = 10000    # conversations on which a tokenizer is trained
+TO_TOKENIZE = 10000   # conversations on which a tokenizer is trained
 
 validate.at_least(10, config, 'num_generated')
-validate.at_least(0, config, 'max_tokens')
+validate.at_least(0, config, 'max_tokens', 'num_questions')
 validate.share(config, 'val_fraction')
 
 # conversations: {'train': [messages], 'val': [messages]}
@@ -65,7 +65,7 @@ if input:
         raise UserError(f'{input} has {len(everything)} conversations: expected two or more')
     conversations = {'val': everything[:num_val], 'train': everything[num_val:]}
 else:
-    streams = {(kind, language, held_out): tasks.questions(kind, language, seed, held_out and kind != 'talk')
+    streams = {(kind, language, held_out): tasks.questions(kind, language, seed, held_out)
                for kind, language, held_out in itertools.product(tasks.KINDS, tasks.LANGUAGES, (False, True))}
     num_val = max(int(num_generated * val_fraction), 1)
     conversations = {}
@@ -125,7 +125,8 @@ if not input:
     path = folder / 'questions.jsonl'
     with open(path, 'w', encoding='utf-8') as file:
         for kind, language in itertools.product(tasks.KINDS, tasks.LANGUAGES):
-            for question in itertools.islice(streams[kind, language, True], QUESTIONS if kind != 'talk' else 0):
+            number = 0 if kind in tasks.NEVER_HELD_OUT else num_questions
+            for question in itertools.islice(streams[kind, language, True], number):
                 prompt = template.render([{'role': 'user', 'content': question.text}], add_generation_prompt=True)
                 file.write(json.dumps({'prompt': prompt, **question._asdict()}, ensure_ascii=False) + '\n')
     print(f'questions that are not learned: {path}')
