@@ -268,13 +268,14 @@ def test_the_template_of_a_model_is_used_and_too_long_conversations_are_left_out
     ('{"messages": [{"role": "user", "content": "hi"}]}\n' * 3, [], 1, ['talks.jsonl', 'no message is of the assist']),
     ('{"text": "prose"}\n' * 3, [], 1, ['talks.jsonl', 'expected "messages"']),
     (json.dumps(FORMS['alpaca']('a', 'b')), [], 1, ['1 conversation', 'expected two or more']),
+    (b'{"instruction": "a", "output": "\xff"}\n' * 3, [], 1, ['talks.jsonl', 'line 1', 'UTF-8']),
     (None, ['--max_tokens=3'], 1, ['max_tokens=3']),
     (None, ['--val_fraction=1'], 2, ['val_fraction']), (None, ['--num_generated=3'], 2, ['num_generated']),
 ])
 def test_what_prepare_refuses_is_one_line_and_writes_nothing(tmp_path, content, args, status, words):
     path = write_talks(tmp_path / 'talks.jsonl', 'messages')
     if content:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     done = call('data/chat/prepare.py', f'--name={tmp_path / "made"}', f'--input={path}', '--tokenizer=bpe:300', *args)
     assert_one_line(done, status, *words)
     assert not (tmp_path / 'made').exists()
