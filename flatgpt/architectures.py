@@ -10,6 +10,7 @@ import re
 import torch
 
 from flatgpt.errors import UserError
+from flatgpt.machine import SkipInit
 from model import ARCHS, GPT, GPTConfig
 
 CLASSES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
@@ -100,7 +101,7 @@ def config_from_hf(hf_config: dict, source) -> dict:
                 values.setdefault(CONTEXT, config['block_size'])
             numbers = tuple(float(values[name]) for name in ROPE[values['rope_type']])
             config['rope_scaling'] = numbers if values['rope_type'] == 'llama3' else (values['rope_type'], *numbers)
-        with torch.device('meta'):
+        with torch.device('meta'), SkipInit():
             c = GPT(GPTConfig(**config)).config
     except KeyError as error:
         raise UserError(f'{source}/config.json does not say its {error.args[0]}') from None
@@ -179,7 +180,7 @@ def weights_from_hf(hf_tensors: dict, config: GPTConfig, architecture: str, sour
     hf_tensors = {name if name.startswith((prefix, 'lm_head.')) else prefix + name: tensor
                   for name, tensor in hf_tensors.items() if not re.search(BUFFERS, name)}
     head = hf_tensors.pop('lm_head.weight', None) if config.tie_weights else None
-    with torch.device('meta'):
+    with torch.device('meta'), SkipInit():
         shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
     tensors, kinds = {}, {re.sub(r'\d+', '#', name) for name in hf_tensors}
     for name, shape in shapes.items():

@@ -22,6 +22,7 @@ import torch
 from flatgpt import architectures, hub, lora, pretrained, tokenizer
 from flatgpt.dataset import find, read_meta
 from flatgpt.errors import UserError, nothing_at
+from flatgpt.machine import SkipInit
 from model import GPT, NANOGPT_FIELDS, GPTConfig
 
 VERSION = 1
@@ -180,7 +181,7 @@ def build(ckpt: dict, path, merged=False, **overrides) -> GPT:
         model = build_adapted(ckpt, path, **overrides)
         return lora.merge(model) if merged else model
     try:
-        with torch.device('meta'):   # no memory, and no initialisation that would be overwritten
+        with torch.device('meta'), SkipInit():   # no memory, and no initialisation that would be overwritten
             model = GPT(GPTConfig(**{**ckpt['model_args'], **overrides}))
         mapped = Path(path).is_dir()   # safetensors maps its files, which somebody may change later
         weights = {name: p.to(torch.float32, copy=mapped).contiguous() for name, p in ckpt['model'].items()}

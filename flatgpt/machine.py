@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from flatgpt.errors import UsageError
 
@@ -92,6 +93,16 @@ def pick_compile(choice: str | bool, device: torch.device) -> bool:
         return False
     zeros = torch.zeros(8, device=device)   # the trial fails without a C++ compiler, without Triton, on an old GPU
     return works(lambda: torch.compile(lambda x: x + 1)(zeros).sum().item() == 8, 'torch.compile')
+
+
+class SkipInit(TorchFunctionMode):
+    """A context in which weights are not drawn at random. On torch.device('meta'), where they have no numbers, drawing
+    them would still import torch's compiler, for a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ == 'normal_':   # of a tensor, or of torch.nn.init
+            return args[0] if args else kwargs['tensor']
+        return function(*args, **(kwargs or {}))
 
 
 def set_compile_cache():

@@ -2,6 +2,7 @@
 Optimizers (AdamW, Muon), the learning rate of a step, and which parameters are trained.
 """
 
+import inspect
 import math
 import re
 
@@ -77,11 +78,23 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
 
 
-def adamw(model: nn.Module, learning_rate: float, betas: tuple, weight_decay: float) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the decorators of its methods that import torch's compiler, which takes a second: they only
+    matter if an optimizer is compiled."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+for method in vars(torch.optim.Optimizer).values():   # these decorators call what they find under this name
+    if hasattr(method, '__wrapped__'):
+        setattr(method.__wrapped__, '__dynamo_disable', method.__wrapped__)
+
+
+def adamw(model: nn.Module, learning_rate: float, betas: tuple, weight_decay: float) -> AdamW:
     """Return AdamW (Loshchilov & Hutter, 2019) for the trainable parameters of a model, in torch's fused form, which
     updates all of them in one pass."""
     fused = next(model.parameters()).device.type != 'meta'   # which has no numbers, and no fused form
-    return torch.optim.AdamW(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
+    return AdamW(param_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=fused)
 
 
 class Muon(torch.optim.Optimizer):

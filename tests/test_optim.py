@@ -2,10 +2,13 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import quick
@@ -374,3 +377,24 @@ def test_the_state_of_muon_is_taken_over_and_the_next_step_is_the_same_bit_for_b
         spoil_gradients(model, 9)
         opt.step()
     assert all(torch.equal(p, other) for p, other in zip(one.parameters(), two.parameters()))
+
+
+@pytest.mark.full
+def test_neither_training_nor_loading_a_model_imports_the_compiler(tmp_path):
+    code = f"""if True:
+        import sys, torch
+        from flatgpt import checkpoint, optim
+        from model import GPT, GPTConfig
+        sizes = dict(vocab_size=8, block_size=8, n_layer=1, n_head=1, n_embd=8)
+        model = GPT(GPTConfig(**sizes))
+        for name in ('adamw', 'muon'):
+            opt = optim.build(name, model, 1e-3, (0.9, 0.99), 0.1, torch.float32)
+            for _ in range(2):
+                model(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))[1].backward()
+                opt.step()
+                opt.zero_grad()
+            optim.load_state(opt, opt.state_dict())
+        checkpoint.build({{'model_args': sizes, 'model': model.state_dict()}}, {str(tmp_path / 'x.pt')!r})
+        print('torch._dynamo' in sys.modules)"""
+    ended = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == 'False\n', ended.stderr
