@@ -1,12 +1,15 @@
 """
-A model as a folder of Hugging Face, for transformers, vLLM, llama.cpp and others; proven by reading it back.
+A model as a folder of Hugging Face, for transformers, vLLM and others, proven by reading it back; or as a GGUF file,
+for llama.cpp, Ollama and LM Studio.
 
     python export.py --out_dir=out-shakespeare-char-cpu --to=my-model
     python export.py --init_from=gpt2 --to=my-gpt2 --dtype=bfloat16
     python export.py --out_dir=out-lora --to=my-model              the base with the adapter merged into it
     python export.py --out_dir=out-lora --to=my-adapter --adapter  the adapter alone, for PEFT
+    python export.py --out_dir=out-chat --gguf=my-model.gguf --gguf_dtype=Q8_0
 
-The architectures 'gpt2', 'llama' and 'qwen3' of train.py have a class there, others are refused. Prints the folder.
+The architectures 'gpt2', 'llama' and 'qwen3' of train.py have a class there, others are refused. Prints what
+it has made.
 """
 
 from configurator import configure
@@ -17,6 +20,8 @@ init_from = 'resume'                  # 'resume' (the model in out_dir), a path,
 tokenizer_of: str | None = None       # for a checkpoint of nanoGPT, which has none: the dataset it was trained on
 to = ''                               # the folder to make
 dtype = 'float32'                     # of the weights in it: 'float32', 'bfloat16', 'float16'
+gguf = ''                             # the GGUF file to make, alone or besides
+gguf_dtype = 'F16'                    # of the matrices in it: 'F32', 'F16', 'BF16', 'Q8_0' (8 bits)
 adapter = False                       # an adapter alone instead of what it makes of its base
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
@@ -29,7 +34,7 @@ from pathlib import Path
 import torch  # not above the options: --help and a misspelt option need not wait for it
 from safetensors import SafetensorError
 
-from flatgpt import architectures, checkpoint, lora, machine, pretrained, validate
+from flatgpt import architectures, checkpoint, llama_cpp, lora, machine, pretrained, validate
 from flatgpt.errors import UserError
 
 validate.export_options(config)
@@ -42,6 +47,7 @@ if adapter and 'base' not in ckpt:
     raise UserError(f'{path} is not an adapter, it has all its weights: remove --adapter')
 architecture = architectures.hf_architecture(model.config)
 model.to(machine.DTYPES[dtype]).float()
+header = llama_cpp.header(model.config, tok, gguf_dtype, Path(gguf).stem) if gguf else None   # refuses what it cannot
 
 # what the folder must give again: the ids of a text, and the logits of another one, this file
 
@@ -88,31 +94,43 @@ def compare_with_transformers(folder):
     return reader
 
 
-# write to a temporary folder beside it, read back, compare, and only then let it appear
+def export_folder(new):
+    """Write the folder, read it back and compare. Returns what one reads about it."""
+    if adapter:
+        lora.save_peft(new, model, architecture, ckpt['lora'], str(ckpt['base']['path']))
+        if not lora.same_peft(new, model, architecture):
+            raise UserError(f'the adapter that was read back is not that of {path}: nothing was exported')
+        return 'read back and compared'
+    pretrained.save(new, model, architecture, machine.DTYPES[dtype], tok)
+    again, again_tok, _ = checkpoint.load_model(new)
+    with torch.inference_mode():
+        compare('the exported model', again_tok.encode(probe), again(ids, ids)[0])
+    reader = compare_with_transformers(new)
+    return f'read back and compared, by {reader} too' if reader else 'read back and compared'
 
-to = Path(to).expanduser().resolve()
-reader = None
-try:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{to.name}-', dir=to.parent) as scratch:
-        new = Path(scratch) / to.name
-        if adapter:
-            lora.save_peft(new, model, architecture, ckpt['lora'], str(ckpt['base']['path']))
-            if not lora.same_peft(new, model, architecture):
-                raise UserError(f'the adapter that was read back is not that of {path}: nothing was exported')
-        else:
-            pretrained.save(new, model, architecture, machine.DTYPES[dtype], tok)
-            again, again_tok, _ = checkpoint.load_model(new)
-            with torch.inference_mode():
-                compare('the exported model', again_tok.encode(probe), again(ids, ids)[0])
-            reader = compare_with_transformers(new)
-        if to.is_dir():
-            to.rmdir()
-        os.rename(new, to)
-except (OSError, SafetensorError) as error:
-    raise UserError(f'cannot write {to}: {getattr(error, "strerror", None) or error}') from None
 
-size = sum(file.stat().st_size for file in to.iterdir()) / 1e6
-also = f', by {reader} too' if reader else ''
-print(f'{path} as {architectures.CLASSES[architecture]}, {size:,.1f} MB, read back and compared{also}', file=sys.stderr)
-print(to)
+def export_gguf(new):
+    """Write the GGUF file. Returns what one reads about it."""
+    llama_cpp.write(header, new, model, gguf_dtype)
+    return f'{gguf_dtype}, not compared'
+
+
+# write into a temporary folder beside it, and only what is complete appears
+
+for target, export in ((to, export_folder), (gguf, export_gguf)):
+    if not target:
+        continue
+    target = Path(target).expanduser().resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'.{target.name}-', dir=target.parent) as scratch:
+            new = Path(scratch) / target.name
+            how = export(new)
+            if target.is_dir():
+                target.rmdir()
+            os.rename(new, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'cannot write {target}: {getattr(error, "strerror", None) or error}') from None
+    size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target])) / 1e6
+    print(f'{path} as {architectures.CLASSES[architecture]}, {size:,.1f} MB, {how}', file=sys.stderr)
+    print(target)

@@ -6,6 +6,7 @@ config.json calls model_type.
 """
 
 import re
+from collections.abc import Iterator
 
 import torch
 
@@ -33,6 +34,7 @@ LLAMA = {
 MODULES = {**dict.fromkeys(CLASSES, LLAMA), 'gpt2': GPT2, 'qwen3': {
     **LLAMA, **{f'transformer.h.#.attn.{part}_norm': [f'model.layers.#.self_attn.{part}_norm'] for part in 'qk'}}}
 TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')   # in GPT-2 these are stored input by output
+WITHOUT_BIAS = ('wte.weight', 'wpe.weight', 'lm_head.weight')   # in any GPT-2
 BUFFERS = r'(^|\.)attn\.(masked_)?bias$|rotary_emb\.inv_freq$'   # constants that old files hold
 
 # {field of GPTConfig: field of config.json}
@@ -209,18 +211,18 @@ def weights_from_hf(hf_tensors: dict, config: GPTConfig, architecture: str, sour
     return tensors
 
 
-def weights_to_hf(model: GPT, architecture: str) -> dict:
-    """The parameters of a model, {name: tensor}, as an architecture has them."""
-    tensors = {name: p.detach() for name, p in model.named_parameters()}
-    if architecture == 'gpt2' and not model.config.bias:   # its class always has biases
-        for name, tensor in list(tensors.items()):
-            if not name.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')):
-                tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(tensor.size(0))
-    hf_tensors = {}
-    for name, tensor in tensors.items():
+def hf_parameters(model: GPT, architecture: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in an architecture, tensor) for all parameters of a model, each output by input, none copied. GPT-2's class
+    always has biases: zeros for a model without."""
+    for name, p in model.named_parameters():
         names = hf_names(name, architecture)
-        if architecture == 'gpt2' and name.endswith(TRANSPOSED):
-            tensor = tensor.T
-        parts = tensor.split(hf_rows(name, model.config)) if len(names) > 1 else [tensor]
-        hf_tensors |= {other: part.contiguous() for other, part in zip(names, parts)}
-    return hf_tensors
+        parts = p.detach().split(hf_rows(name, model.config)) if len(names) > 1 else [p.detach()]
+        yield from zip(names, parts)
+        if architecture == 'gpt2' and not model.config.bias and not name.endswith(WITHOUT_BIAS):
+            yield names[0].replace('.weight', '.bias'), p.new_zeros(p.size(0))
+
+
+def weights_to_hf(model: GPT, architecture: str) -> dict:
+    """The parameters of a model, {name: tensor}, as an architecture stores them."""
+    return {name: (p.T if architecture == 'gpt2' and name.endswith(TRANSPOSED) else p).contiguous()
+            for name, p in hf_parameters(model, architecture)}

@@ -249,8 +249,9 @@ def tokenizer_json(tok):
     pairs = [pair_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     merges = [tuple(''.join(shown[byte] for byte in part) for part in pair) for pair in pairs]
     encoding = Tokenizer(models.BPE({**vocab, **special}, merges, ignore_merges=True))
+    pattern = re.sub(r'(\{[\d,]+\})\+', r'\1', tok.parts['pat_str'])   # {1,3}+ repeats a group in this library
     encoding.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(tok.parts['pat_str']), 'isolated'),
+        pre_tokenizers.Split(Regex(pattern), 'isolated'),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     encoding.decoder = decoders.ByteLevel()
     encoding.add_special_tokens(sorted(special, key=special.get))

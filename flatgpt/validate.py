@@ -9,7 +9,7 @@ is wrong, the value, and what is expected.
 import math
 import os
 
-from flatgpt import alignment, engine, machine, optim, runtime
+from flatgpt import alignment, engine, llama_cpp, machine, optim, runtime
 from flatgpt.errors import UsageError, UserError
 from model import ALLOWED, ARCHS
 
@@ -164,14 +164,17 @@ def eval_options(options):
 
 def export_options(options):
     """Check the options of export.py."""
-    to = os.path.expanduser(options['to'])
-    if not to:
-        raise UsageError('to: give the folder to make, as in --to=my-model')
+    if not (options['to'] or options['gguf']):
+        raise UsageError('to: give the folder to make, as in --to=my-model, or a file, as in --gguf=my-model.gguf')
     one_of(machine.DTYPES, options, 'dtype')
+    one_of(llama_cpp.DTYPES, options, 'gguf_dtype')
     if options['adapter'] and options['dtype'] != 'float32':
         raise UsageError(f'dtype={options["dtype"]!r}: adapters are kept in float32')
-    if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
-        raise UserError(f'{to} is there already: remove it, or give another folder')
+    if options['adapter'] and options['gguf']:
+        raise UsageError(f'gguf={options["gguf"]!r}: it has the adapter merged into its base, remove --adapter')
+    for to in (os.path.expanduser(options[name]) for name in ('to', 'gguf')):
+        if os.path.exists(to) and (not os.path.isdir(to) or os.listdir(to)):
+            raise UserError(f'{to} is there already: remove it, or give another name')
 
 
 def share(options, name):

@@ -56,6 +56,13 @@ def can_use_gloo():
     return torch.distributed.is_available() and torch.distributed.is_gloo_available()
 
 
+def node_llama_cpp():
+    """The folder of the npm package node-llama-cpp, which has llama.cpp in it, or None: `npm install node-llama-cpp`
+    in the project's folder puts it there, the variable NODE_LLAMA_CPP names another one."""
+    folder = Path(os.environ.get('NODE_LLAMA_CPP', ROOT / 'node_modules' / 'node-llama-cpp'))
+    return folder if shutil.which('node') and (folder / 'dist' / 'index.js').exists() else None
+
+
 def is_there(module):
     return importlib.util.find_spec(module) is not None
 
@@ -77,6 +84,7 @@ CAPABILITIES = {
     'network_namespaces': (can_connect_namespaces, 'needs network namespaces: Linux and root'),
     'browser': (lambda: bool(shutil.which('chromium') and shutil.which('chromedriver')) and is_there('selenium'),
                 'needs chromium, chromedriver and selenium'),
+    'llama_cpp': (lambda: node_llama_cpp() and is_there('gguf'), 'needs gguf and the npm package node-llama-cpp'),
     'gpt2_encoding': (lambda: (SHARED / 'tiktoken_cache').is_dir(), "needs GPT-2's encoding on this machine"),
     'shakespeare': (lambda: (SHARED / 'tinyshakespeare.txt').exists(), 'needs tiny Shakespeare on this machine'),
 }

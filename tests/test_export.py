@@ -145,6 +145,17 @@ def test_tiktokens_encodings_become_the_same_tokenizer_json(special, monkeypatch
     assert again.encode('a<|endoftext|>', special=True).tolist() == tok.encode('a<|endoftext|>', special=True).tolist()
 
 
+@pytest.mark.parametrize('pattern', [tokenizer.GPT2_WORDS, r'\p{L}++|\p{N}{1,3}+|\s+', r'\p{N}{2}+|\p{L}{1,}+|.'])
+def test_a_regex_of_tiktokens_cuts_the_same_words(pattern):
+    """A possessive repetition, {1,3}+, is another thing in the other library."""
+    ranks = {bytes([i]): i for i in range(256)} | {b'12': 256, b'34': 257, b'1234': 258, b'ab': 259}
+    tok = TiktokenTokenizer('few', {'name': 'few', 'pat_str': pattern, 'mergeable_ranks': ranks,
+                                    'special_tokens': {'<|endoftext|>': 260}})
+    again = BpeTokenizer(pretrained.tokenizer_json(tok))
+    for text in ('1234', '12 123412 ab', 'abab12341'):
+        assert again.encode(text).tolist() == tok.encode(text).tolist()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # adapters
 

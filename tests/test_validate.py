@@ -168,7 +168,7 @@ def test_an_export_replaces_nothing(tmp_path, monkeypatch):
     (tmp_path / 'empty').mkdir()
     for name in 'full', 'full/file':
         line = refused('export.py', f'--to={tmp_path}/{name}', error=UserError)
-        assert line == f'{tmp_path}/{name} is there already: remove it, or give another folder'
+        assert line == f'{tmp_path}/{name} is there already: remove it, or give another name'
     monkeypatch.setenv('HOME', str(tmp_path))
     assert f'{tmp_path}/full is there already' in refused('export.py', '--to=~/full', error=UserError)
     for name in 'empty', 'new':
