@@ -36,8 +36,6 @@ RETIRED = {   # nanoGPT's options that are not needed here
     'always_save_checkpoint': 'ckpt.pt is always the latest state and best.pt the best one',
     'backend': 'it follows from the device',
     'decay_lr': "False is schedule='constant' with warmup_iters=0",
-    'find_lr': 'compare short runs, such as --max_iters=300 with three values of --learning_rate',
-    'max_file_gb': 'a file of ids may have any size',
     'real_data': 'bench.py measures on random ids, or on those of --dataset=NAME',
 }
 
@@ -61,10 +59,7 @@ class Config(dict):
         float is expected, a whole float an int, ~/ the home folder. Of a retired option, print what replaces it.
         Raises UsageError for another type. source: where the value comes from, for messages."""
         if name not in self:
-            line = f'{source}: {name} is not needed: {RETIRED[name]}'
-            if name == 'find_lr' and value is True:   # who asks for it does not want a whole run
-                raise UsageError(line)
-            print(line, file=sys.stderr)
+            print(f'{source}: {name} is not needed: {RETIRED[name]}', file=sys.stderr)
             if name == 'decay_lr' and value is False and 'schedule' in self:
                 self.put('schedule', 'constant', source)
                 self.put('warmup_iters', 0, source)

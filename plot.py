@@ -23,6 +23,7 @@ text = False                 # a chart in the terminal and no picture
 # ---------------------------------------------------------------------------------------------------------------------
 configure(globals())
 
+import codecs
 import os
 import shutil
 import sys
@@ -49,9 +50,11 @@ path = Path(to) if to else found[0].log.with_name('loss.png')
 try:
     if text:
         width, lines = shutil.get_terminal_size()
+        codecs.register_error('asterisk', lambda error: ('*' * (error.end - error.start), error.end))
         for panel in names:
-            print(plots.chart(found, by, panel, smooth, log_x, log_y, width - 1, max((lines - 4) // len(names), 12),
-                              color=sys.stdout.isatty() and 'NO_COLOR' not in os.environ))   # no-color.org
+            chart = plots.chart(found, by, panel, smooth, log_x, log_y, width - 1, max((lines - 4) // len(names), 12),
+                                color=sys.stdout.isatty() and 'NO_COLOR' not in os.environ)   # no-color.org
+            print(chart.encode(sys.stdout.encoding, 'asterisk').decode(sys.stdout.encoding))   # not all have line art
     else:
         plots.save_picture(path, found, by, names, smooth, log_x, log_y)
         print(f'wrote {path}', file=sys.stderr)

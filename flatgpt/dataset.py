@@ -24,8 +24,7 @@ FORMAT = 1
 SPLITS = ('train', 'val')
 RESUME = 'resume.json'   # in an unfinished dataset: where to continue
 BEGINS = 2               # in a mask: the first token of a conversation
-UNFINISHED = r'(train|val)(-\d+)?\.bin\.new'
-FINISHED = r'(train|val)(-\d{5})?\.(bin|mask)|tokenizer\.json'
+FILES = re.compile(r'(train|val)(-\d{5})?\.(bin|mask)(\.new)?|tokenizer\.json')   # of a dataset, beside meta.json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +66,8 @@ def open_writer(folder, key: str | None = None):
                 raise
             finally:
                 if writer.key is None:   # nothing to continue
-                    remove_files(folder, f'{UNFINISHED}|{re.escape(RESUME)}')
+                    for path in (folder / RESUME, *map(writer.path, SPLITS)):
+                        path.unlink(missing_ok=True)
                 with contextlib.suppress(PermissionError):   # Windows
                     os.unlink(lock.lock_file)   # while it is this process's
     except filelock.Timeout:
@@ -112,7 +112,6 @@ class Writer:
         """Set the tokenizer of the ids, before the first append()."""
         self.tok = tok
         self.dtype = tokenizer.id_type(tok.vocab_size).newbyteorder('<')
-        remove_files(self.folder, UNFINISHED, [self.path(split).name for split in SPLITS])
         self.trim()
 
     def trim(self):
@@ -168,15 +167,10 @@ class Writer:
         if 'json' in meta['tokenizer']:
             write_atomically(self.folder / 'tokenizer.json', meta['tokenizer']['json'].encode())
             names.append('tokenizer.json')
-        remove_files(self.folder, FINISHED, names)   # of the dataset that was there
+        for path in list(self.folder.iterdir()):   # of the dataset that was there
+            if FILES.fullmatch(path.name) and path.name not in names:
+                path.unlink()
         write_atomically(self.folder / 'meta.json', json.dumps(meta, indent=1).encode())
-
-
-def remove_files(folder, pattern, names=()):
-    """Remove the files of a folder whose names match a regular expression, except these names."""
-    for path in list(folder.iterdir()):
-        if re.fullmatch(pattern, path.name) and path.name not in names:
-            path.unlink()
 
 
 def write_atomically(path, content: bytes):

@@ -170,8 +170,10 @@ def make_tokenizer(corpus: Corpus, options: Options, one_text: bool):
     separator = [] if one_text else ['\n']   # between documents, if there is no end-of-text token
     tok = tokenizer.load(options.tokenizer, itertools.chain(texts, separator), options.min_frequency, options.special)
     if options.tokenizer != 'char':
+        asked = tokenizer.trained_size(options.tokenizer)
+        fewer = f'; the text is too short for {asked:,}' if tok.vocab_size < asked else ''
         print(f'{tok.vocab_size:,} tokens trained on {min(share, 1):.1%} of the text in '
-              f'{time.perf_counter() - start:.1f} s', file=sys.stderr)
+              f'{time.perf_counter() - start:.1f} s{fewer}', file=sys.stderr)
     return tok
 
 
@@ -347,12 +349,17 @@ def fetcher(folder: Path, repo: str, revision: str, files: list[dict]):
         with contextlib.suppress(UserError):   # which is raised when the file is needed
             get(i)
 
+    ahead = []   # the thread of get_ahead()
+
     def fetch(i):
-        path = get(i)   # waits for get_ahead(i)
+        for thread in ahead:
+            thread.join()
+        path = get(i)
         if i > 1:   # the last one may have to be read again
             (folder / files[i - 2]['path']).unlink(missing_ok=True)
         if i + 1 < len(files):
-            threading.Thread(target=get_ahead, args=(i + 1,), daemon=True).start()   # ends with the process
+            ahead[:] = [threading.Thread(target=get_ahead, args=(i + 1,), daemon=True)]   # ends with the process
+            ahead[0].start()
         return path
 
     return fetch

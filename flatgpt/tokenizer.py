@@ -80,11 +80,8 @@ class Tokenizer:
             name = self.token_bytes(self.eot).decode() if end else ''
             return self.encode(''.join(no_surrogates(text) + name for text in texts), special=True)
         ends = np.array([self.eot] if end else [], id_type(self.vocab_size))
-        ids = self.encode_each(texts)
+        ids = (self.encode(text, special=True) for text in texts)
         return np.concatenate([part for of in ids for part in (self.after_begin(of) if begin else of, ends)])
-
-    def encode_each(self, texts):
-        return [self.encode(text, special=True) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Invalid UTF-8, as a model may produce, becomes U+FFFD."""
@@ -109,21 +106,19 @@ class Tokenizer:
 
     def count(self, ids: np.ndarray) -> tuple[int, int]:
         """(characters, bytes in UTF-8) of the text of ids, in which tokens that begin or end a text are no text."""
-        silent = list({*self.begin, *self.ends})
-        if self.local:
+        silent = [*{*self.begin, *self.ends}]
+        if self.local:   # much faster
             counts = np.bincount(ids, minlength=self.vocab_size)
             counts[silent] = 0
             pieces = [(int(counts[i]), self.token_bytes(i)) for i in np.flatnonzero(counts).tolist()]
             characters = sum(n * sum(byte & 0xc0 != 0x80 for byte in piece) for n, piece in pieces)   # one in each
             return characters, sum(n * len(piece) for n, piece in pieces)
-        sizes = np.zeros(2, int)
+        characters = num_bytes = 0
         for text in np.split(ids, np.flatnonzero(np.isin(ids, silent))):
-            text, piece = text[np.isin(text, silent, invert=True)], self.stream()
-            for start in range(0, len(text) + 1, 2**16):
-                shown = piece(text[start:start + 2**16]) + (piece(None) if start + 2**16 > len(text) else '')
-                shown = shown.removeprefix('' if start else self.lead)
-                sizes += len(shown), len(shown.encode())
-        return tuple(sizes.tolist())
+            shown = self.decode(text[np.isin(text, silent, invert=True)]).removeprefix(self.lead)
+            characters += len(shown)
+            num_bytes += len(shown.encode())
+        return characters, num_bytes
 
     def unknown(self, text: str) -> list[str]:
         """The characters of a text that cannot be encoded, each once."""
@@ -242,7 +237,7 @@ class BpeTokenizer(Tokenizer):
             eot = ids.get(EOT, after[-1] if after else None)
         self.eot = eot
         self.ends = tuple(dict.fromkeys(ends)) or (() if eot is None else (eot,))
-        text = self.decode(self.library_ids('a', special=True)[0])   # which may begin with a space of its own
+        text = self.decode(self.library_ids('a', special=True))   # which may begin with a space of its own
         self.lead = text[:-1] if text.endswith('a') else ''
         self.local = self.bytes_of is not None and not self.lead
         self.knows = functools.cache(self.can_encode)
@@ -271,19 +266,16 @@ class BpeTokenizer(Tokenizer):
         train() numbers tokens in the order of their merges."""
         from tokenizers import models
 
-        ids = self.encoding.get_vocab(with_added_tokens=True)
-        tokens = sorted(ids, key=ids.get)
         special = [self.added[i] for i in sorted(self.added)]
-        first = special + sorted(byte_alphabet())
-        if self.bytes_of is None or tokens[:len(first)] != first:
-            return None
         merges = [tuple(pair) for pair in json.loads(self.encoding.to_str())['model'].get('merges', [])]
+        tokens = [*special, *sorted(byte_alphabet()), *map(''.join, merges)]
+        ids = {token: i for i, token in enumerate(tokens)}
+        ambiguous = any(a != b and b.startswith(a) for a in special for b in special)
+        if ambiguous or self.eot not in (None, *self.added) or ids != self.encoding.get_vocab(with_added_tokens=True):
+            return None
         again = byte_level(models.BPE(ids, merges))
         again.add_special_tokens(special)
-        if tokens != first + [''.join(pair) for pair in merges] or again.to_str() != self.encoding.to_str():
-            return None
-        ambiguous = any(a != b and b.startswith(a) for a in special for b in special)
-        if ambiguous or self.eot not in (None, *self.added):
+        if again.to_str() != self.encoding.to_str():
             return None
         ranks = {bytes(self.bytes_of[char] for char in token): ids[token] for token in tokens[len(special):]}
         return Encodings({'name': 'trained', 'pat_str': GPT2_WORDS, 'mergeable_ranks': ranks,
@@ -307,12 +299,12 @@ class BpeTokenizer(Tokenizer):
     @functools.cached_property
     def joint(self):
         """As it is for all tokenizers; many put a blank before each text themselves."""
-        two_texts, one_text = (self.library_ids(texts, special=True) for texts in (['a', 'b'], ['a b']))
-        return ' ' if self.border is BLANK and sum(two_texts, []) == one_text[0] else ''
+        a, b, both = (self.library_ids(text, special=True) for text in ('a', 'b', 'a b'))
+        return ' ' if self.border is BLANK and a + b == both else ''
 
     def can_encode(self, char):
         """Whether a character is in the ids of a text, or is one that the tokenizer removes on purpose."""
-        ids = self.library_ids([char], special=True)[0]   # True: other threads encode documents so
+        ids = self.library_ids(char, special=True)   # True: other threads encode documents so
         if not self.words(char) or (ids and not self.normal(char).strip(' ▁')):
             return True
         text = self.decode(ids).strip(' ')
@@ -327,17 +319,12 @@ class BpeTokenizer(Tokenizer):
         if self.ranks:
             return self.ranks.encode(text, special).astype(id_type(self.vocab_size))
         self.refuse_unknown(text)
-        return np.array(self.library_ids([text], special)[0], dtype=id_type(self.vocab_size))
+        return np.array(self.library_ids(text, special), dtype=id_type(self.vocab_size))
 
-    def encode_each(self, texts):
-        self.refuse_unknown(''.join(texts))
-        return [np.array(ids, dtype=id_type(self.vocab_size)) for ids in self.library_ids(texts, special=True)]
-
-    def library_ids(self, texts, special):
+    def library_ids(self, text, special):
         if self.encoding.encode_special_tokens == special:   # cannot be set while another thread encodes
             self.encoding.encode_special_tokens = not special
-        found = self.encoding.encode_batch_fast([no_surrogates(text) for text in texts], add_special_tokens=False)
-        return [one.ids for one in found]
+        return self.encoding.encode_batch_fast([no_surrogates(text)], add_special_tokens=False)[0].ids
 
     def token_text(self, i):
         return self.added.get(i) or self.encoding.id_to_token(i) or '\ufffd'

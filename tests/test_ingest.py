@@ -666,6 +666,12 @@ def test_a_vocabulary_is_trained_on_an_even_sample_that_needs_no_more_memory_tha
     assert all(60 < len(texts) < 140 and texts[-1] == '\n' for texts in drawn) and drawn[0] != drawn[1]
 
 
+@pytest.mark.parametrize('size, short', [(5000, True), (260, False)])
+def test_a_text_that_is_too_short_for_its_vocabulary_says_so(files, tmp_path, capsys, size, short):
+    build(tmp_path / 'out', files, f'bpe:{size}')
+    assert ('the text is too short for 5,000' in capsys.readouterr().err) == short
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # from the hub
 

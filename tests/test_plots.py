@@ -264,6 +264,11 @@ def test_text_is_a_chart_per_panel_on_stdout_as_wide_as_the_terminal(trained):
     assert widths == [59, 59] and '\x1b' not in done.stdout
 
 
+def test_line_art_that_a_terminal_lacks_is_asterisks(trained):
+    done = call('plot.py', f'--runs={trained}', '--text', encoding='cp1252', COLUMNS='60')
+    assert done.returncode == 0 and '*' * 50 in done.stdout and '\\u' not in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize('package, args', [('matplotlib', ['--to=x.png']), ('plotext', ['--text'])])
 def test_a_missing_package_is_one_line_that_names_its_installation(trained, monkeypatch, package, args):
     monkeypatch.setitem(sys.modules, package, None)

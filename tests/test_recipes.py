@@ -95,7 +95,7 @@ def test_an_input_that_is_not_a_source_tree_is_refused(copy, tmp_path):
     _, prepare = copy('my_code')
     (tmp_path / 'empty').mkdir()
     assert_one_line(prepare(status=2), 2, "input=''", '--input=~/project')
-    assert_one_line(prepare(f'--input={tmp_path / "gone"}', status=2), 2, 'expected a folder')
+    assert_one_line(prepare(f'--input={tmp_path / "gone"}', status=2), 2, 'there is no ', 'expected a folder')
     done = prepare(f'--input={tmp_path / "empty"}', '--tokenizer=char', status=1)
     assert_one_line(done, 1, '0 readable files', '.py')
     assert_one_line(prepare(f'--input={tmp_path}', '--val_fraction=1.0', status=2), 2, 'val_fraction=1.0')

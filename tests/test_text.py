@@ -62,7 +62,7 @@ def test_chinese_and_english_are_prepared_trained_on_and_sampled_from(folder, tm
     assert done.returncode == 0, done.stderr
     for words in ('mine:', 'train: ', 'val: ', 'vocabulary of 400', 'bytes per token', 'snippets:'):
         assert words in done.stdout
-    assert ' MB/s, ' in done.stderr and ' MB of memory' in done.stderr
+    assert ' MB/s' in done.stderr
     assert sorted(os.listdir(tmp_path / 'mine')) == ['meta.json', 'tokenizer.json', 'train.bin', 'val.bin']
     (tmp_path / 'tiny.py').write_text(TINY + "dataset = './mine'\nout_dir = 'out'\nmax_iters = 10\n")
     done = run('train.py', 'tiny.py', cwd=tmp_path)
@@ -148,7 +148,7 @@ def test_what_a_tokenizer_lacks_is_refused_and_with_errors_skip_counted(tmp_path
 def test_encodings_are_shown_side_by_side(tmp_path):
     done = call(PREPARE, '--inspect=你好 a\n你', '--tokenizer=char', cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, '')
-    assert done.stdout == 'char: 6 tokens of 5, 2.00 bytes per token\n你|好| |a|\\n|你\n'
+    assert done.stdout == 'char: 6 tokens, 2.00 bytes per token; vocabulary of 5\n你|好| |a|\\n|你\n'
     done = call(PREPARE, '--inspect=ab', '--tokenizer=char,char', '--color', cwd=tmp_path)
     assert done.stdout.count('\x1b[30;43ma\x1b[30;46mb\x1b[0m\n') == 2
     assert os.listdir(tmp_path) == []
@@ -158,13 +158,13 @@ def test_encodings_are_shown_side_by_side(tmp_path):
 @needs('gpt2_encoding')
 def test_bytes_per_token_are_reported_beside_those_of_gpt2(folder, tmp_path):
     env = {'TIKTOKEN_CACHE_DIR': str(SHARED / 'tiktoken_cache')}
-    done = prepare(PREPARE, f'--input={folder}/zh.md', '--name=./zh', '--tokenizer=bpe:500', '--compare=gpt2', '--rate',
-               cwd=tmp_path, **env)
+    done = prepare(PREPARE, f'--input={folder}/zh.md', '--name=./zh', '--tokenizer=bpe:500', '--compare=gpt2',
+                   cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     ratios = {line.split(': ')[0]: float(line.split()[1]) for line in done.stdout.splitlines()[-2:]}
-    assert ratios['gpt2'] < 2.5 < 1.5 * ratios['gpt2'] < ratios['bpe:500'] and 'one thread alone' in done.stderr
+    assert ratios['gpt2'] < 2.5 < 1.5 * ratios['gpt2'] < ratios['bpe:500']
     done = prepare(PREPARE, '--inspect=你好 world!', '--tokenizer=gpt2,./zh/tokenizer.json', cwd=tmp_path, **env)
-    assert done.stdout.startswith('gpt2: 6 tokens of 50,257, 2.17 bytes per token\n')
+    assert done.stdout.startswith('gpt2: 6 tokens, 2.17 bytes per token; vocabulary of 50,257\n')
     assert done.stdout.splitlines()[1] == r'\xe4\xbd|\xa0|\xe5\xa5|\xbd| world|!'
 
 

@@ -193,9 +193,3 @@ def test_each_script_checks_its_options_first_and_leaves_nothing_behind(script, 
     name = wrong[script][2:].partition('=')[0]
     assert_one_line(done, 2, f'{script}: {name}')
     assert done.stdout == '' and not list(tmp_path.iterdir())
-
-
-def test_who_asks_for_the_former_search_of_a_learning_rate_is_told_what_to_do_instead():
-    with pytest.raises(UsageError, match='find_lr is not needed: compare short runs'):
-        options('train.py', '--find_lr')
-    options('train.py', '--find_lr=False')   # as a config file may say

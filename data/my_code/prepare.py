@@ -33,12 +33,14 @@ import numpy as np
 
 from flatgpt import checkpoint
 from flatgpt.dataset import write
-from flatgpt.errors import UsageError, UserError
+from flatgpt.errors import UsageError, UserError, nothing_at
 from flatgpt.tokenizer import CharTokenizer
 
 LEFT_OUT = {'__pycache__', 'node_modules', 'site-packages', 'venv', 'build', 'dist', 'target', 'vendor'}
 
 root = Path(input).expanduser()
+if input and not root.exists():
+    raise UsageError(f'{nothing_at(root)}: expected a folder with source code, as in --input=~/project')
 if not input or not root.is_dir():
     raise UsageError(f'input={input!r}: expected a folder with source code, as in --input=~/project')
 if not 0 < val_fraction < 1:

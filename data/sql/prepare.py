@@ -125,5 +125,5 @@ path = folder / 'val_questions.jsonl'
 path.write_text(''.join(json.dumps({'prompt': prompt, 'reference': answer.strip()}, ensure_ascii=False) + '\n'
                         for prompt, answer in prompts['val']), encoding='utf-8')
 print(f'{len(prompts["train"]):,} pairs to learn, {len(prompts["val"]):,} to ask in {path}')
-if input and num_repeated:
+if num_repeated:
     print(f'left out: {num_repeated:,} pairs that occur again')

@@ -45,7 +45,6 @@ train_mb = 100.0                 # bpe:N: megabytes of text to train on, an even
 inspect: str | None = None       # a text: show how each of the comma-separated tokenizers cuts it, and write nothing
 color: bool | str = 'auto'       # colour its pieces: True, False, 'auto' (in a terminal)
 compare = ''                     # other tokenizers, comma-separated: show their bytes per token on 20 MB of the text
-rate = False                     # show how fast one thread alone encodes
 # machine
 threads: int | None = None       # that encode, None: one per core; each has its copy of the encoding
 save_mb = 64.0                   # megabytes of text between two points where a killed run continues
@@ -80,7 +79,8 @@ if inspect is not None:
         tok = ingest.load_tokenizer(spec, [inspect])
         ids = tok.encode(inspect)
         size = len(inspect.encode(errors='replace'))
-        print(f'{spec}: {len(ids):,} tokens of {tok.vocab_size:,}, {size / max(len(ids), 1):.2f} bytes per token')
+        print(f'{spec}: {len(ids):,} tokens, {size / max(len(ids), 1):.2f} bytes per token; vocabulary of '
+              f'{tok.vocab_size:,}')
         pieces = []
         for i in ids.tolist():
             text = tok.token_bytes(i).decode(errors='backslashreplace')
@@ -110,28 +110,13 @@ tok, report = ingest.build(folder, corpus, options, {'input': input})
 seconds = time.perf_counter() - start
 size = sum(report['bytes'].values())
 print(f'{folder}:', *ingest.report_lines(report, tok), sep='\n')
-try:
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    memory = f', {peak / 1e6:,.0f} MB of memory'
-except ImportError:   # Windows
-    memory = ''
-print(f'{size / 1e6:,.1f} MB in {seconds:.1f} s, {size / seconds / 1e6:,.1f} MB/s{memory}', file=sys.stderr)
+print(f'{size / 1e6:,.1f} MB in {seconds:.1f} s, {size / seconds / 1e6:,.1f} MB/s', file=sys.stderr)
 
-# compare tokenizers, and measure one thread, on about 20 MB of the text
+# compare tokenizers on about 20 MB of the text
 
-texts = []
-if others or rate:
-    texts = list(ingest.sample(corpus, 20e6 / size, seed, 'reading a sample'))
-num_bytes = sum(len(text.encode()) for text in texts)
 if others:
+    texts = list(ingest.sample(corpus, 20e6 / size, seed, 'reading a sample'))
+    num_bytes = sum(len(text.encode()) for text in texts)
     for spec, other in {tokenizer: tok, **others}.items():
         num_tokens = sum(len(other.encode(text)) for text in texts)
         print(f'{spec}: {num_bytes / max(num_tokens, 1):.3f} bytes per token')
-if rate:
-    start = time.perf_counter()
-    for text in texts:
-        tok.encode_texts([text])
-    alone = num_bytes / (time.perf_counter() - start)
-    print(f'one thread alone, encoding only: {alone / 1e6:,.1f} MB/s; all of it was {size / seconds / alone:.2f} times '
-          f'as fast', file=sys.stderr)
