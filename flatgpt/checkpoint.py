@@ -143,6 +143,8 @@ def instead_of(path: Path) -> str:
 def resolve(name) -> Path:
     """Return the file or Hugging Face folder of the model that a name means: a file, a folder that in_folder() reads,
     or a repository on the hub, which is downloaded."""
+    if str(name) in hub.FOLDERS and not os.path.exists(name):
+        raise UserError(f'there is no folder {name} here: hf download {hub.FOLDERS[str(name)]} --local-dir {name}')
     return pretrained.fetch(str(name)) if hub.is_name(name) else in_folder(name)
 
 

@@ -16,6 +16,8 @@ from flatgpt.errors import UserError
 from flatgpt.tokenizer import read_text
 
 ALIASES = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
+# {folder that a recipe starts from: the repository that it is a download of}
+FOLDERS = {'smollm2': 'HuggingFaceTB/SmolLM2-135M', 'smollm2-instruct': 'HuggingFaceTB/SmolLM2-135M-Instruct'}
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 

@@ -67,7 +67,7 @@ def load(folder: Path) -> dict:
 def read_json(path: Path) -> dict:
     """The content of a JSON file that holds an object. Raises UserError."""
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8-sig'))   # with or without a byte order mark
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read {path}: {getattr(error, "strerror", None) or error}') from None
     if not isinstance(content, dict):
@@ -185,6 +185,7 @@ def tokenizer_in(folder: Path) -> tokenizer.BpeTokenizer | None:
     else:
         return None
     tok = with_added_tokens(tok, files, folder)
+    tok = without_tokens_from(files.get('config.json', {}).get('vocab_size'), tok, folder)
     ends = end_tokens(files, tok.encoding.get_vocab(with_added_tokens=True), folder)
     if ends:
         tok.eot, tok.ends = ends[0], ends
@@ -194,7 +195,7 @@ def tokenizer_in(folder: Path) -> tokenizer.BpeTokenizer | None:
     tok.files['config.json'] = {name: value for name, value in files.get('config.json', {}).items()
                                 if name.endswith('_token_id')}
     if (folder / 'chat_template.jinja').exists():
-        tok.files['chat_template.jinja'] = (folder / 'chat_template.jinja').read_text(encoding='utf-8')
+        tok.files['chat_template.jinja'] = tokenizer.read_text(folder / 'chat_template.jinja')
     return tok
 
 
@@ -211,6 +212,19 @@ def with_added_tokens(tok, files, folder):
         if tok.encoding.token_to_id(name) != i:
             raise UserError(f'{folder}: the id {i} of the added token {name!r} does not follow those of the vocabulary')
     return tokenizer.BpeTokenizer(tok.encoding.to_str()) if new else tok
+
+
+def without_tokens_from(size, tok, folder):
+    """A tokenizer without the added tokens from the id `size` on, for which a model of so many tokens has no embedding:
+    finetuning often adds a [PAD] so. A notice names them."""
+    beyond = {i: name for i, name in tok.added.items() if isinstance(size, int) and i >= size}
+    if not beyond:
+        return tok
+    print(f'{folder}: the model has {size:,} tokens, none for {", ".join(beyond.values())}: read as plain text',
+          file=sys.stderr)
+    description = json.loads(tok.encoding.to_str())
+    description['added_tokens'] = [token for token in description['added_tokens'] if token['id'] not in beyond]
+    return tokenizer.BpeTokenizer(json.dumps(description))
 
 
 def end_tokens(files: dict, vocab: dict, folder) -> tuple[int, ...]:

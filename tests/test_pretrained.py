@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_hub import COMMIT, server  # noqa: F401
 
-from flatgpt import architectures, checkpoint, pretrained, tokenizer
+from flatgpt import architectures, checkpoint, hub, pretrained, tokenizer
+from flatgpt.engine import generate
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import BpeTokenizer
 from model import ARCHS, GPT, GPTConfig
@@ -323,6 +324,54 @@ def test_added_tokens_with_a_gap_are_refused(tmp_path):
     write(tmp_path, added_tokens={'<|user|>': 999})
     with pytest.raises(UserError, match=r"the id 999 of the added token '<\|user\|>' does not follow"):
         pretrained.tokenizer_in(tmp_path)
+
+
+def test_an_added_token_beyond_the_embedding_is_plain_text(folders, copy, capsys):
+    """As the [PAD] that a finetune adds for its batches, in either of the two files."""
+    folder, tok = copy('llama'), named_tokenizer()
+    for files in ({'added_tokens': {'[PAD]': tok.vocab_size}}, {'tokenizer_config': {
+            'added_tokens_decoder': {str(tok.vocab_size): {'content': '[PAD]'}}}}):
+        (folder / 'tokenizer.json').write_text(tok.json, encoding='utf-8')
+        write(folder, **files)
+        change(folder, vocab_size=tok.vocab_size)
+        found = pretrained.tokenizer_in(folder)
+        assert found.vocab_size == tok.vocab_size
+        assert found.encode('a[PAD]b', special=True).tolist() == tok.encode('a[PAD]b').tolist()
+        assert f'the model has {tok.vocab_size:,} tokens, none for [PAD]: read as plain text' in capsys.readouterr().err
+        (folder / 'added_tokens.json').unlink(missing_ok=True)
+    change(folder, vocab_size=tok.vocab_size + 1)
+    assert pretrained.tokenizer_in(folder).vocab_size == tok.vocab_size + 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(copy, tmp_path):
+    folder = copy('gpt2')
+    (folder / 'tokenizer.json').write_text(named_tokenizer().json, encoding='utf-8')
+    write(folder, tokenizer_config={'eos_token': '</s>'})
+    (folder / 'chat_template.jinja').write_text('{{ messages }}', encoding='utf-8')
+    plain = pretrained.tokenizer_in(folder).to_dict()
+    for path in folder.iterdir():
+        if path.suffix in ('.json', '.jinja'):
+            path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
+    assert pretrained.tokenizer_in(folder).to_dict() == plain
+    assert checkpoint.load(folder)['model_args']['n_embd'] == 24
+
+
+def test_dynamic_positions_beyond_the_context_are_transformers_with_a_cache(folders):
+    """The base grows with each token; what is in the cache keeps the base that it had, in both."""
+    folder, theirs = folders['mistral, dynamic']
+    model, start = checkpoint.build(checkpoint.load(folder), folder, block_size=64).eval(), tokens()[:1, :24]
+    assert model.config.rope_scaling == ('dynamic', 4.0, 32.0)
+    ours = [int(token) for token, _ in generate(model, start, 36, temperature=0)]
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(start, max_new_tokens=36, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert ours == expected[0, 24:].tolist() and len(set(ours)) > 5
+
+
+@pytest.mark.parametrize('name', hub.FOLDERS)
+def test_a_folder_of_a_recipe_that_is_missing_is_named_with_the_command(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f'^there is no folder {name} here: hf download .* --local-dir {name}$'):
+        checkpoint.resolve(name)
 
 
 ROLES = {'tokenizer_config': {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<s>', 'eos_token': '</s>',
