@@ -7,6 +7,7 @@ How good a model is: the exact loss of a text, multiple choice, last words, and 
     python eval.py --init_from=gpt2 --last_word=lambada_test.jsonl
     python eval.py --out_dir=out-x --generate=questions.jsonl --max_new_tokens=50 --stop="Q:"
     python eval.py --out_dir=out-chat-tiny --questions=data/chat/questions.jsonl
+    python eval.py --out_dir=out-chat-tiny --check=arithmetic --num_samples=8 --temperature=1
     torchrun --standalone --nproc_per_node=2 eval.py --out_dir=out-python-char --data=python_char
 
 A table goes to stderr, one JSON object to stdout. What the figures mean: docs/evaluation.md.
@@ -24,7 +25,8 @@ data: str | None = None               # loss: a dataset's name or folder, a .bin
 choices: str | None = None            # accuracy: .jsonl of {"context", "choices", "gold"}, or HellaSwag's
 last_word: str | None = None          # accuracy, perplexity: .jsonl of {"text"}, all but its last word is given
 generate: str | None = None           # BLEU, chrF, ROUGE: .jsonl of {"prompt", "reference"}
-questions: str | None = None          # accuracy by kind of question: the file that data/chat/prepare.py makes
+questions: str | None = None          # accuracy: .jsonl of questions, as data/chat/prepare.py makes it, or a kind
+check: str | None = None              # how answers are checked: 'arithmetic', 'sql', 'FILE.py:FUNCTION'; None: by kind
 # how
 split = 'val'                         # split of a dataset: 'train', 'val'
 template = ''                         # text of a record in data, such as '{title}\n{text}'; empty: what is under "text"
@@ -33,9 +35,11 @@ stride: int | None = None             # tokens from one window to the next, up t
 shots = 0                             # examples with answers before a question of choices or generate, out of its file
 delimiter = ' '                       # what joins a context or a prompt to its answer; empty: nothing
 max_new_tokens = 64                   # length of a generated answer at most
+num_samples = 1                       # answers to each of the questions; several also give pass@k
+temperature = 0.0                     # of these answers: 0 takes the likeliest tokens, 1 samples as the model predicts
 stop = ''                             # text before which an answer ends; several as a JSON list: '["\n", "Q:"]'
 limit: int | None = None              # take only so many tokens of data, and the first so many lines of a .jsonl
-seed = 1337                           # of the choice of examples for --shots
+seed = 1337                           # of the choice of examples for --shots, and of samples
 # machine
 batch_size = 16                       # windows, answers or prompts at once
 device = 'auto'                       # 'cuda', 'cuda:1', 'mps', 'cpu', 'auto' (the first of them that is there)
@@ -51,15 +55,16 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt import checkpoint, corpus, engine, evaluation, runtime, tasks, tokenizer, validate
+from flatgpt import checkpoint, corpus, engine, evaluation, rewards, runtime, tokenizer, validate
 from flatgpt.dataset import SPLITS, Dataset, open_ids
 from flatgpt.errors import UsageError, UserError
 
 # refusals
 
-if not (data or choices or last_word or generate or questions):
+if not (data or choices or last_word or generate or questions or check):
     trained_on = checkpoint.load(checkpoint.model_path(out_dir, init_from))['config'].get('dataset', 'DATASET')
-    raise UsageError(f'nothing to do: give --data={trained_on}, --choices, --last_word, --generate or --questions')
+    raise UsageError(f'nothing to do: give --data={trained_on}, --choices, --last_word, --generate, --questions or '
+                     f'--check')
 validate.eval_options(config)
 stops = engine.parse_stops(stop)
 if generate:
@@ -67,24 +72,15 @@ if generate:
 
 # questions, before the model is loaded, so that a wrong line is found at once
 
-
-def to_answer(record):
-    """(prompt, [tasks.Question]) of a line that data/chat/prepare.py has written."""
-    question = tasks.Question(*(evaluation.field(record, name) for name in tasks.Question._fields))
-    if question.kind not in tasks.KINDS or question.language not in tasks.LANGUAGES:
-        raise UserError(f'kind {question.kind[:40]!r}, language {question.language[:40]!r}: expected one of '
-                        f'{", ".join(tasks.KINDS)}, and one of {", ".join(tasks.LANGUAGES)}')
-    return evaluation.field(record, 'prompt'), [question]
-
-
 if choices:
     choice_items = evaluation.read_items(choices, evaluation.multiple_choice)
 if last_word:
     word_items = evaluation.read_items(last_word, evaluation.last_word)
 if generate:
     generate_items = evaluation.read_items(generate, evaluation.to_continue)
-if questions:
-    question_items = evaluation.read_items(questions, to_answer)
+if questions or check:
+    reward_of = rewards.load(check) if check else rewards.is_right
+    asked = rewards.to_ask(questions, check, limit)
 
 # model
 
@@ -157,51 +153,34 @@ if data:
 # questions: which answer is the likeliest, is the last word what the model would say, what would it write?
 
 
-def with_examples(items, shots=0):
-    """The first `limit` items, each with so many solved examples before its context."""
+def with_examples(items):
+    """The first `limit` items, each with so many solved examples before its context as shots says."""
     contexts = [evaluation.with_examples(items, i, shots, delimiter, seed) for i in range(len(items[:limit]))]
     return [dataclasses.replace(item, context=context) for item, context in zip(items, contexts)]
 
 
-def encode_answers(items, delimiter):
-    """Token ids, (context, answer), of each item with each of its answers."""
-    pairs = []
-    for item in items:
-        with evaluation.naming(item.where):
-            pairs += [evaluation.encode_pair(tok, item.context, delimiter + answer) for answer in item.answers]
-    lengths = [len(context) + len(answer) - 1 for context, answer in pairs]
-    if notice := engine.cut_notice(model.config, lengths, tok.begin):
-        rt.notice(notice)
-    return pairs
-
-
-def loglikelihood(items, delimiter, what):
-    """(log-probability of each answer, whether it is what the model would say) of some items."""
-    return evaluation.loglikelihood(model, rt, encode_answers(items, delimiter), batch_size, what, tok.begin)
-
-
 if choices:
-    items = with_examples(choice_items, shots)
-    logprobs, _ = loglikelihood(items, delimiter, 'choices')
+    items = with_examples(choice_items)
+    logprobs, _ = evaluation.loglikelihood(model, rt, evaluation.encode_answers(tok, items, delimiter), batch_size,
+                                           'choices', tok.begin)
     right = evaluation.right_choices(items, logprobs)
     chance = sum(1 / len(item.answers) for item in items) / len(items)
     report['choices'] = {'of': choices, 'n': len(items), 'shots': shots, **evaluation.summary(right), 'chance': chance}
 
 if last_word:
-    items = with_examples(word_items)
-    logprobs, greedy = loglikelihood(items, ' ', 'last word')
+    items = word_items[:limit]
+    logprobs, greedy = evaluation.loglikelihood(model, rt, evaluation.encode_answers(tok, items, ' '), batch_size,
+                                                'last word', tok.begin)
     figures = evaluation.summary({'acc': greedy, 'loss': -logprobs})
     perplexity = evaluation.perplexity(figures['loss'])
     report['last_word'] = {'of': last_word, 'n': len(items), **figures, 'perplexity': perplexity}
 
 if generate:
-    items = with_examples(generate_items, shots)
+    items = with_examples(generate_items)
     prompts = []
     for item in items:
         with evaluation.naming(item.where):
             prompts.append(tok.encode_prompt(item.context))
-    if notice := engine.cut_notice(model.config, [len(ids) for ids in prompts], tok.begin):
-        rt.notice(notice)
     if shots:
         stops.append(evaluation.SEPARATOR)   # where the next example would begin
     answers = evaluation.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size)
@@ -210,18 +189,15 @@ if generate:
     report['generate'] = {'of': generate, 'n': len(items), 'shots': shots,
                           **evaluation.compare_texts(answers, references)}
 
-if questions:
-    items = with_examples(question_items)
-    prompts = []
-    for item in items:
-        with evaluation.naming(item.where):
-            prompts.append(tok.encode_prompt(item.context))
-    answers = evaluation.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size)
-    right = {}
-    for item, answer in zip(items, answers):
-        [question] = item.answers
-        right.setdefault(f'{question.kind} {question.language}', []).append(tasks.is_correct(question, answer))
-    report['questions'] = {'of': questions, 'n': len(items), **evaluation.summary(right)}
+if questions or check:
+    prompts = [rewards.prompt_ids(tok, question) for question in asked]
+    values = []   # for each sample, the rewards of the answers
+    for sample in range(num_samples):
+        answers = evaluation.generate_until(model, tok, rt, prompts, max_new_tokens, stops, batch_size, temperature,
+                                            seed, sample)
+        values.append([reward_of(question, answer) for question, answer in zip(asked, answers)])
+    report['questions'] = {'of': questions or check, 'n': len(asked), 'samples': num_samples,
+                           **evaluation.summary(rewards.right_answers(asked, values))}
 
 # a table for people, an object for programs
 

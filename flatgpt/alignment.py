@@ -16,6 +16,7 @@ from flatgpt import lora
 from model import GPT
 
 LOSSES = ('dpo', 'ipo', 'simpo')
+NORMALIZE = ('answer', 'token', 'constant')   # see token_weights()
 MAX_LOGITS = 2**24   # numbers of one piece of logits: 64 MiB in float32
 
 
@@ -146,19 +147,17 @@ def group_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
     return centred
 
 
-def token_weights(lengths: Tensor, normalize: str, longest: int) -> Tensor:
-    """Return what each token of an answer weighs in the loss of a step, (N,), for answers of `lengths` tokens, (N,):
-    all answers of the step, of all processes.
+def token_weights(lengths: Tensor, normalize: str, answers: int, tokens: float, longest: int) -> Tensor:
+    """Return what each token of an answer weighs in the loss of a step, (N,), for answers of `lengths` tokens, (N,).
+    answers, tokens: how many there are in the step, over all processes.
 
-    'answer': each answer counts the same, its tokens share it (GRPO, Shao et al., 2024); so tokens of long wrong
-    answers are punished less. 'token': each token counts the same (DAPO, Yu et al., 2025). 'constant': as 'token', but
+    'answer': each answer counts the same, its tokens share it (GRPO, Shao et al., 2024); so the tokens of a long wrong
+    answer are punished less. 'token': each token counts the same (DAPO, Yu et al., 2025). 'constant': as 'token', but
     divided by the length that answers may have, `longest`, not by the one they have (Dr. GRPO, Liu et al., 2025)."""
-    lengths = lengths.float()
     if normalize == 'answer':
-        return 1 / (len(lengths) * lengths)
-    if normalize == 'token':
-        return torch.ones_like(lengths) / lengths.sum()
-    return torch.ones_like(lengths) / (len(lengths) * longest)
+        return 1 / (answers * lengths.float())
+    divisor = tokens if normalize == 'token' else answers * longest
+    return torch.full(lengths.shape, 1 / divisor, device=lengths.device)
 
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float,

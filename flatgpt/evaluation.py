@@ -143,6 +143,15 @@ def encode_pair(tok, context: str, continuation: str) -> tuple[np.ndarray, np.nd
     return whole[:same], whole[same:]
 
 
+def encode_answers(tok, items: Sequence['Item'], delimiter: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids, (context, answer), of each item with each of its answers. UserError names the item."""
+    pairs = []
+    for item in items:
+        with naming(item.where):
+            pairs += [encode_pair(tok, item.context, delimiter + answer) for answer in item.answers]
+    return pairs
+
+
 def loglikelihood(model, rt, pairs: Sequence[tuple], batch_size: int, what: str,
                   begin: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """For pairs of token ids, of a context and its continuation: the log-probability of each continuation in nats, and
@@ -150,6 +159,7 @@ def loglikelihood(model, rt, pairs: Sequence[tuple], batch_size: int, what: str,
     context on the left, but for the ids in begin; a continuation that is longer still is scored in halves of
     block_size."""
     size = model.config.block_size
+    notice_cut(model, rt, [len(context) + len(continuation) - 1 for context, continuation in pairs], begin)
     rows = []
     owner = []   # the number of the pair of each row
     for i, (context, continuation) in enumerate(pairs):
@@ -171,13 +181,17 @@ def loglikelihood(model, rt, pairs: Sequence[tuple], batch_size: int, what: str,
 # what it would write
 
 def generate_until(model, tok, rt, prompts: Sequence[np.ndarray], max_new_tokens: int, stops: Sequence[str],
-                   batch_size: int) -> list[str]:
-    """The text that a model writes after each prompt, an array of token ids, always taking the likeliest token: see
-    engine.Answer for where it ends."""
+                   batch_size: int, temperature: float = 0.0, seed: int = 0, sample: int = 0) -> list[str]:
+    """The text that a model writes after each prompt, an array of token ids, taking the likeliest tokens or sampling at
+    a temperature: see engine.Answer for where it ends. sample: the number of the text, each has other random numbers.
+    """
+    notice_cut(model, rt, [len(ids) for ids in prompts], tok.begin)
     made = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)                # id + 1, 0 where there is none
     for batch in share(rt, [len(ids) for ids in prompts], batch_size, 'generate'):
         answers = [engine.Answer(tok, prompts[i], max_new_tokens, stops) for i in batch]
-        for _ in engine.grow(model, answers, temperature=0, vocab_size=tok.vocab_size, static_cache=rt.compile):
+        first_row = (sample * len(prompts) + batch[0]) * batch_size   # no two batches have a row in common
+        for _ in engine.grow(model, answers, temperature=temperature, vocab_size=tok.vocab_size,
+                             static_cache=rt.compile, seed=seed, first_row=first_row):
             pass
         for i, answer in zip(batch, answers):
             made[i, :len(answer.ids)] = torch.tensor(answer.ids) + 1
@@ -188,6 +202,12 @@ def generate_until(model, tok, rt, prompts: Sequence[np.ndarray], max_new_tokens
             answer.add(token - 1)
         texts.append(answer.text)
     return texts
+
+
+def notice_cut(model, rt, lengths: Sequence[int], begin: Sequence[int]):
+    """Tell the user how many texts of these lengths are longer than the context, if any."""
+    if line := engine.cut_notice(model.config, lengths, begin):
+        rt.notice(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

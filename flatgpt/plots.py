@@ -21,7 +21,9 @@ PANELS = {'loss': 'loss, nats per token', 'bits_per_byte': 'bits per byte of the
           'bits_per_character': 'bits per character of the validation text', 'lr': 'learning rate',
           'accuracy': 'pairs ranked rightly', 'margin': 'margin of rewards',
           'chosen_reward': 'reward of chosen', 'rejected_reward': 'reward of rejected',
-          'distance': 'distance from the reference', 'grad_norm': 'norm of the gradient',
+          'distance': 'distance from the reference', 'reward': 'reward', 'length': 'tokens of an answer',
+          'entropy': 'entropy, nats per token', 'kl': 'KL divergence from the first model', 'clipped': 'clipped tokens',
+          'no_signal': 'groups without signal', 'grad_norm': 'norm of the gradient',
           'mfu': 'MFU', 'tok_per_s': 'tokens per second'}
 COLORS = ('#d1495b', '#00798c', '#edae49', '#30638e', '#6a994e', '#8e5ea2', '#3d3d3d', '#f28482')
 STYLES = {'raw': {'alpha': 0.25, 'linewidth': 0.8}, 'smooth': {'alpha': 0.6}, 'train': {'linestyle': '--'},
@@ -109,6 +111,9 @@ def curves(run: Run, panel: str = 'loss', by: str = 'step', smooth: int | None =
         found['val'] = marks, column(run.evals, 'val_loss'), f'validation, best {run.best["val_loss"]:.4f} at {at}'
     elif panel in run.best:
         found['val'] = marks, column(run.evals, panel), f'{run.best[panel]:.4f} at the best loss'
+    elif f'val_{panel}' in run.best:
+        best = f'held-out questions, best {run.best[f"val_{panel}"]:.4f}'
+        found['val'] = marks, column(run.evals, f'val_{panel}'), best
     for kind, (x, y, label) in found.items():
         seen = ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
         found[kind] = x[seen], y[seen], label
@@ -181,7 +186,9 @@ def save_picture(path, runs: list[Run], *how):
 def leave_picture(out_dir):
     """Write out_dir/loss.png where matplotlib is installed. No run fails for its picture: an error is one line."""
     try:
-        save_picture(Path(out_dir) / 'loss.png', [read(out_dir)])
+        run = read(out_dir)
+        panels = ('reward', 'length') if 'val_reward' in run.best else ('loss',)
+        save_picture(Path(out_dir) / 'loss.png', [run], 'step', panels)
     except ImportError:
         pass
     except UserError as error:

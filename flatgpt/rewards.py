@@ -13,7 +13,7 @@ restricted. An answer is only data to it; what it does with an answer, such as r
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,7 @@ def read(path: str, of_tasks: bool) -> list[dict]:
     """Return the questions in a file of records, such as .jsonl, each with "messages", "prompt" or "text". of_tasks:
     whether they need the other fields of tasks.Question. UserError names the line that is wrong."""
     questions = []
-    for where, record, _ in corpus.read_records(path):
+    for where, record in corpus.read_records(path):
         if not isinstance(record, dict):
             raise UserError(f'{where}: expected an object, {{...}}, not {record!r:.60}')
         for name in tasks.Question._fields if of_tasks else ():
@@ -113,6 +113,22 @@ def read(path: str, of_tasks: bool) -> list[dict]:
     if not questions:
         raise UserError(f'{path} is empty: expected one object per line or row')
     return questions
+
+
+def to_ask(path: str | None, check: str | None, limit: int | None) -> list[dict]:
+    """Return the questions that the options questions and check of eval.py mean, at most `limit` of them: those of a
+    file, of one kind if check is a kind; or generated ones that are held out, by default 200."""
+    kind = path if path in tasks.KINDS else check
+    if path in tasks.KINDS or path is None:
+        if kind not in tasks.KINDS:
+            raise UsageError(f'check={check!r} needs questions: give --questions=FILE, or a kind such as '
+                             f'--questions=arithmetic')
+        return generate(kind, 'val', limit or 200, held_out=True)
+    found = read(path, of_tasks=check is None or check in tasks.KINDS)
+    found = [question for question in found if check not in tasks.KINDS or question['kind'] == check]
+    if not found:
+        raise UserError(f'{path} has no question of kind {check}')
+    return found[:limit]
 
 
 def asked(question: dict) -> str:
@@ -134,3 +150,32 @@ def prompt_ids(tok, question: dict) -> np.ndarray:
         raise UserError('the model has no chat template, which "messages" need: give questions with "prompt"')
     messages = question.get('messages') or [{'role': 'user', 'content': question['text']}]
     return template.prompt_ids(tok, messages_from(messages, answered=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures
+
+def right_answers(asked: Sequence[dict], values: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """The figures of questions that were answered once or several times, {name: one number per question}. values: for
+    each sample, the rewards of the answers; 1 or more is right.
+
+    The share of right answers by kind and language, where the questions have these, else 'right'; then 'reward', if the
+    rewards are others than 0 and 1; then of several samples the chance that one of k is right: 'pass@2', 'pass@4', ...
+    """
+    found = {}
+    n = len(values)
+    right = [sum(value >= 1 for value in of_question) for of_question in zip(*values)]
+    for question, number in zip(asked, right):
+        name = f'{question["kind"]} {question["language"]}' if {'kind', 'language'} <= question.keys() else 'right'
+        found.setdefault(name, []).append(number / n)
+    if not set(itertools.chain(*values)) <= {0.0, 1.0}:
+        found['reward'] = [sum(of_question) / n for of_question in zip(*values)]
+    for k in itertools.takewhile(lambda k: k <= n, (2**i for i in range(30))):
+        found[f'pass@{k}'] = [pass_at_k(n, number, k) for number in right]
+    return found
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The probability that at least one of k answers is right, estimated without bias from n >= k answers of which so
+    many are right: 1 - C(n - right, k) / C(n, k) (Chen et al., 2021, section 2.1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)

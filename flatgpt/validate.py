@@ -93,6 +93,26 @@ def dpo_options(options, processes=1, ckpt=None, start_path=None, resuming=False
     share(options, 'val_fraction')
 
 
+def grpo_options(options, processes=1, ckpt=None, start_path=None, resuming=False):
+    """Check the options of grpo.py. The last three arguments are what start.choose_start() returns."""
+    at_least(1, options, 'num_val', 'max_new_tokens', 'updates')
+    at_least(2, options, 'group_size')
+    at_least(0, options, 'clip_high', 'kl')
+    training_options(options, processes, ckpt, start_path, resuming)
+    one_of(alignment.NORMALIZE, options, 'normalize')
+    if not 0 <= options['clip_low'] <= 1:
+        raise UsageError(f'clip_low={options["clip_low"]}: expected 0 or more, at most 1')
+    if not options['temperature'] > 0 or options['temperature'] == math.inf:
+        raise UsageError(f'temperature={options["temperature"]}: expected more than 0: the answers to a question must '
+                         f'differ')
+    if options['max_new_tokens'] >= options['block_size']:
+        raise UsageError(f'max_new_tokens={options["max_new_tokens"]}: expected less than '
+                         f'block_size={options["block_size"]}, which is for a question and its answer')
+    if ':' in options['reward'] and not options['questions']:
+        raise UsageError(f'reward={options["reward"]!r} needs questions: give --questions=FILE, or a kind such as '
+                         f'--questions=arithmetic')
+
+
 def lora_options(options, ckpt, start_path, resuming):
     """Check the options of train.py for a run that trains an adapter; the arguments are those of train_options()."""
     rank = options['lora_rank']
@@ -154,8 +174,11 @@ def sample_options(options):
 
 def eval_options(options):
     """Check the options of eval.py."""
-    at_least(1, options, 'batch_size', 'block_size', 'max_new_tokens', 'stride', 'limit')
-    at_least(0, options, 'shots')
+    at_least(1, options, 'batch_size', 'block_size', 'max_new_tokens', 'stride', 'limit', 'num_samples')
+    at_least(0, options, 'shots', 'temperature')
+    if options['num_samples'] > 1 and not options['temperature']:
+        raise UsageError(f'num_samples={options["num_samples"]} and temperature=0: all samples would be the same, give '
+                         f'--temperature=1')
     one_of(('train', 'val'), options, 'split')
     if options['shots'] and not (options['choices'] or options['generate']):
         raise UsageError(f'shots={options["shots"]}: examples need questions, give --choices or --generate')

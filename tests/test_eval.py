@@ -17,7 +17,8 @@ from flatgpt.dataset import write
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
-RT = SimpleNamespace(device=torch.device('cpu'), compile=False, rank=0, world_size=1, master=True, sum=lambda x: x)
+RT = SimpleNamespace(device=torch.device('cpu'), compile=False, rank=0, world_size=1, master=True, sum=lambda x: x,
+                     notice=print)
 
 
 def evaluate(*args, run=call):

@@ -1,5 +1,6 @@
 """grpo.py: its losses against trl and by hand, its runs by what they promise."""
 
+import json
 import math
 import os
 from types import SimpleNamespace
@@ -7,8 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_alignment import batch, make, written_out
+from test_checkpoint import state_of
 
-from flatgpt import alignment
+from flatgpt import alignment, checkpoint, rollouts
+from flatgpt.errors import UserError
+from flatgpt.tokenizer import CharTokenizer
+from model import ARCHS, GPT, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # advantages and losses
@@ -27,9 +32,9 @@ def test_advantages_by_hand():
 
 def test_weights_by_hand():
     lengths = torch.tensor([1, 2, 5])
-    assert alignment.token_weights(lengths, 'answer', 10).tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 15])
-    assert alignment.token_weights(lengths, 'token', 10).tolist() == pytest.approx([1 / 8] * 3)
-    assert alignment.token_weights(lengths, 'constant', 10).tolist() == pytest.approx([1 / 30] * 3)
+    for normalize, divisors in (('answer', (4, 8, 20)), ('token', (11, 11, 11)), ('constant', (40, 40, 40))):
+        found = alignment.token_weights(lengths, normalize, answers=4, tokens=11, longest=10)   # one is elsewhere
+        assert found.tolist() == pytest.approx([1 / divisor for divisor in divisors])
 
 
 def problem(clip=0.2, high=0.3):
@@ -51,7 +56,8 @@ def ours(model, idx, targets, old, reference, advantages, normalize='token', low
     """(loss, gradients, share of tokens clipped, mean KL) as grpo.py computes them."""
     mask = targets >= 0
     log_probs = alignment.token_log_probs(model, idx, targets)
-    weights = mask * alignment.token_weights(mask.sum(dim=1), normalize, 20)[:, None]
+    lengths = mask.sum(dim=1)
+    weights = mask * alignment.token_weights(lengths, normalize, len(lengths), lengths.sum().item(), 20)[:, None]
     loss, clipped = alignment.policy_loss(log_probs, old, advantages, weights, low, high)
     estimate = alignment.kl_estimate(log_probs, reference) * mask
     loss = loss + kl * (weights * estimate).sum()
@@ -148,3 +154,112 @@ def test_log_probabilities_are_those_at_the_temperature_that_the_answers_are_dra
     logits = model.compute_logits(model.hidden_states(idx)) / 0.7
     expected = logits.log_softmax(dim=-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(alignment.LogProbs(model, 0.7)(idx, targets), torch.where(targets >= 0, expected, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is drawn
+
+LETTERS = 'abcdefgh'
+
+
+@pytest.fixture(scope='module')
+def letters(tmp_path_factory):
+    """A folder with a small model of letters, a reward for answers that have many a, and questions."""
+    folder = tmp_path_factory.mktemp('letters')
+    tok = CharTokenizer(LETTERS)
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(len(LETTERS), 24, n_layer=1, n_embd=16, n_head=2, **ARCHS['llama']))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    checkpoint.save(folder / 'ckpt.pt', state_of(model, tokenizer=tok.to_dict()))
+    asked = [{'text': LETTERS[i % 8] + LETTERS[i // 8:][:1 + i % 3]} for i in range(40)]
+    (folder / 'asked.jsonl').write_text(''.join(json.dumps(question) + '\n' for question in asked))
+    (folder / 'rewards.py').write_text("def many(question, answer):\n    return answer.count('a') / len(answer)\n")
+    return folder
+
+
+def drawn(folder, step=0, first=0, n=6, seed=1, temperature=1.0):
+    """A Rollout of a model of letters, which has an end token, and the model."""
+    model, tok, _ = checkpoint.load_model(folder)
+    tok.ends = (7,)
+    asked = rollouts.Questions('x.py:f', str(folder / 'asked.jsonl'), '', 4, tok, 9).of_step(seed, step, 6)
+    return rollouts.draw(model, tok, asked[first:first + n], lambda question, answer: float(len(answer)), 4, 9,
+                         temperature, seed, step, first * 4), model
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.6])
+def test_log_probabilities_of_the_engine_are_those_of_the_model_that_learns(letters, temperature):
+    rollout, model = drawn(letters, temperature=temperature)
+    found = alignment.token_log_probs(model, rollout.idx, rollout.targets)
+    torch.testing.assert_close(found.sum(dim=1), rollout.drawn_with, rtol=1e-5, atol=1e-5)
+    assert len(set(rollout.lengths.tolist())) > 3   # rows of many lengths
+
+
+def test_targets_are_the_answers_with_their_end_and_nothing_else(letters):
+    rollout, _ = drawn(letters)
+    for row in range(24):
+        counted = (rollout.targets[row] >= 0).nonzero()[:, 0].tolist()
+        first, end = counted[0], counted[-1]
+        assert counted == list(range(first, end + 1)) and len(counted) == rollout.lengths[row]
+        answer = rollout.targets[row, first:end + 1].tolist()
+        assert 7 not in answer[:-1] and (answer[-1] == 7 or len(answer) == 9)
+        assert rollout.answers[row] == ''.join(LETTERS[i] for i in answer if i != 7)
+        assert torch.equal(rollout.idx[row, first + 1:end + 1], rollout.targets[row, first:end])
+
+
+
+def test_answers_are_a_function_of_seed_and_step_and_not_of_who_draws_them(letters):
+    whole = drawn(letters)[0].answers
+    assert whole == drawn(letters)[0].answers
+    assert whole == drawn(letters, n=3)[0].answers + drawn(letters, first=3, n=3)[0].answers
+    assert whole != drawn(letters, step=1)[0].answers and whole != drawn(letters, seed=2)[0].answers
+    assert len(set(whole)) > 20   # the answers to a question differ
+
+
+def test_figures_of_a_step_by_hand(letters):
+    rollout, _ = drawn(letters)
+    rollout.rewards = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]] * 2)
+    reward, length, entropy, no_signal, tokens = rollout.totals().tolist()
+    assert (reward, no_signal, length, tokens) == (10, 16, rollout.lengths.sum(), rollout.lengths.sum())
+    assert entropy == pytest.approx(sum(-(rollout.drawn_with / rollout.lengths)).item(), rel=1e-5)
+
+
+def test_rows_that_move_nothing_are_dropped_but_one_and_the_gradient_stays(letters):
+    gradients = []
+    for drops in (False, True):
+        rollout, model = drawn(letters)
+        rollout.advantages = torch.tensor([1.0, 0, 0, -1] + [0.0] * 20)
+        rollout.weights = (rollout.targets >= 0) / 100
+        if drops:
+            rollout.drop(rollout.advantages == 0)
+            assert len(rollout.idx) == len(rollout.targets) == len(rollout.lengths) == 2
+        log_probs = alignment.token_log_probs(model, rollout.idx, rollout.targets)
+        loss, _ = alignment.policy_loss(log_probs, log_probs.detach(), rollout.advantages, rollout.weights, 0.2, 0.2)
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    rollout.drop(torch.ones(2, dtype=torch.bool))
+    assert len(rollout.idx) == 1
+
+
+def test_the_questions_of_a_file_come_in_another_order_in_each_pass_and_some_are_held_out(letters):
+    tok = CharTokenizer(LETTERS)
+    source = rollouts.Questions('x.py:f', str(letters / 'asked.jsonl'), '', 3, tok, 9)
+    assert len(source.val) == 3 and len(source.train) == 37 and not any(q in source.train for q in source.val)
+    passes = [source.of_step(5, step, 37) for step in (0, 1)]
+    for found in passes:
+        assert sorted(q['text'] for q in found) == sorted(q['text'] for q in source.train)
+    assert passes[0] != passes[1] != source.train
+    assert source.of_step(5, 1, 10) == passes[0][10:20] and source.of_step(5, 5, 7)[2:] == passes[1][:5]
+    assert source.of_step(6, 0, 37) != passes[0]
+
+
+def test_questions_that_are_too_long_are_left_out_and_counted(letters):
+    tok = CharTokenizer(LETTERS)
+    source = rollouts.Questions('x.py:f', str(letters / 'asked.jsonl'), str(letters / 'asked.jsonl'), 40, tok, 3)
+    assert 0 < len(source.train) == len(source.val) < 40 and all(len(q['text']) <= 3 for q in source.train)
+    assert len(source.notes) == 2
+    assert f'{40 - len(source.val)} of 40 questions are longer than 3 tokens' in source.notes[0]
+    with pytest.raises(UserError, match='of at most 0 tokens'):
+        rollouts.Questions('x.py:f', str(letters / 'asked.jsonl'), '', 3, tok, 0)

@@ -20,18 +20,18 @@ from flatgpt import optim
 from model import GPTConfig
 
 # The project's own files are named here and checked; a user's own files are not.
-SCRIPTS = ['train', 'dpo', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot']
+SCRIPTS = ['train', 'dpo', 'grpo', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot']
 # Each part imports only parts that stand before it
 PARTS = [part for part in (
     'errors', 'budget', 'tokenizer', 'sandbox', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'batching',
     'serving', 'quantize', 'architectures', 'pretrained', 'llama_cpp', 'lora', 'alignment', 'dataset', 'checkpoint',
     'corpus', 'ingest', 'pairs', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling', 'sweep',
-    'tasks', 'rewards') if (ROOT / f'flatgpt/{part}.py').exists()]
+    'tasks', 'rewards', 'rollouts') if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'chat', 'fineweb', 'my_code', 'openwebtext', 'preferences', 'python_char', 'shakespeare', 'shakespeare_char', 'sql',
     'text')]
 CONFIGS = [f'config/{name}.py' for name in (
-    'chat_lora', 'chat_tiny', 'dpo_lora', 'dpo_tiny',
+    'chat_lora', 'chat_tiny', 'dpo_lora', 'dpo_tiny', 'grpo_arithmetic', 'grpo_sql',
     'eval_gpt2', 'eval_gpt2_large', 'eval_gpt2_medium', 'eval_gpt2_xl', 'finetune_code',
     'finetune_shakespeare', 'finetune_sql',
     'lora_llama', 'train_bpe_10m', 'train_gpt2', 'train_python_char', 'train_shakespeare_char',
@@ -319,8 +319,8 @@ def test_a_config_states_its_commands_hardware_time_and_result(path, monkeypatch
     header = text_of(path).split('\n\n')[0].splitlines()
     assert all(line.startswith('#') for line in header)
     config = configured(script_of(path), [path], monkeypatch)
-    dataset = config.get('dataset', 'preferences')
-    wanted = {script_of(path): path, f'data/{dataset}/prepare.py': None,
+    dataset = config.get('dataset', {'dpo.py': 'preferences', 'grpo.py': 'chat'}.get(script_of(path)))
+    wanted = {'train.py': 'config/chat_tiny.py', script_of(path): path, f'data/{dataset}/prepare.py': None,
               **{f'{script}.py': f'--out_dir={config["out_dir"]}' for script in ('sample', 'chat', 'eval', 'export')},
               **{f'data/{name}/prepare.py': f'--name={dataset}' for name in ('text', 'chat') if name != dataset}}
     assert script_of(path) in dict(commands(path))

@@ -1,5 +1,6 @@
 """Reward functions, their questions, and what a hostile answer can do: nothing."""
 
+import itertools
 import json
 import os
 import time
@@ -154,3 +155,37 @@ def test_a_prompt_is_encoded_as_it_is_and_a_text_by_the_template_of_the_model():
         assert np.array_equal(rewards.prompt_ids(tok, question), expected)
     rendered = '<|im_start|>user\nab?<|im_end|>\n<|im_start|>assistant\n'
     assert np.array_equal(rewards.prompt_ids(tok, {'prompt': rendered, 'text': 'no'}), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures
+
+@pytest.mark.parametrize('n, right', [(5, 0), (5, 1), (5, 3), (6, 6), (1, 1)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_a_right_one(n, right):
+    answers = [True] * right + [False] * (n - right)
+    for k in range(1, n + 1):
+        chosen = list(itertools.combinations(answers, k))
+        assert rewards.pass_at_k(n, right, k) == pytest.approx(sum(map(any, chosen)) / len(chosen))
+
+
+def test_right_answers_are_counted_by_kind_and_language_and_samples_give_pass_at_k():
+    asked = [QUESTION, {**QUESTION, 'language': 'zh'}, QUESTION]
+    values = [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]   # three samples
+    assert rewards.right_answers(asked, values) == {
+        'arithmetic en': [1.0, 1 / 3], 'arithmetic zh': [0.0], 'pass@1': [1.0, 0.0, pytest.approx(1 / 3)],
+        'pass@2': [1.0, 0.0, pytest.approx(2 / 3)]}
+    assert rewards.right_answers([{'text': 'a'}], [[0.5], [1.5]]) == {
+        'right': [0.5], 'reward': [1.0], 'pass@1': [0.5], 'pass@2': [1.0]}
+
+
+def test_what_is_asked_is_generated_or_read_and_then_of_the_kind_that_is_checked(tmp_path):
+    query = {**QUESTION, 'kind': 'sql'}
+    path = str(lines(tmp_path, QUESTION, query, query))
+    assert rewards.to_ask(path, None, None) == [QUESTION, query, query]
+    assert rewards.to_ask(path, 'sql', None) == [query, query] and rewards.to_ask(path, None, 1) == [QUESTION]
+    assert rewards.to_ask(None, 'dates', 7) == rewards.generate('dates', 'val', 7, held_out=True)
+    assert rewards.to_ask('dates', 'x.py:f', None) == rewards.generate('dates', 'val', 200, held_out=True)
+    with pytest.raises(UserError, match='no question of kind units'):
+        rewards.to_ask(path, 'units', None)
+    with pytest.raises(UsageError, match="check='x.py:f' needs questions"):
+        rewards.to_ask(None, 'x.py:f', None)

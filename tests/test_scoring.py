@@ -16,7 +16,8 @@ from flatgpt.evaluation import Item
 from flatgpt.tokenizer import CharTokenizer, Tokenizer
 from model import GPT, GPTConfig
 
-RT = SimpleNamespace(device=torch.device('cpu'), compile=False, rank=0, world_size=1, master=True, sum=lambda x: x)
+RT = SimpleNamespace(device=torch.device('cpu'), compile=False, rank=0, world_size=1, master=True, sum=lambda x: x,
+                     notice=print)
 LETTERS = CharTokenizer('abcdefghijklmnopqrstuv ')   # of the size of test_model's vocabulary
 
 

@@ -33,7 +33,8 @@ LEAST = {
                          'lora_alpha', 'peak_flops', 'max_minutes', 'beta1', 'beta2', 'dropout', 'lora_dropout'], 0)},
     'sample.py': {'num_samples': 1, 'batch_size': 1, 'max_new_tokens': 0, 'temperature': 0, 'top_k': 1, 'top_p': 0,
                   'min_p': 0, 'block_size': 1},
-    'eval.py': {'batch_size': 1, 'block_size': 1, 'max_new_tokens': 1, 'stride': 1, 'limit': 1, 'shots': 0}}
+    'eval.py': {'batch_size': 1, 'block_size': 1, 'max_new_tokens': 1, 'stride': 1, 'limit': 1, 'shots': 0,
+                'num_samples': 1, 'temperature': 0}}
 
 
 @pytest.mark.parametrize('script, name', [(script, name) for script in LEAST for name in LEAST[script]])

@@ -1,0 +1,28 @@
+# Arithmetic by trial and reward, for a small chat model whose supervised training ended early: it shows its working,
+# but many results are wrong. The reward is 1 if the last number of an answer is right, else 0.
+#
+#   python data/chat/prepare.py
+#   python train.py config/chat_tiny.py --max_iters=500 --out_dir=out-chat-short
+#   python grpo.py config/grpo_arithmetic.py
+#   python eval.py --out_dir=out-grpo-arithmetic --check=arithmetic
+#
+# hardware: 2 cores | time: not yet measured | result: not yet measured
+
+out_dir = 'out-grpo-arithmetic'
+init_from = 'out-chat-short'
+reward = 'arithmetic'
+
+eval_interval = 25
+num_val = 200
+
+batch_size = 32
+group_size = 8
+block_size = 128
+max_new_tokens = 40
+divide_by_std = True
+
+max_iters = 200
+learning_rate = 1e-3
+schedule = 'linear'
+warmup_iters = 5
+min_lr = 1e-4

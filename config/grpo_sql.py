@@ -1,0 +1,28 @@
+# SQL by trial and reward, for a small chat model whose supervised training ended early. The reward is 1 if a query
+# gives the same rows as the right one on a small database in memory, which it can only read, else 0.
+#
+#   python data/chat/prepare.py
+#   python train.py config/chat_tiny.py --max_iters=500 --out_dir=out-chat-short
+#   python grpo.py config/grpo_sql.py
+#   python eval.py --out_dir=out-grpo-sql --check=sql
+#
+# hardware: 2 cores | time: not yet measured | result: not yet measured
+
+out_dir = 'out-grpo-sql'
+init_from = 'out-chat-short'
+reward = 'sql'
+
+eval_interval = 25
+num_val = 200
+
+batch_size = 32
+group_size = 8
+block_size = 128
+max_new_tokens = 48
+divide_by_std = True
+
+max_iters = 100
+learning_rate = 1e-3
+schedule = 'linear'
+warmup_iters = 5
+min_lr = 1e-4

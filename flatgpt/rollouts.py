@@ -1,0 +1,142 @@
+"""
+Rollouts: the questions of each step of grpo.py, the answers that the model draws for them, and the rows that it learns
+from. All of it is a pure function of (seed, step), whatever the number of processes.
+"""
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flatgpt import engine, rewards, tasks
+from flatgpt.errors import UserError
+
+FIGURES = ('reward', 'length', 'entropy', 'no_signal')   # means over the answers of a step, as totals() has them
+
+
+class Questions:
+    """The questions of a run: those of each step, and .val, which are held out.
+
+    reward, path, val_path: the options reward, questions and val_questions of grpo.py. num_val: how many are held out.
+    longest: tokens of a prompt. .notes: lines for the user. UserError.
+    """
+
+    def __init__(self, reward: str, path: str, val_path: str, num_val: int, tok, longest: int):
+        self.kind = path or reward
+        if self.kind in tasks.KINDS:   # questions are generated
+            path = ''
+        else:
+            self.kind = ''
+        self.notes = []
+        of_tasks = ':' not in reward
+        self.train = rewards.read(path, of_tasks) if path else []
+        if val_path:
+            self.val = rewards.read(val_path, of_tasks)[:num_val]
+        elif path:
+            held_out = min(num_val, max(len(self.train) // 10, 1))
+            self.val = self.train[-held_out:]
+            self.train = self.train[:-held_out]
+        else:
+            self.val = rewards.generate(self.kind, 'val', num_val, held_out=True)
+        self.train = self.short_ones(self.train, tok, longest, path)
+        self.val = self.short_ones(self.val, tok, longest, val_path or 'the held-out questions')
+        if not self.val or (path and not self.train):
+            raise UserError(f'{val_path or path or reward}: expected questions to learn from, and others to evaluate '
+                            f'on, of at most {longest} tokens (block_size - max_new_tokens)')
+
+    def short_ones(self, questions, tok, longest, where):
+        """Return the questions of at most `longest` tokens; a note says how many others there are."""
+        found = [question for question in questions if len(rewards.prompt_ids(tok, question)) <= longest]
+        if len(found) < len(questions):
+            self.notes.append(f'{where}: {len(questions) - len(found):,} of {len(questions):,} questions are longer '
+                              f'than {longest} tokens (block_size - max_new_tokens) and are left out')
+        return found
+
+    def of_step(self, seed: int, step: int, n: int) -> list[dict]:
+        """Return the n questions of a step: generated ones, or the next n of the file, in an order that differs from
+        one pass through it to the next."""
+        if self.kind:
+            return rewards.generate(self.kind, f'{seed} {step}', n, held_out=False)
+        orders = {}
+        found = []
+        for i in range(step * n, (step + 1) * n):
+            epoch, at = divmod(i, len(self.train))
+            if epoch not in orders:
+                orders[epoch] = random.Random(f'{seed} {epoch}').sample(range(len(self.train)), len(self.train))
+            found.append(self.train[orders[epoch][at]])
+        return found
+
+    def checksum(self) -> int:
+        """Return a number that stands for the held-out questions."""
+        return zlib.crc32(repr(self.val).encode(errors='surrogatepass'))
+
+
+@dataclass
+class Rollout:
+    """The answers to P questions, G to each, as N = P G rows, and what they are worth."""
+    answers: list[str]
+    idx: Tensor                        # (N, T), token ids of question and answer, filled up on the right
+    targets: Tensor                    # (N, T), ids one step ahead; -1 outside the answers
+    lengths: Tensor                    # (N,), tokens of the answers, end tokens included
+    rewards: Tensor                    # (P, G)
+    drawn_with: Tensor                 # (N,), log-probabilities of the answers as they were drawn
+    advantages: Tensor | None = None   # (N,)
+    weights: Tensor | None = None      # (N, T), of the tokens in the loss
+    reference: Tensor | None = None    # (N, T), log-probabilities by the first model
+    log_probs: Tensor | None = None    # (N, T), by the policy before the first update
+
+    def totals(self) -> Tensor:
+        """Return the sums over the answers of FIGURES, and of the lengths, in float64. The entropy is estimated: the
+        negative log-probability of a token, averaged over an answer."""
+        lengths = self.lengths.double()
+        alike = (self.rewards == self.rewards[:, :1]).all(dim=1)   # a group from which nothing is learned
+        sums = (self.rewards.double().sum(), lengths.sum(), (-self.drawn_with.double() / lengths).sum(),
+                alike.sum() * self.rewards.size(1), lengths.sum())
+        return torch.stack([total.double() for total in sums])
+
+    def to(self, device: torch.device):
+        """Move the tensors to a device."""
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(self, name, value.to(device))
+
+    def drop(self, rows: Tensor):
+        """Remove rows, (N,) of bool, and columns that only they need; but not all: DDP needs a backward pass."""
+        kept = ~rows
+        kept[0] = True
+        columns = int((self.targets[kept] >= 0).nonzero()[:, 1].max()) + 1
+        for name in ('idx', 'targets', 'weights'):
+            setattr(self, name, getattr(self, name)[kept, :columns])
+        self.lengths = self.lengths[kept]
+        self.advantages = self.advantages[kept]
+
+
+def draw(model, tok, questions: Sequence[dict], reward_of: rewards.Reward, group_size: int, max_new_tokens: int,
+         temperature: float, seed: int, step: int, first_row: int) -> Rollout:
+    """Return group_size answers of a model, in eval mode, to each question, with their rewards. first_row: the number
+    of the first answer among those of the step; the random numbers of an answer depend on it, the seed and the step."""
+    prompts = [rewards.prompt_ids(tok, question) for question in questions]
+    answers = [engine.Answer(tok, ids, max_new_tokens) for ids in prompts for _ in range(group_size)]
+    for _ in engine.grow(model, answers, temperature=temperature, seed=seed * 1_000_003 + step, first_row=first_row):
+        pass
+    values = [reward_of(questions[i // group_size], answer.text) for i, answer in enumerate(answers)]
+    idx, targets = rows_of(answers)
+    return Rollout(answers=[answer.text for answer in answers], idx=idx, targets=targets,
+                   lengths=torch.tensor([len(answer.ids) for answer in answers]),
+                   rewards=torch.tensor(values).view(len(questions), group_size),
+                   drawn_with=torch.tensor([answer.log_prob for answer in answers]))
+
+
+def rows_of(answers: Sequence[engine.Answer]) -> tuple[Tensor, Tensor]:
+    """Return the token ids of prompts and answers, (N, T), and the targets, (N, T): the answers alone."""
+    T = max(len(answer.prompt_ids) + len(answer.ids) for answer in answers) - 1
+    idx = torch.zeros(len(answers), T, dtype=torch.long)
+    targets = torch.full_like(idx, -1)
+    for row, answer in enumerate(answers):
+        ids = torch.cat((answer.prompt_ids, torch.tensor(answer.ids)))
+        idx[row, :len(ids) - 1] = ids[:-1]
+        targets[row, len(answer.prompt_ids) - 1:len(ids) - 1] = torch.tensor(answer.ids)
+    return idx, targets
