@@ -4,7 +4,8 @@ How fast this machine trains, decodes, reads data and attends, and how far that 
     python bench.py config/train_shakespeare_char_cpu.py        the model, the batch and the data of a recipe
     python bench.py                                             GPT-2 (124M) on random ids, no dataset needed
     python bench.py --versus="attention=math loss_chunks=8"     beside the same with other options, step by step in turn
-    python bench.py --mode=decode --batch_size=10               one token after another
+    python bench.py --mode=decode                               one token after another, for 1 row and for 10
+    python bench.py --mode=prefill --init_from=gpt2             a prompt, to its first token
     python bench.py --mode=attention --block_size=256           the ways to compute it beside each other
     python bench.py --mode=data --dataset=shakespeare_char      drawing batches, and nothing else
     python bench.py --profile=True                              and a trace in ./bench_log for ui.perfetto.dev
@@ -16,17 +17,17 @@ is what matrix products, or reading from memory, would take at the rates that th
 from configurator import configure
 
 # ---------------------------------------------------------------------------------------------------------------------
-mode = 'train'                     # 'train' (a step), 'decode' (a token), 'data' (a batch), 'attention' (one layer's)
+mode = 'train'                     # 'train' (a step), 'decode' (a token), 'prefill', 'data' (a batch), 'attention'
 versus: str | None = None          # other options to measure in turn with these, such as 'attention=math compile=False'
 warmup_steps = 2                   # not counted; compilation falls into the first
 steps = 8                          # counted at most, each on its own; the median is reported
 seconds = 30.0                     # begin no more steps after this time, once three are counted
 profile = False                    # trace three more steps and print the ten costliest operators
 dataset: str | None = None         # take token ids from this dataset, None: random ones
-batch_size: int | None = None      # rows per step, None: 12 on a GPU, 1 on a CPU or to decode
+batch_size: int | None = None      # rows per step, None: 12 on a GPU, 1 on a CPU, to decode 1 beside 10
 block_size = 1024                  # tokens per row: the context
-prompt_tokens = 16                 # to decode: length of the prompt
-quantize: str | None = None        # to decode: 'int8', weights in 8 bits
+prompt_tokens: int | None = None   # length of the prompt, None: 16 to decode, 500 for prefill
+quantize: str | None = None        # to decode and for prefill: 'int8', weights in 8 bits
 vocab_size = 50304                 # of the random ids; a dataset has its own
 init_from = 'scratch'              # or the shape, not the weights, of a model: a path, 'gpt2', 'owner/name' on the hub
 arch = 'gpt2'                      # a set of switches in model.py: 'gpt2', 'llama', 'qwen3', 'speedrun'
@@ -58,7 +59,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch  # not above the options: --help and a misspelt option need not wait for it
@@ -68,7 +69,7 @@ from flatgpt import checkpoint, lora, optim, runtime
 from flatgpt.dataset import Dataset
 from flatgpt.engine import cache_bytes, generate
 from flatgpt.errors import UsageError
-from flatgpt.quantize import int8, pack
+from flatgpt.quantize import kernels, prepare
 from flatgpt.validate import at_least, one_of
 from model import GPT, GPTConfig, arch_fields, attend, make_attn_mask
 
@@ -82,8 +83,11 @@ if versus:
     settings.append(SimpleNamespace(**configure(globals(), [f'--{word}' for word in versus.split()])))
 elif mode == 'attention':
     settings = [SimpleNamespace(**{**config, 'attention': way}) for way in ('math', 'sdpa')]
+elif mode == 'decode' and batch_size is None:
+    settings = [SimpleNamespace(**{**config, 'batch_size': n}) for n in (1, 10)]
 
 for o in settings:
+    o.prompt_tokens = o.prompt_tokens or (500 if mode == 'prefill' else 16)
     at_least(1, vars(o), 'steps', 'block_size', 'vocab_size', 'prompt_tokens', 'batch_size')
     at_least(0, vars(o), 'warmup_steps', 'seconds', 'lora_rank')
     one_of((None, 'int8'), vars(o), 'quantize')
@@ -98,6 +102,7 @@ class Work:
     flops: float
     traffic: float         # bytes to and from memory
     parameters: int = 0
+    kernels: list = field(default_factory=list)   # of matrix products: [shape, kernel, bytes of one, how many]
 
 
 def shape_of(o):
@@ -153,30 +158,40 @@ def train(o, rt, rows):
     return Work(step, x.numel(), model.flops_per_token() * x.numel(), traffic, n)
 
 
-def decode(o, rt, rows):
-    """The next token of each row, the prompt's pass being the first."""
-    model = GPT(shape_of(o)).to(rt.device, rt.dtype).eval()
+def for_decoding(o, rt, rows, longest, tokens):
+    """(model, prompt, Work that reads each matrix once, for so many tokens at once)."""
+    model = GPT(shape_of(o)).eval()
     c = model.config
-    n = model.get_num_params()
-    longest = o.prompt_tokens + o.warmup_steps + o.steps
     if longest > c.block_size:
-        raise UsageError(f'prompt_tokens + warmup_steps + steps = {longest}: expected at most '
+        raise UsageError(f'{longest} tokens, of the prompt, warmup_steps and steps: expected at most '
                          f'block_size={c.block_size}, beyond which part of the context is computed again')
-    if o.quantize:
-        int8(model)
+    work = Work(None, tokens, 2 * model.get_num_params() * tokens, 0, model.get_num_params(non_embedding=False))
+    prepare(model, rt, o.quantize, o.dtype, rows)
     if rt.compile:
         rt.compile_step(model)
-    elif not o.quantize:
-        pack(model)
-    prompt = torch.randint(c.vocab_size, (rows, o.prompt_tokens), device=rt.device)
+    for (shape, kernel, nbytes), n in kernels(model, tokens).items():
+        work.traffic += n * nbytes
+        work.kernels.append([f'{shape[0]} x {shape[1]}', kernel, nbytes, n])
+    return model, torch.randint(c.vocab_size, (rows, o.prompt_tokens), device=rt.device), work
+
+
+def decode(o, rt, rows):
+    """The next token of each row, the prompt's pass being the first."""
+    model, prompt, work = for_decoding(o, rt, rows, o.prompt_tokens + o.warmup_steps + o.steps, rows)
     tokens = 1 + o.warmup_steps + o.steps + 3   # of the prompt's pass; to trace
-    for _ in itertools.islice(generate(model, prompt, tokens, static_cache=rt.compile), 3):
-        pass   # torch's own first time is not the model's; as many tokens, so that the KV cache has the same shape
     stream = generate(model, prompt, tokens, top_k=200, static_cache=rt.compile)
+    work.run = lambda: next(stream)
+    c = model.config
     length = min(o.prompt_tokens + o.warmup_steps + o.steps // 2, c.window or c.block_size)   # on average
-    matrices = n * (1 if o.quantize else rt.dtype.itemsize)
-    traffic = matrices + cache_bytes(c, length * rows, rt.dtype.itemsize)   # each read once
-    return Work(lambda: next(stream), rows, 2 * n * rows, traffic, model.get_num_params(non_embedding=False))
+    work.traffic += cache_bytes(c, length * rows, rt.dtype.itemsize)   # read once
+    return work
+
+
+def prefill(o, rt, rows):
+    """The first token after the prompt of each row."""
+    model, prompt, work = for_decoding(o, rt, rows, o.prompt_tokens, rows * o.prompt_tokens)
+    work.run = lambda: next(generate(model, prompt, 1))
+    return work
 
 
 def batches(o, rt, rows):
@@ -209,34 +224,31 @@ def attention_pass(o, rt, rows):
     return Work(both, rows * o.block_size, 12 * c.n_embd * o.block_size * seen * rows, 12 * q.nbytes)
 
 
-MODES = {'train': ('step', train), 'decode': ('token', decode), 'data': ('batch', batches),
-         'attention': ('pass', attention_pass)}
+MODES = {'train': ('step', train), 'decode': ('token', decode), 'prefill': ('prompt', prefill),
+         'data': ('batch', batches), 'attention': ('pass', attention_pass)}
 one_of(MODES, config, 'mode')
-unit, prepare = MODES[mode]
+unit, make_work = MODES[mode]
 
 # set up all that is compared, then take turns
 
-runtimes = []
-works = []
-results = []
+measured = []   # (options, Runtime, Work, seconds of each call, result) of each setting
 for o in settings:
-    rt = runtime.setup(o.device, o.dtype, o.compile, o.seed, training=mode in ('train', 'attention'))
-    if rt not in runtimes:
+    rt = runtime.setup(o.device, o.dtype, o.compile, o.seed, training=mode in ('train', 'attention'),
+                       decoding=mode in ('decode', 'prefill'))
+    if all(rt != other for _, other, *_ in measured):
         print(rt.describe(), file=sys.stderr)
-    rows = o.batch_size or (1 if rt.device.type == 'cpu' or mode == 'decode' else 12)
-    work = prepare(o, rt, rows)
-    runtimes.append(rt)
-    works.append(work)
-    results.append({'mode': mode, 'parameters': work.parameters, 'batch_size': rows, 'block_size': o.block_size,
-                    'attention': o.attention, 'machine': rt.describe(), 'loss': None})
+    rows = o.batch_size or (12 if rt.device.type != 'cpu' and mode not in ('decode', 'prefill') else 1)
+    work = make_work(o, rt, rows)
+    result = {'mode': mode, 'parameters': work.parameters, 'kernels': work.kernels, 'batch_size': rows,
+              'block_size': o.block_size, 'attention': o.attention, 'machine': rt.describe(), 'loss': None}
+    measured.append((o, rt, work, [], result))
 
-times = [[] for _ in works]   # seconds of each call
 uncounted = warmup_steps + (1 if mode == 'decode' else 0)   # decoding first reads the prompt
 begin = time.perf_counter()
 for i in tqdm(range(uncounted + steps), desc=unit, leave=False, disable=None):
     if i >= uncounted + 3 and time.perf_counter() - begin > seconds:
         break
-    for rt, work, taken, result in zip(runtimes, works, times, results):
+    for _, rt, work, taken, result in measured:
         rt.sync()
         t0 = time.perf_counter()
         loss = work.run()
@@ -246,7 +258,7 @@ for i in tqdm(range(uncounted + steps), desc=unit, leave=False, disable=None):
             result['loss'] = loss.item()
 
 rates = {}   # (device, dtype): (FLOP/s, bytes per second), measured once, so that both settings have one limit
-for o, rt, work, taken, result in zip(settings, runtimes, works, times, results):
+for o, rt, work, taken, result in measured:
     counted = taken[uncounted:]
     dt = statistics.median(counted)
     if (rt.device, rt.dtype) not in rates:
@@ -255,7 +267,7 @@ for o, rt, work, taken, result in zip(settings, runtimes, works, times, results)
     by_flops = work.flops / flops
     by_bandwidth = work.traffic / bandwidth
     peak = o.peak_flops or (flops if rt.device.type == 'cpu' else rt.peak_flops())
-    memory = rt.peak_memory() if len(works) == 1 else None   # that of both says nothing about one
+    memory = rt.peak_memory() if len(measured) == 1 else None   # that of both says nothing about one
     result |= {'steps': len(counted), 'ms_per_step': dt * 1000, 'ms_min': min(counted) * 1000,
                'ms_max': max(counted) * 1000, 'tok_per_s': work.tokens / dt, 'first_step_s': taken[0],
                'peak_memory_bytes': memory, 'flops': work.flops, 'traffic_bytes': work.traffic, 'peak_flops': peak,
@@ -263,36 +275,32 @@ for o, rt, work, taken, result in zip(settings, runtimes, works, times, results)
                'ms_by_bandwidth': by_bandwidth * 1000, 'reached': max(by_flops, by_bandwidth) / dt, 'mfu': None}
     if mode == 'train' and peak:
         result['mfu'] = work.flops / dt / peak
-    if mode == 'decode':
-        result['prompt_tok_per_s'] = work.tokens * o.prompt_tokens / taken[0]
 
 if profile:
     on_done = torch.profiler.tensorboard_trace_handler('bench_log')
     with torch.profiler.profile(on_trace_ready=on_done) as trace:   # of all that torch can trace here
         for _ in range(3):
-            for rt, work in zip(runtimes, works):
+            for _, rt, work, *_ in measured:
                 work.run()
                 rt.sync()
-    by = 'self_cpu_time_total' if runtimes[0].device.type == 'cpu' else 'self_device_time_total'
+    by = 'self_cpu_time_total' if measured[0][1].device.type == 'cpu' else 'self_device_time_total'
     print(trace.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=40))
     print('trace in ./bench_log: open the file in ui.perfetto.dev', file=sys.stderr)
 
 
 # what came out: a column per setting
 
-def column(o, r, work):
+def column(o, work, r):
     """{label: text} of the lines of the table; r: the result of a setting."""
     lines = {}
     if len(settings) > 1:
         changed = [name for name in config if len({getattr(other, name) for other in settings}) > 1]
         lines['setting'] = ' '.join(f'{name}={getattr(o, name)}' for name in changed)
     parameters = f'{work.parameters:,} parameters, ' if work.parameters else ''
-    context = f'{o.prompt_tokens} tokens of prompt' if mode == 'decode' else o.block_size
+    context = f'{o.prompt_tokens} tokens of prompt' if mode in ('decode', 'prefill') else o.block_size
     lines['work'] = f'{parameters}batch {r["batch_size"]} x {context}'
     lines[unit] = f'{r["ms_per_step"]:,.2f} ms, median of {r["steps"]} ({r["ms_min"]:,.2f} to {r["ms_max"]:,.2f})'
     lines['speed'] = f'{r["tok_per_s"]:,.0f} tok/s'
-    if mode == 'decode':
-        lines['prompt'] = f'{r["first_step_s"] * 1000:,.1f} ms, {r["prompt_tok_per_s"]:,.0f} tok/s'
     if mode == 'train':
         lines['mfu'] = '- (unknown device, give --peak_flops)'
         lines['first step'] = f'{r["first_step_s"]:,.1f} s'
@@ -302,21 +310,25 @@ def column(o, r, work):
                       f'{r["ms_by_bandwidth"]:,.3f} ms for {work.traffic / 1e6:,.1f} MB at '
                       f'{r["measured_bandwidth"] / 1e9:,.0f} GB/s')
     lines['reached'] = f'{r["reached"]:.1%} of it'
+    for shape, kernel, nbytes, n in work.kernels:
+        lines[shape] = f'{kernel}, {n} of {nbytes / 1e6:,.1f} MB'
     if r['peak_memory_bytes']:
         lines['peak memory'] = f'{r["peak_memory_bytes"] / 2**30:,.2f} GiB'
     return lines
 
 
-columns = [column(o, r, work) for o, r, work in zip(settings, results, works)]
-for label in columns[0]:
-    print(f'{label:<12} ' + '   '.join(f'{texts[label]:<60}' for texts in columns).rstrip())
-if len(works) == 1:
-    print(json.dumps(results[0]))
+columns = [column(o, work, result) for o, _, work, _, result in measured]
+for label in dict.fromkeys(label for texts in columns for label in texts):
+    print(f'{label:<12} ' + '   '.join(f'{texts.get(label, ""):<60}' for texts in columns).rstrip())
+if len(measured) == 1:
+    print(json.dumps(measured[0][-1]))
 else:
-    ratios = sorted(b / a for a, b in zip(*(taken[uncounted:] for taken in times)))   # of neighbours in time
+    pairs = zip(*(taken[uncounted:] for _, _, _, taken, _ in measured))   # neighbours in time
+    ratios = sorted(b / a for a, b in pairs)
     ratio = statistics.median(ratios)
     extremes = len(ratios) // 6   # the range is without them: on a busy machine one step may take any time
     low, high = ratios[extremes], ratios[-1 - extremes]
     verdict = 'no difference seen: ' if low <= 1 <= high else ''
     print(f'{"ratio":<12} {verdict}the second takes {ratio:.3f} of the time of the first ({low:.3f} to {high:.3f})')
+    results = [result for *_, result in measured]
     print(json.dumps({'ratio': ratio, 'ratio_min': low, 'ratio_max': high, 'settings': results}))

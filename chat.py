@@ -67,11 +67,10 @@ model, tok, ckpt = checkpoint.load_model(path)
 template = chat_template_of(tok)
 if template is None:
     raise UserError(f'{path} has no chat template: it was not trained on conversations; use sample.py')
-rt = runtime.setup(device, dtype, False, seed)
+rt = runtime.setup(device, dtype, False, seed, decoding=True)
 notice(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}')
-model.to(rt.device, rt.dtype)
 del ckpt   # its memory
-prepare(model, quantize)
+prepare(model, rt, quantize, dtype, gradually=True)
 session = batching.Session(model, tok.vocab_size)   # encodes each turn once
 context = model.config.block_size
 

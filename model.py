@@ -139,8 +139,8 @@ def rope_method(scaling):
 
 
 def rope_angles(positions, D, base, scaling=None):
-    """Cosines and sines, (T, D / 2) each in float32, of the rotary angles of positions, (T,) (Su et al., 2021). From
-    one position to the next, channel pair i rotates by base^(-2i / D).
+    """Cosines and sines, (T, D) each in float32, of the rotary angles of positions, (T,) (Su et al., 2021). From one
+    position to the next, the pair of channels i and i + D / 2 rotates by base^(-2i / D); the first sine is negative.
 
     scaling: ('linear', factor) slows all pairs down (Chen et al., 2023). ('dynamic', factor, context): a larger base
     once the text is longer than context tokens. (factor, low, high, context), Llama 3.1's (Grattafiori et al., 2024):
@@ -163,14 +163,14 @@ def rope_angles(positions, D, base, scaling=None):
     angle = positions.float()[..., None] * speed                                      # (T, D / 2)
     if positions.dim() == 2:
         angle = angle[:, None]                                                        # (B, 1, T, D / 2)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x, angles):
-    """Rotate queries or keys, (..., T, D), by the angles of their positions; channel i is paired with i + D / 2."""
-    cos, sin = (part.to(x.dtype) for part in angles)                                  # (T, D / 2) each
-    first, second = x.chunk(2, dim=-1)                                                # (..., T, D / 2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotate queries or keys, (..., T, D), by the angles of their positions, from rope_angles()."""
+    cos, sin = (part.to(x.dtype) for part in angles)                                  # (T, D) each
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin   # the roll swaps the channels of each pair
 
 
 def make_attn_mask(query, key, n_head, pos, window, padding=None, documents=None):
@@ -227,16 +227,20 @@ def attend(q, k, v, dropout_p=0.0, attn_mask=None, attention='auto'):
     """What attend_math() returns, by 'math', by 'sdpa' (torch's fused kernels, which never store the (T, S) weights:
     Dao et al., 2022), or by 'auto', the faster of the two: on a CPU the kernels have no dropout and a slow backward
     pass in bfloat16, and for one query on a GPU cuDNN would plan anew for each number of keys."""
-    H, T = q.shape[1:3]
+    B, H, T, D = q.shape
+    K = k.size(1)
     if attention == 'auto':
-        math_on_cpu = q.device.type == 'cpu' and (dropout_p > 0 or (T <= 512 and q.dtype != torch.float32))
-        attention = 'math' if T == 1 or math_on_cpu else 'sdpa'
+        slow_on_cpu = dropout_p > 0 or (T <= 512 and q.dtype != torch.float32)
+        attention = 'math' if (slow_on_cpu if q.device.type == 'cpu' else T == 1) else 'sdpa'
     if attention == 'math':
         return attend_math(q, k, v, dropout_p, attn_mask)
-    if k.size(1) < H:   # not every kernel can share heads
-        k, v = (x.repeat_interleave(H // k.size(1), dim=1) for x in (k, v))           # (B, H, S, D)
-    causal = attn_mask is None and T > 1
     attn_mask = None if attn_mask is None else attn_mask.to(q.dtype)
+    if T == 1 and (attn_mask is None or attn_mask.size(-3) == 1):   # heads that share keys are like positions
+        q = q.view(B, K, H // K, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout_p).view(B, H, 1, D)
+    if K < H:   # not every kernel can share heads
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))                   # (B, H, S, D)
+    causal = attn_mask is None and T > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout_p, is_causal=causal)
 
 
@@ -285,17 +289,22 @@ class CausalSelfAttention(nn.Module):
         self.dropout_p = config.dropout
         self.c_attn = nn.Linear(C, (self.n_head + 2 * self.n_kv_head) * D, bias=config.bias)   # q, k and v in one
         self.c_proj = nn.Linear(self.n_head * D, C, bias=config.bias)
-        self.q_norm = make_norm(config, D, False) if config.qk_norm else nn.Identity()         # Dehghani et al., 2023
-        self.k_norm = make_norm(config, D, False) if config.qk_norm else nn.Identity()
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:   # Dehghani et al., 2023
+            self.q_norm = make_norm(config, D, False)
+            self.k_norm = make_norm(config, D, False)
 
     def forward(self, x, angles=None, attn_mask=None, kv_cache=None):
         B, T, C = x.shape
         H, K = self.n_head, self.n_kv_head   # K < H: groups of queries share keys and values (Ainslie et al., 2023)
         heads = self.c_attn(x).view(B, T, H + K + K, -1).transpose(1, 2)              # (B, H + K + K, T, D)
-        q, k, v = heads.split((H, K, K), dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        qk, v = heads.split((H + K, K), dim=1)
+        if self.qk_norm:
+            q, k = qk.split((H, K), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         if angles is not None:
-            q, k = apply_rope(torch.cat((q, k), dim=1), angles).split((H, K), dim=1)
+            qk = apply_rope(qk, angles)
+        q, k = qk.split((H, K), dim=1)
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)                                  # (B, K, S, D)
         y = attend(q, k, v, self.dropout_p if self.training else 0.0, attn_mask, self.attention)   # (B, H, T, D)

@@ -37,9 +37,9 @@ stream: bool | str = 'auto'           # tokens as they come, one sample after an
 json = False                          # {"prompt", "text", "tokens", "finish_reason", "mean_logprob"} per line
 # machine
 batch_size = 64                       # samples drawn together
-quantize: str | None = None           # 'int8': weights in 8 bits; on a CPU it is faster only together with bfloat16
+quantize: str | None = None           # 'int8': weights in 8 bits, half the memory to read, a little less exact
 device = 'auto'                       # 'cuda', 'cuda:1', 'mps', 'cpu', 'auto' (the first of them that is there)
-dtype = 'auto'                        # 'float32', 'bfloat16', 'float16', 'auto' (bfloat16 if native)
+dtype = 'auto'                        # 'float32', 'bfloat16', 'float16', 'auto' (the fastest in at least 16 bits)
 compile: str | bool = False           # torch.compile of the decoding step: True, False, 'auto' (where it is a GPU)
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
@@ -93,7 +93,7 @@ else:
 
 path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of)
-rt = runtime.setup(device, dtype, compile, seed)
+rt = runtime.setup(device, dtype, compile, seed, decoding=True)
 rt.notice(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}')
 del ckpt   # its memory
 if block_size is not None:
@@ -122,9 +122,8 @@ else:
 for text in filter(None, notices):
     rt.notice(text)
 
-model.to(rt.device, rt.dtype)
-if quantize or not rt.compile:   # a compiled step takes the matrices as they are
-    prepare(model, quantize)
+rows = 1 if stream or interactive else min(batch_size, len(samples))
+prepare(model, rt, quantize, dtype, rows, gradually=True)
 if rt.compile:
     rt.compile_step(model)
 

@@ -54,11 +54,10 @@ except ImportError:
 
 path = checkpoint.model_path(out_dir, init_from)
 model, tok, ckpt = checkpoint.load_model(path, tokenizer_of)
-rt = runtime.setup(device, dtype, False, 0)
+rt = runtime.setup(device, dtype, False, 0, decoding=True)
 print(f'{path}, {checkpoint.stage(ckpt)}; {rt.describe()}', file=sys.stderr)
-model.to(rt.device, rt.dtype)
 del ckpt   # its memory
-prepare(model, quantize)
+prepare(model, rt, quantize, dtype, rows)
 
 # the server
 

@@ -13,7 +13,15 @@ from typing import NamedTuple
 
 import torch
 
-from flatgpt.engine import KVCache, check_controls, penalize_repetition, random_uniform, rounded_columns, sample_token
+from flatgpt.engine import (
+    KVCache,
+    all_finite,
+    check_controls,
+    penalize_repetition,
+    random_uniform,
+    rounded_columns,
+    sample_token,
+)
 from flatgpt.errors import UserError
 
 
@@ -68,7 +76,7 @@ class Sampler:
     def next(self, logits: torch.Tensor) -> Step:
         """The next token, from logits, (1, V)."""
         request = self.request
-        if not logits.isfinite().all():
+        if not all_finite(logits):
             return Step(request, None, math.nan, [])
         penalized = logits
         if request.repetition_penalty != 1:

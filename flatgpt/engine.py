@@ -164,11 +164,11 @@ class KVCache:
         if self.static and T == 1:
             return keys.index_copy_(2, self.next_column, k), values.index_copy_(2, self.next_column, v)
         end = self.length + T
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
+        keys.narrow(2, self.length, T).copy_(k)
+        values.narrow(2, self.length, T).copy_(v)
         if self.length == 0:
             return k, v
-        return keys[:, :, :end], values[:, :, :end]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, T: int) -> None:
         """Count the T tokens that every layer has stored."""
@@ -281,7 +281,7 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
             kv_cache.advance(T)
             # not after each token, because a GPU would have to finish its work for it
             if device.type == 'cpu' or now % 32 == 0 or now in (start, end - 1):
-                if not logits.isfinite().all():
+                if not all_finite(logits):
                     raise UserError('the model gives NaN or infinite logits: its training went wrong')
             penalized = logits
             if repetition_penalty != 1:
@@ -295,6 +295,11 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
     finally:
         if static_cache:
             spare_caches[model] = kv_cache
+
+
+def all_finite(logits: torch.Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite, in a single pass: NaN is both the smallest and the largest."""
+    return bool(torch.stack(logits.aminmax()).isfinite().all())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

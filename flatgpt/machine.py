@@ -61,14 +61,17 @@ def pick_device(name: str, local_rank: int | None) -> torch.device:
     return torch.device(device_type)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch.dtype of a name; 'auto' is bfloat16 where the hardware multiplies it natively, else float32."""
+def pick_dtype(name: str, device: torch.device, decoding=False) -> torch.dtype:
+    """The torch.dtype of a name; 'auto' is bfloat16 where the hardware multiplies it natively, else float32. decoding:
+    whether quantize.prepare() stores the matrices; then 'auto' is float32 on a CPU with a kernel for float16."""
     if name not in ('auto', *DTYPES):
         raise UsageError(f"dtype={name!r}: expected 'auto', {', '.join(map(repr, DTYPES))}")
     if name != 'auto':
         return DTYPES[name]
     if device.type == 'cuda':
         native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif decoding and device.type == 'cpu' and 'fbgemm' in torch.backends.quantized.supported_engines:
+        native = False
     else:
         native = device.type == 'cpu' and cpu_multiplies_bfloat16()
     return torch.bfloat16 if native else torch.float32

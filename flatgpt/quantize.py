@@ -1,10 +1,18 @@
 """
-How the weights of a built model are stored for decoding, where reading them takes most of the time: in oneDNN's order,
-or in 8 bits.
+How the matrices of a built model are stored for decoding, where reading them takes most of the time: in 16 or 8 bits,
+in the order of a kernel of torch that is fast for few rows.
+
+On a CPU a matrix has at most two forms: one for many rows, such as those of a prompt, and one for few. Which one is
+faster depends on the CPU and on the shape: prepare() measures it. A kernel is used after a trial on this machine.
 """
 
+import collections
 import functools
-from collections.abc import Callable
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
@@ -12,56 +20,125 @@ from torch.nn import functional as F
 
 from flatgpt.machine import works
 
+FEW_ROWS = 16      # up to so many rows a product waits for the matrix, not for the arithmetic
 KERNEL_ROWS = 32   # up to so many rows torch's 8-bit kernel for CPUs is faster than converting the weights to bfloat16
+SMALL = 2**16      # numbers of a matrix that stays as it is: caches hold it
+PIECE = 8192       # outputs that are packed together: more are packed slower, because caches do not hold them
+WAIT = 8           # tokens that are decoded before matrices are packed: short answers need not wait for it
+FLUSHED = 2**26    # bytes that are read to make the caches forget a matrix, as decoding does
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the forms of a matrix
 
-class PackedLinear(nn.Module):
-    """A Linear on a CPU whose matrix is stored in the order in which oneDNN multiplies; the numbers are the same.
-    nn.Linear reorders its matrix at each call, which for few rows takes as long as the product."""
+class Form(nn.Module):
+    """A Linear whose matrix is stored in another way. kernel: its name; itemsize: bytes per number of the matrix."""
+
+    kernel: str
+    itemsize: int
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.shape = tuple(linear.weight.shape)                                       # (out, in)
         self.bias = linear.bias
+
+
+class PackedLinear(Form):
+    """A Linear in bfloat16 on a CPU whose matrix is stored in the order in which oneDNN multiplies; the numbers are the
+    same. nn.Linear reorders its matrix at each call, which for few rows takes as long as the product."""
+
+    kernel = 'oneDNN bfloat16'
+    itemsize = 2
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
 
 
-class Int8Linear(nn.Module):
+class Float16Linear(Form):
+    """A Linear in float32 on a CPU whose matrix is stored in float16; FBGEMM's kernel (Khudia et al., 2021) computes in
+    float32."""
+
+    kernel = 'FBGEMM float16'
+    itemsize = 2
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        weights = linear.weight.detach().split(PIECE)
+        biases = [None] * len(weights) if linear.bias is None else linear.bias.detach().split(PIECE)
+        self.pieces = map_in_threads(torch.ops.quantized.linear_prepack_fp16, weights, biases)
+
+    def forward(self, x):
+        outputs = [torch.ops.quantized.linear_dynamic_fp16(x, piece) for piece in self.pieces]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+class Int8Linear(Form):
     """A Linear whose matrix is stored in 8 bits, with one scale per output channel (weight-only, symmetric, Dettmers et
     al., 2022, section 2): half the bytes of bfloat16, for a little precision.
 
     use_kernel: whether to use torch's 8-bit kernel for CPUs where it applies; None: if it works on this machine.
     """
 
+    kernel = 'torch int8'
+    itemsize = 1
+
     def __init__(self, linear: nn.Linear, use_kernel: bool | None = None):
-        super().__init__()
-        self.use_kernel = int8_kernel_works() if use_kernel is None else use_kernel
+        super().__init__(linear)
+        self.use_kernel = runs(INT8_KERNEL) if use_kernel is None else use_kernel
         weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).to(linear.weight.dtype)   # (out,)
-        steps = (weight / scale.float()[:, None]).round().clamp(-127, 127)            # (out, in)
-        self.register_buffer('weight', steps.to(torch.int8))
+        scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).bfloat16()          # (out,)
+        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)   # (out, in)
+        self.register_buffer('weight', weight)
         self.register_buffer('scale', scale)
-        self.bias = linear.bias
 
     def forward(self, x):
         width = x.size(-1)
         rows = x.numel() // width
-        kernel_applies = x.device.type == 'cpu' and x.dtype == torch.bfloat16 and rows <= KERNEL_ROWS
-        if self.use_kernel and kernel_applies and width % 32 == 0:
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
+        if self.use_kernel and x.device.type == 'cpu' and rows <= KERNEL_ROWS and width % 32 == 0:
+            y = torch._weight_int8pack_mm(x.reshape(rows, width).bfloat16(), self.weight, self.scale)
+            y = y.view(*x.shape[:-1], -1).to(x.dtype)
         else:   # torch.compile makes one kernel of it
-            y = F.linear(x, self.weight.to(x.dtype) * self.scale[:, None])
+            y = F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None])
         return y if self.bias is None else y + self.bias
+
+
+class LinearByRows(nn.Module):
+    """A Linear in two forms: one for a single row, one of the two for up to FEW_ROWS, one for more."""
+
+    def __init__(self, one: nn.Module, few: nn.Module, many: nn.Module):
+        super().__init__()
+        self.one = one
+        self.few = few
+        self.many = many
+
+    def forward(self, x):
+        return self.form_for(x.numel() // x.size(-1))(x)
+
+    def form_for(self, rows: int) -> nn.Module:
+        """The form that multiplies so many rows."""
+        if rows == 1:
+            return self.one
+        return self.few if rows <= FEW_ROWS else self.many
+
+
+INT8_KERNEL = functools.partial(Int8Linear, use_kernel=True)   # for its trial
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole models
+
+def linears(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, name of its child) of every nn.Linear of a model, the head included."""
+    return [(module, name) for module in model.modules() for name, child in module.named_children()
+            if type(child) is nn.Linear]
 
 
 def replace_linears(model: nn.Module, convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     """Replace every nn.Linear of a model, the head included, by convert(linear); the model cannot be trained then."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, convert(child))
+    for module, name in linears(model):
+        setattr(module, name, convert(getattr(module, name)))
     return model
 
 
@@ -71,17 +148,9 @@ def int8(model: nn.Module) -> nn.Module:
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """Store the matrices of a model in the order of oneDNN's kernels, in place, if they are in bfloat16 on a CPU and
-    these kernels work on this machine; else change nothing."""
-    weight = model.lm_head.weight
-    if weight.device.type == 'cpu' and weight.dtype == torch.bfloat16 and can_pack():
-        replace_linears(model, packed_if_possible)
-    return model
-
-
-def prepare(model: nn.Module, quantize: str | None) -> nn.Module:
-    """Store the matrices of a model for decoding, in place: in 8 bits if quantize is 'int8', else as pack() does."""
-    return int8(model) if quantize == 'int8' else pack(model)
+    """Store the matrices of a model in bfloat16 on a CPU in the order of oneDNN's kernels, in place, if they work on
+    this machine; else change nothing."""
+    return replace_linears(model, packed_if_possible) if runs(PackedLinear, torch.bfloat16) else model
 
 
 def packed_if_possible(linear: nn.Linear) -> nn.Module:
@@ -92,28 +161,176 @@ def packed_if_possible(linear: nn.Linear) -> nn.Module:
         return linear
 
 
+def prepare(model: nn.Module, rt, quantize: str | None = None, dtype: str = 'auto', rows: int = 1,
+            gradually: bool = False) -> None:
+    """Move a model to the device and the dtype of a Runtime, and store its matrices for decoding, in place.
+
+    quantize: 'int8' stores them in 8 bits. dtype: the option that rt was made with. 'float32' changes no number; 'auto'
+    on a CPU rounds large matrices to float16, if its kernel works here, and computes in float32. rows: how many are
+    decoded together, at most. gradually: pack one block per token to float16 after the first WAIT tokens, so that a
+    short text need not wait for it.
+    """
+    model.to(rt.device, rt.dtype)
+    on_cpu = rt.device.type == 'cpu' and not rt.compile   # a compiled step takes the matrices as they are
+    if on_cpu and rt.dtype == torch.float32 and (quantize or dtype == 'auto'):
+        forms = [Int8Linear, Float16Linear] if quantize else [Float16Linear]
+        give_second_form(model, rt, [form for form in forms if runs(form)], rows, gradually and not quantize)
+    elif quantize:
+        int8(model)
+    elif on_cpu and rt.dtype == torch.bfloat16:
+        pack(model)
+
+
+def give_second_form(model: nn.Module, rt, forms: Sequence[type], rows: int, gradually: bool) -> None:
+    """Give the large matrices of a model a second form, the fastest of some for its shape and for so many rows, block
+    by block, in place. The first form is dropped if the memory does not hold both."""
+    parts = [[(model, 'lm_head')], *(linears(block) for block in model.transformer.h)]   # the head gains most
+    parts = [[(module, name) for module, name in part if can_convert(getattr(module, name).weight)] for part in parts]
+    weights = [getattr(module, name).weight for part in parts for module, name in part]
+    if not forms:
+        return
+    if forms == [Float16Linear]:   # so that both forms give the same numbers, but for rounding in float32
+        with torch.no_grad():
+            for weight in weights:
+                weight.copy_(weight.half())
+    free = rt.free_memory()
+    drop = free is not None and 4 * sum(weight.numel() for weight in weights) > free   # twice what float16 needs
+
+    def convert(part):
+        old = [getattr(module, name) for module, name in part]
+        chosen = [choose_form(kernel_seconds(linear, forms, rows)) for linear in old]
+        new = map_in_threads(lambda linear, choice: second_form(linear, *choice, drop), old, chosen)
+        for (module, name), linear in zip(part, new):
+            setattr(module, name, linear)
+
+    jobs = [functools.partial(convert, part) for part in parts if part]
+    if gradually:
+        after_some_tokens(model, jobs)
+        return
+    for job in jobs:
+        job()
+
+
+def can_convert(weight: torch.Tensor) -> bool:
+    """Whether a matrix is large enough to gain from another form, and float16 has all of its numbers."""
+    return weight.numel() >= SMALL and bool(max(-weight.min(), weight.max()) <= torch.finfo(torch.float16).max)
+
+
+def second_form(linear: nn.Linear, form: type | None, one: bool, few: bool, drop: bool) -> nn.Module:
+    """A Linear with a second form, for a single row if `one`, and for some rows if `few`; alone if the first form is to
+    be dropped. The Linear itself if there is no form that is faster."""
+    if form is None:
+        return linear
+    second = form(linear)
+    if drop:
+        return second
+    return LinearByRows(second if one else linear, second if few else linear, linear)
+
+
+def after_some_tokens(model: nn.Module, jobs: list[Callable]) -> None:
+    """Let a model do the jobs while it decodes: one per token, after the first WAIT."""
+    next_logits = model.next_logits
+    decoded = itertools.count(1)
+
+    def next_logits_and_job(idx, kv_cache):
+        if jobs and idx.size(1) == 1 and next(decoded) > WAIT:
+            jobs.pop(0)()
+        return next_logits(idx, kv_cache)
+
+    model.next_logits = next_logits_and_job
+
+
+def map_in_threads(work: Callable, *arguments: Sequence) -> list:
+    """The results of a function for some arguments, as of map(), on as many threads as torch has: a matrix is packed by
+    a single thread."""
+    if len(arguments[0]) == 1:
+        return [work(*(values[0] for values in arguments))]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(work, *arguments))
+
+
+def kernels(model: nn.Module, rows: int) -> collections.Counter:
+    """What multiplies so many rows: {(shape (out, in), kernel, bytes of one matrix): how many matrices}."""
+    found = collections.Counter()
+    for module in model.modules():
+        if isinstance(module, LinearByRows):   # its forms have been counted
+            continue
+        for child in module.children():
+            used = child.form_for(rows) if isinstance(child, LinearByRows) else child
+            if isinstance(used, Form):
+                found[used.shape, used.kernel, math.prod(used.shape) * used.itemsize] += 1
+            elif isinstance(used, nn.Linear):
+                weight = used.weight
+                found[tuple(weight.shape), f'torch {str(weight.dtype)[6:]}', weight.nbytes] += 1
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which form is the fastest
+
+measured = {}   # (shape, rows, forms): what kernel_seconds() has measured in this process
+
+
+def kernel_seconds(linear: nn.Linear, forms: Sequence[type], rows: int) -> dict[type | None, tuple[float, float]]:
+    """{form: (seconds for 1 row, seconds for so many rows)} of a Linear as it is, None, and in some forms. Only the
+    first PIECE outputs are measured, once per shape."""
+    weight = linear.weight.detach()[:PIECE]
+    rows = min(rows, FEW_ROWS)
+    key = (weight.shape, rows, *forms)
+    if key not in measured:
+        piece, small = (nn.utils.skip_init(nn.Linear, 1, 1, bias=False) for _ in range(2))
+        piece.weight = nn.Parameter(weight, requires_grad=False)
+        small.weight = nn.Parameter(weight[:64], requires_grad=False)
+        built = {None: (piece, small), **{form: (form(piece), form(small)) for form in forms}}
+        measured[key] = {form: tuple(seconds(*built[form], torch.ones(n, weight.size(1))) for n in (1, rows))
+                         for form in built}
+    return measured[key]
+
+
+@torch.inference_mode()
+def seconds(module: nn.Module, small: nn.Module, x: torch.Tensor) -> float:
+    """Seconds of the fastest of three calls of a Linear in any form. Before each, other memory is read, so that the
+    matrix comes from memory as it does in decoding, and a small matrix is multiplied, so that the kernel does not."""
+    other = torch.ones(FLUSHED // 4)
+    times = []
+    for _ in range(3):
+        other.sum()
+        small(x)
+        t0 = time.perf_counter()
+        module(x)
+        times.append(time.perf_counter() - t0)
+    return min(times)
+
+
+def choose_form(times: dict[type | None, tuple[float, float]]) -> tuple[type | None, bool, bool]:
+    """(the form to use, whether for 1 row, whether for some rows), from what kernel_seconds() gives. The form is None
+    if the Linear is faster as it is.
+
+    It is the one that is the fastest for some rows. Any form is preferred to the Linear, which reads more bytes, unless
+    it needs a fourth more time: so the choice seldom depends on chance."""
+    plain = times[None]
+    best = min((form for form in times if form is not None), key=lambda form: times[form][1])
+    one, few = (times[best][i] < 1.25 * plain[i] for i in range(2))
+    return (best, one, few) if (one or few) else (None, False, False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # whether the kernels work on this machine: one trial of each per process
 
 @functools.cache
-def can_pack() -> bool:
-    """Whether a PackedLinear gives the numbers of a Linear: it needs oneDNN and a CPU with AVX-512 or more."""
-    return works(lambda: agree(PackedLinear, lambda linear: linear))
-
-
-@functools.cache
-def int8_kernel_works() -> bool:
-    """Whether an Int8Linear gives the same numbers with torch's 8-bit kernel as without it."""
-    with_kernel = functools.partial(Int8Linear, use_kernel=True)
-    without_kernel = functools.partial(Int8Linear, use_kernel=False)
-    return works(lambda: agree(with_kernel, without_kernel))
+def runs(form: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a form gives nearly the numbers of a Linear in a dtype on this machine. oneDNN's needs AVX-512 or more,
+    FBGEMM's a torch that was built with it."""
+    return works(lambda: agrees(form, dtype))
 
 
 @torch.inference_mode()
-def agree(convert: Callable[[nn.Linear], nn.Module], reference: Callable[[nn.Linear], nn.Module]) -> bool:
-    """Whether two conversions of one small Linear in bfloat16 give nearly the same numbers."""
-    linear = nn.utils.skip_init(nn.Linear, 64, 48, dtype=torch.bfloat16)   # which draws no random numbers
+def agrees(form: Callable[[nn.Linear], nn.Module], dtype: torch.dtype) -> bool:
+    """Whether a form of one small Linear gives nearly the same numbers."""
+    linear = nn.utils.skip_init(nn.Linear, 64, 48, dtype=dtype)   # which draws no random numbers
     for p in linear.parameters():
         p.copy_(torch.arange(p.numel()).sin().view_as(p))
-    x = torch.arange(3 * 64).cos().view(3, 64).bfloat16()
-    return torch.allclose(convert(linear)(x), reference(linear)(x), atol=0.1, rtol=0.02)
+    linear.weight[0] = 1   # with a row of ones, the largest sum
+    x = torch.arange(3 * 64).cos().view(3, 64).to(dtype)
+    x[0] = 1
+    return all(torch.allclose(form(linear)(rows), linear(rows), atol=0.1, rtol=0.02) for rows in (x, x[:1]))

@@ -262,12 +262,13 @@ class Runtime:
             sys.exit(status)
 
 
-def setup(device='auto', dtype='auto', compile: str | bool = 'auto', seed=0, training=False,
+def setup(device='auto', dtype='auto', compile: str | bool = 'auto', seed=0, training=False, decoding=False,
           earlier: tuple | None = None) -> Runtime:
     """Choose the machine, prepare this process for it, and return the Runtime. Raises UsageError.
 
     training: whether matrix products decide the speed; then dtype='auto' is bfloat16 on a CPU only if its products
-    are measured to be faster. earlier: (device type, dtype) of the first part of a resumed run, which 'auto' keeps.
+    are measured to be faster. decoding: see machine.pick_dtype(). earlier: (device type, dtype) of the first part of a
+    resumed run, which 'auto' keeps.
 
     Side effects, all of them for the whole process, each in the function that is named:
     - torch's random numbers are seeded;
@@ -283,7 +284,7 @@ def setup(device='auto', dtype='auto', compile: str | bool = 'auto', seed=0, tra
     if dtype == 'auto' and earlier and earlier[0] == device.type:
         dtype = earlier[1]
     measure = training and dtype == 'auto' and device.type == 'cpu'
-    dtype = machine.pick_dtype(dtype, device)
+    dtype = machine.pick_dtype(dtype, device, decoding and compile is not True)
     attention = None
     if device.type == 'cuda':
         torch.cuda.set_device(device)

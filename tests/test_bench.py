@@ -51,9 +51,9 @@ def profiled(tmp_path_factory):
 def test_the_last_line_is_json_whose_numbers_agree(profiled):
     result = result_of(profiled[0])
     assert set(result) == {'mode', 'parameters', 'batch_size', 'block_size', 'attention', 'machine', 'loss',
-                           'steps', 'ms_per_step', 'ms_min', 'ms_max', 'tok_per_s', 'mfu', 'peak_flops', 'first_step_s',
-                           'measured_flops', 'measured_bandwidth', 'flops', 'traffic_bytes', 'ms_by_flops',
-                           'ms_by_bandwidth', 'reached', 'peak_memory_bytes'}
+                           'steps', 'kernels', 'ms_per_step', 'ms_min', 'ms_max', 'tok_per_s', 'mfu', 'peak_flops',
+                           'first_step_s', 'measured_flops', 'measured_bandwidth', 'flops', 'traffic_bytes',
+                           'ms_by_flops', 'ms_by_bandwidth', 'reached', 'peak_memory_bytes'}
     model = a_model()
     assert result['parameters'] == model.get_num_params(non_embedding=False)
     assert (result['batch_size'], result['block_size']) == (3, 16)
@@ -174,19 +174,38 @@ def test_attention_compares_the_ways_to_compute_it(bench):
 
 
 @pytest.mark.parametrize('quantize', [None, 'int8'])
-def test_decode_measures_prompt_and_tokens(bench, quantize):
+def test_decode_measures_tokens_and_names_the_kernel_of_each_shape(bench, monkeypatch, quantize):
+    monkeypatch.setattr('flatgpt.quantize.SMALL', 0)
+    monkeypatch.setattr('flatgpt.quantize.choose_form', lambda times: (list(times)[1], True, True))
     options = [f'--quantize={quantize}'] if quantize else []
-    result = result_of(bench(*TINY_MODEL, '--mode=decode', '--batch_size=2', '--prompt_tokens=5', *options))
+    done = bench(*TINY_MODEL, '--mode=decode', '--batch_size=2', '--prompt_tokens=5', *options)
+    result, table = result_of(done), table_of(done)
     assert result['tok_per_s'] == pytest.approx(2 / result['ms_per_step'] * 1000)
-    assert result['prompt_tok_per_s'] == pytest.approx(2 * 5 / result['first_step_s'])
-    weights = a_model().get_num_params() * (1 if quantize else 4)
+    kernel, itemsize = ('torch int8', 1) if quantize else ('torch float32', 4)
+    shapes = {'100 x 32': 1, '96 x 32': 2, '32 x 32': 2, '128 x 32': 2, '32 x 128': 2}
+    assert {shape: n for shape, _, _, n in result['kernels']} == shapes
+    assert {name for _, name, _, _ in result['kernels']} == {kernel}
+    assert table['96 x 32'] == f'{kernel}, 2 of 0.0 MB'
+    weights = (100 + 2 * (96 + 32 + 128 + 128)) * 32 * itemsize
     keys = 2 * 2 * 32 * (5 + 2 + 1) * 2   # and values, of 2 layers and 2 rows, after prompt, warmup and half the steps
     assert result['traffic_bytes'] == weights + keys * 4
     assert result['ms_by_bandwidth'] == pytest.approx(result['traffic_bytes'] / 7e9 * 1000)
 
 
+def test_decode_compares_one_row_with_ten(bench):
+    first, second = result_of(bench(*TINY_MODEL, '--mode=decode', '--prompt_tokens=2'))['settings']
+    assert (first['batch_size'], second['batch_size']) == (1, 10)
+
+
+def test_prefill_measures_the_time_to_the_first_token(bench):
+    result = result_of(bench(*TINY_MODEL, '--mode=prefill', '--batch_size=2', '--prompt_tokens=9'))
+    assert result['tok_per_s'] == pytest.approx(2 * 9 / result['ms_per_step'] * 1000)
+    assert result['flops'] == 2 * a_model().get_num_params() * 2 * 9
+
+
 def test_decode_has_the_vocabulary_of_a_dataset(bench, char_dataset):
-    result = result_of(bench(*TINY_MODEL, '--mode=decode', '--prompt_tokens=2', f'--dataset={char_dataset}'))
+    options = ('--mode=decode', '--batch_size=1', '--prompt_tokens=2', f'--dataset={char_dataset}')
+    result = result_of(bench(*TINY_MODEL, *options))
     assert result['parameters'] == a_model(20).get_num_params(non_embedding=False)
 
 
@@ -203,6 +222,7 @@ def test_data_measures_batches_of_a_dataset(bench, char_dataset):
                                      ['train', '--lora_rank=2', '--activation_checkpointing'],
                                      ['decode', '--prompt_tokens=2', '--batch_size=3'],
                                      ['decode', '--prompt_tokens=2', '--quantize=int8', '--dtype=bfloat16'],
+                                     ['prefill', '--prompt_tokens=7'],
                                      ['attention', '--window=5'], ['attention', '--pos=alibi']], ids=' '.join)
 def test_all_tensors_of_a_mode_are_on_its_device(bench, monkeypatch, options):
     meta = torch.device('meta')
@@ -225,7 +245,7 @@ def test_all_tensors_of_a_mode_are_on_its_device(bench, monkeypatch, options):
     (['--batch_size=0'], ['batch_size=0', '1 or more']), (['--warmup_steps=-1'], ['warmup_steps=-1', '0 or more']),
     (['--optimizer=sgd'], ["optimizer='sgd'", "'adamw', 'muon'"]), (['--quantize=int4'], ["quantize='int4'", 'int8']),
     (['--mode=dance'], ["mode='dance'", "'decode'"]), (['--mode=data'], ['dataset']),
-    (['--mode=decode'], ['= 21', 'block_size=16']),
+    (['--mode=decode'], ['21 tokens', 'block_size=16']), (['--mode=prefill'], ['500 tokens', 'block_size=16']),
     (['--versus=steps=5'], ["'steps=5' cannot be compared"]), (['--versus=n_heads=2'], ['n_heads', 'n_head']),
     (['--versus=help'], ["'help'"]), (['--versus=versus=x'], ['words such as']),
     (['--versus=n_layer=0'], ['n_layer=0', '1 or more']),

@@ -265,7 +265,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(options):
     assert (generated(model, tokens(8, 4), 40, **options, vocab_size=20) < 20).all()
 
 
-@pytest.mark.parametrize('value', [math.nan, math.inf])
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_an_error(value):
     model = make(torch.float32)
     model.transformer.ln_f.bias.data[3] = value

@@ -279,6 +279,16 @@ def test_methods_of_attention_agree_in_results_and_gradients(method, T, dtype, b
         assert (result - exact).abs().max() <= bound * exact.abs().max() + 1e-7
 
 
+@pytest.mark.parametrize('masks', [None, (1, 1), (2, 1), (1, 6), (2, 6)], ids=str)   # rows and heads that have their own
+@pytest.mark.parametrize('K', [1, 3, 6])
+def test_one_query_gets_the_same_of_heads_that_share_keys(masks, K):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, K, 20, 8)[:, :, :9], torch.randn(2, K, 20, 8)[:, :, :9]
+    attn_mask = None if masks is None else torch.randn(*masks, 1, 9).masked_fill(torch.arange(9) < 4, -math.inf)
+    for attention in ('sdpa', 'auto'):
+        torch.testing.assert_close(attend(q, k, v, 0.0, attn_mask, attention), attend_math(q, k, v, 0.0, attn_mask))
+
+
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
 def test_models_with_either_attention_agree_in_loss_and_gradients(dtype, bound):
     def results(attention, dtype):

@@ -1,5 +1,5 @@
-"""How weights are stored for decoding: packed ones compute the same, 8-bit ones nearly the same; where a kernel fails
-or is missing, the plain path works."""
+"""How weights are stored for decoding: packed ones compute the same, 8-bit ones nearly the same; the fastest form for
+a shape is found by measurement; where a kernel fails or is missing, the plain path works."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from test_model import make, tokens
 from flatgpt import checkpoint, quantize
 from flatgpt.dataset import Dataset
 from flatgpt.engine import generate
-from flatgpt.quantize import Int8Linear, PackedLinear
+from flatgpt.quantize import Float16Linear, Int8Linear, LinearByRows, PackedLinear
+from flatgpt.runtime import Runtime
 
 SHAPES = [(64, 48, True), (65, 64, False), (1, 7, True), (130, 256, True)]   # out, in, bias
 
@@ -38,12 +39,14 @@ def kernel_runs():
 @pytest.fixture
 def untried():
     """No kernel has been tried in this process yet, and none counts as tried afterwards."""
-    trials = quantize.can_pack, quantize.int8_kernel_works
-    for trial in trials:
-        trial.cache_clear()
+    quantize.runs.cache_clear()
     yield
-    for trial in trials:
-        trial.cache_clear()
+    quantize.runs.cache_clear()
+
+
+def fails(*forms):
+    """A runs() for which the trials of some forms have failed and the others not."""
+    return lambda form, dtype=None: form not in forms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,8 +66,9 @@ def test_packing_gives_the_same_numbers_with_the_kernel_or_without(shape, rows):
 
 def test_the_trial_finds_whether_the_kernel_runs_and_uses_no_random_numbers(untried):
     state = torch.get_rng_state()
-    assert quantize.can_pack() == kernel_runs()
-    assert quantize.int8_kernel_works() in (True, False)
+    assert quantize.runs(PackedLinear, torch.bfloat16) == kernel_runs()
+    assert quantize.runs(Float16Linear) == ('fbgemm' in torch.backends.quantized.supported_engines)
+    assert quantize.runs(quantize.INT8_KERNEL)   # torch has it for each kind of CPU
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -91,23 +95,21 @@ def test_a_kernel_that_fails_is_not_used_whatever_oneDNN_says(monkeypatch, untri
     monkeypatch.setattr(torch.ops.mkldnn, name, kernel)
     if damage != 'does not pack':
         monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', lambda weight, rows: weight)
-    assert quantize.can_pack() is False
+    assert quantize.runs(PackedLinear, torch.bfloat16) is False
     linear = a_linear(64, 48, True)
     assert packed(linear) is linear
 
 
 def test_a_matrix_that_oneDNN_refuses_is_not_packed_after_a_good_trial(monkeypatch):
-    monkeypatch.setattr(quantize, 'can_pack', lambda: True)
+    monkeypatch.setattr(quantize, 'runs', fails())
     monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', refuse)
     linear = a_linear(64, 48, True)
     assert packed(linear) is linear
 
 
-@pytest.mark.parametrize('why', ['float32', 'the trial fails'])
-def test_a_linear_that_cannot_be_packed_is_not_replaced(monkeypatch, why):
-    if why == 'the trial fails':
-        monkeypatch.setattr(quantize, 'can_pack', lambda: False)
-    linear = a_linear(64, 48, True, torch.float32 if why == 'float32' else torch.bfloat16)
+def test_a_linear_is_not_packed_if_the_trial_fails(monkeypatch):
+    monkeypatch.setattr(quantize, 'runs', fails(PackedLinear))
+    linear = a_linear(64, 48, True)
     assert packed(linear) is linear
 
 
@@ -141,13 +143,13 @@ def test_a_kernel_for_8_bits_that_fails_is_not_used(monkeypatch, untried, damage
             wrong = lambda x, weight, scale: x.new_ones(len(x), len(weight))
             monkeypatch.setattr(torch, '_weight_int8pack_mm', wrong if damage == 'is wrong' else refuse)
         assert torch.equal(Int8Linear(linear)(x), expected)
-    assert quantize.int8_kernel_works() is False
+    assert quantize.runs(quantize.INT8_KERNEL) is False
 
 
 def test_a_kernel_for_8_bits_that_works_is_used_for_few_rows(monkeypatch):
     calls, kernel = [], torch._weight_int8pack_mm
     monkeypatch.setattr(torch, '_weight_int8pack_mm', lambda *args: calls.append(1) or kernel(*args))
-    monkeypatch.setattr(quantize, 'int8_kernel_works', lambda: True)
+    monkeypatch.setattr(quantize, 'runs', fails())
     linear = Int8Linear(a_linear(48, 64, True))
     with torch.inference_mode():
         for rows, counted in ((1, 1), (quantize.KERNEL_ROWS, 2), (quantize.KERNEL_ROWS + 1, 2)):
@@ -176,12 +178,11 @@ def test_a_channel_of_zeros_stays_zero():
 @pytest.mark.parametrize('trials', ['as they are', 'failing'])
 def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes, change, trials):
     if trials == 'failing':
-        monkeypatch.setattr(quantize, 'can_pack', lambda: False)
-        monkeypatch.setattr(quantize, 'int8_kernel_works', lambda: False)
+        monkeypatch.setattr(quantize, 'runs', fails(PackedLinear, quantize.INT8_KERNEL))
     if change is quantize.int8:
         expected = Int8Linear
     else:
-        expected = PackedLinear if quantize.can_pack() else nn.Linear
+        expected = PackedLinear if quantize.runs(PackedLinear, torch.bfloat16) else nn.Linear
     model = make(torch.bfloat16, spread=0.02, n_embd=32, **changes)
     embedding, idx = model.transformer.wte.weight.clone(), tokens()
     with torch.inference_mode():
@@ -194,14 +195,199 @@ def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes,
         assert len(list(generate(model, idx, 5))) == 5
 
 
-def test_8_bits_cost_little_of_the_loss_of_a_trained_model(trained, char_dataset):
+@pytest.mark.parametrize(('forms', 'most'), [([Float16Linear], 0.0005), ([Int8Linear], 0.01)])
+def test_16_and_8_bits_cost_little_of_the_loss_of_a_trained_model(everything, trained, char_dataset, forms, most):
     """docs/results.md has the cost for a larger model."""
-    data, losses = Dataset(str(char_dataset)), {}
+    data = Dataset(str(char_dataset))
     x, y = data.eval_batch('val', 0, 1, 150, 16, torch.device('cpu'))
-    for change in (quantize.pack, quantize.int8):
-        model, _, _ = checkpoint.load_model(trained)
-        change(model.to(torch.bfloat16))
-        with torch.inference_mode():
-            losses[change] = model(x, y)[1].item()
-    print(losses)
-    assert losses[quantize.int8] == pytest.approx(losses[quantize.pack], rel=0.01)
+    model, _, _ = checkpoint.load_model(trained)
+    with torch.inference_mode():
+        before = model(x, y)[1].item()
+        quantize.give_second_form(model, machine_with(0), forms, 1, False)   # without memory for the first form
+        assert len(quantize.kernels(model, 1)) > 2
+        assert model(x, y)[1].item() == pytest.approx(before, rel=most)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# float16, and the choice of a form
+
+fbgemm = pytest.mark.skipif('fbgemm' not in torch.backends.quantized.supported_engines, reason='torch without FBGEMM')
+
+
+def machine_with(memory, dtype=torch.float32):
+    """The Runtime of a CPU with so much free memory."""
+    rt = Runtime(torch.device('cpu'), dtype, False, 0, 1)
+    rt.free_memory = lambda: memory
+    return rt
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """No matrix is too small, and nothing is measured: each form needs a tenth of the time that the one before it in
+    this list needs, or what a test says in the dictionary that is returned."""
+    times = {nn.Linear: 1.0, Int8Linear: 0.1, Float16Linear: 0.01}
+    monkeypatch.setattr(quantize, 'SMALL', 0)
+    monkeypatch.setattr(quantize, 'measured', {})
+    monkeypatch.setattr(quantize, 'seconds', lambda module, small, x: times[type(module)])
+    return times
+
+
+def used(model, rows):
+    """{kernel: how many matrices} for so many rows."""
+    found = {}
+    for (_, kernel, _), n in quantize.kernels(model, rows).items():
+        found[kernel] = found.get(kernel, 0) + n
+    return found
+
+
+@fbgemm
+@pytest.mark.parametrize('piece', [16, 8192])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('rows', [(1, 1), (2, 40)], ids=str)
+def test_float16_gives_the_numbers_of_rounded_weights(monkeypatch, shape, rows, piece):
+    monkeypatch.setattr(quantize, 'PIECE', piece)
+    linear = a_linear(*shape, torch.float32)
+    x = torch.randn(*rows, shape[1])
+    with torch.inference_mode():
+        result = Float16Linear(linear)(x)
+        torch.testing.assert_close(result, linear(x), atol=1e-3, rtol=1e-3)
+        linear.weight.copy_(linear.weight.half())
+        torch.testing.assert_close(result, linear(x), atol=2e-6, rtol=1e-5)
+
+
+@fbgemm
+def test_by_default_the_text_is_that_of_rounded_weights_whatever_form_is_used(everything):
+    texts = []
+    for forms, rows in (([], 1), ([Float16Linear], 1), ([Float16Linear], 3)):
+        model = make(torch.float32, n_embd=32)
+        with torch.no_grad():
+            for module, name in quantize.linears(model):
+                getattr(module, name).weight.copy_(getattr(module, name).weight.half())
+        quantize.give_second_form(model, machine_with(None), forms, rows, False)
+        texts.append(torch.stack([token for token, _ in generate(model, tokens(), 8, temperature=0)]))
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+
+
+@fbgemm
+@pytest.mark.parametrize(('memory', 'many'), [(None, 'torch float32'), (2**40, 'torch float32'), (0, 'FBGEMM float16')])
+def test_the_first_form_multiplies_many_rows_unless_the_memory_is_short(everything, memory, many):
+    model = make(torch.float32, n_embd=32)
+    quantize.prepare(model, machine_with(memory), rows=4)
+    assert used(model, 1) == used(model, 4) == {'FBGEMM float16': 9}
+    assert used(model, quantize.FEW_ROWS + 1) == {many: 9}
+    kept = [module for module in model.modules() if type(module) is nn.Linear]
+    assert len(kept) == (9 if many == 'torch float32' else 0)   # two forms at most, or one
+
+
+def test_float32_asked_for_changes_no_number_and_no_module(everything):
+    model = make(torch.float32, n_embd=32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    quantize.prepare(model, machine_with(None), dtype='float32')
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert used(model, 1) == {'torch float32': 9}
+
+
+@pytest.mark.parametrize('damage', ['raises', 'is not there', 'is wrong'])
+def test_without_the_kernel_for_float16_the_plain_path_is_used(everything, monkeypatch, untried, damage):
+    def absent(*args):
+        raise AttributeError("'_OpNamespace' 'quantized' object has no attribute 'linear_prepack_fp16'")
+
+    monkeypatch.setattr(torch.ops.quantized, 'linear_prepack_fp16', absent if damage == 'is not there' else
+                        refuse if damage == 'raises' else lambda weight, bias: weight)
+    monkeypatch.setattr(torch.ops.quantized, 'linear_dynamic_fp16', lambda x, weight: x @ weight.T * 1.1)
+    model, plain = make(torch.float32, n_embd=32), make(torch.float32, n_embd=32)
+    quantize.prepare(model, machine_with(None))
+    with torch.inference_mode():
+        assert torch.equal(model(tokens())[0], plain(tokens())[0])
+    assert used(model, 1) == {'torch float32': 9}
+
+
+@pytest.mark.parametrize('missing', [[], [Float16Linear], [Float16Linear, quantize.INT8_KERNEL]], ids=len)
+def test_int8_asked_for_is_used_with_any_kernel(everything, monkeypatch, missing):
+    monkeypatch.setattr(quantize, 'runs', fails(*missing))
+    everything[Float16Linear] = 0.2
+    model, idx = make(torch.float32, spread=0.02, n_embd=32), tokens()
+    with torch.inference_mode():
+        before = model(idx)[0]
+        quantize.prepare(model, machine_with(0), 'int8')
+        assert used(model, 1) == {'torch int8': 9}
+        torch.testing.assert_close(model(idx)[0], before, atol=0.03, rtol=0.05)
+
+
+@fbgemm
+def test_int8_is_not_used_where_float16_is_faster(everything):
+    model = make(torch.float32, n_embd=32)
+    quantize.prepare(model, machine_with(None), 'int8', rows=8)
+    assert used(model, 8) == {'FBGEMM float16': 9}
+
+
+PLAIN, HALF, EIGHT = None, Float16Linear, Int8Linear
+
+
+@pytest.mark.parametrize(('times', 'choice'), [
+    ({PLAIN: (8, 8), HALF: (4, 4)}, (HALF, True, True)),
+    ({PLAIN: (8, 8), HALF: (4, 16)}, (HALF, True, False)),      # good for one row only
+    ({PLAIN: (8, 8), HALF: (16, 4)}, (HALF, False, True)),
+    ({PLAIN: (8, 8), HALF: (16, 16)}, (None, False, False)),
+    ({PLAIN: (8, 8), HALF: (9, 9)}, (HALF, True, True)),        # of nearly equal ones the one that reads less
+    ({PLAIN: (8, 8), EIGHT: (2, 6), HALF: (4, 4)}, (HALF, True, True)),   # the rows that are asked for decide
+    ({PLAIN: (8, 8), EIGHT: (2, 3), HALF: (4, 4)}, (EIGHT, True, True)),
+])
+def test_the_choice_follows_from_the_times(times, choice):
+    assert quantize.choose_form(times) == choice
+
+
+def test_each_shape_is_measured_once_for_one_row_and_for_several(everything, monkeypatch):
+    calls = []
+    monkeypatch.setattr(quantize, 'seconds', lambda module, small, x: calls.append((type(module), len(x))) or 1.0)
+    monkeypatch.setattr(quantize, 'runs', fails(Float16Linear))
+    for _ in range(2):
+        quantize.prepare(make(torch.float32, n_embd=32), machine_with(None), 'int8', rows=40)
+    shapes = 5   # four of a block, and the head
+    assert sorted(calls, key=str) == sorted(
+        [(form, n) for form in (nn.Linear, Int8Linear) for n in (1, quantize.FEW_ROWS)] * shapes, key=str)
+
+
+def test_a_measurement_is_the_fastest_call_and_takes_its_time_after_other_work(monkeypatch):
+    monkeypatch.setattr(quantize, 'FLUSHED', 64)
+    done = []
+    now = iter([0, 3, 10, 11, 20, 22])   # before and after each call
+    monkeypatch.setattr(quantize.time, 'perf_counter', lambda: done.append('clock') or next(now))
+    seconds = quantize.seconds(lambda x: done.append('large'), lambda x: done.append('small'), torch.ones(1, 4))
+    assert seconds == 1
+    assert done == ['small', 'clock', 'large', 'clock'] * 3
+
+
+@fbgemm
+def test_packing_waits_for_some_tokens_and_goes_block_by_block(everything, monkeypatch):
+    monkeypatch.setattr(quantize, 'WAIT', 2)
+    model = make(torch.float32, n_embd=32)
+    quantize.prepare(model, machine_with(None), gradually=True)
+    idx = tokens(1, 3)
+    packed = [used(model, 1).get('FBGEMM float16', 0) for _ in generate(model, idx, 7)]
+    assert packed == [0, 0, 0, 1, 5, 9, 9]   # the prompt gives a token; two more; the head; the blocks of four
+
+
+@fbgemm
+@pytest.mark.parametrize('number', [1e5, float('nan')])
+def test_a_matrix_with_numbers_that_float16_does_not_have_stays_as_it_is(everything, number):
+    model = make(torch.float32, n_embd=32)
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    weight.data[0, 0] = number
+    quantize.prepare(model, machine_with(None))
+    assert type(model.transformer.h[0].mlp.c_fc) is nn.Linear
+    assert used(model, 1) == {'torch float32': 1, 'FBGEMM float16': 8}
+
+
+def test_one_form_for_a_row_another_for_some_and_a_third_use_of_them_for_many():
+    calls = []
+
+    def form(name):
+        module = nn.Module()
+        module.forward = lambda x: calls.append(name)
+        return module
+
+    linear = LinearByRows(form('one'), form('few'), form('many'))
+    for rows in (1, 2, quantize.FEW_ROWS, quantize.FEW_ROWS + 1):
+        linear(torch.ones(1, rows, 4))
+    assert calls == ['one', 'few', 'few', 'many']

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -144,12 +145,22 @@ def test_a_resumed_run_keeps_its_dtype_on_the_same_kind_of_device_only(monkeypat
 
 @pytest.mark.full
 def test_a_process_that_is_limited_to_avx2_is_one_of_a_cpu_with_avx2():
-    code = ('import torch; from flatgpt import machine, quantize; '
-            'print(machine.pick_dtype("auto", torch.device("cpu")), quantize.can_pack())')
+    code = ('import torch; from flatgpt import machine; from flatgpt.quantize import PackedLinear, runs; '
+            'print(machine.pick_dtype("auto", torch.device("cpu")), runs(PackedLinear, torch.bfloat16))')
     limits = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2'}
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **limits}, capture_output=True,
                           text=True, check=True)
     assert done.stdout.split() == ['torch.float32', 'False']
+
+
+@pytest.mark.parametrize(('engines', 'compile', 'expected'), [
+    (['fbgemm'], False, torch.float32), (['qnnpack'], False, torch.bfloat16), (['fbgemm'], True, torch.bfloat16)])
+def test_decoding_on_a_cpu_is_in_float32_where_a_kernel_reads_float16(monkeypatch, engines, compile, expected):
+    monkeypatch.setattr(machine, 'cpu_multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(machine, 'pick_compile', lambda choice, device: choice)
+    monkeypatch.setattr(torch.backends, 'quantized', types.SimpleNamespace(supported_engines=engines))
+    assert runtime.setup('cpu', compile=compile, decoding=True).dtype == expected
+    assert runtime.setup('cpu', 'bfloat16', compile=compile, decoding=True).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(('capability', 'expected'), [((7, 5), torch.float32), ((8, 0), torch.bfloat16),
