@@ -279,7 +279,7 @@ def test_methods_of_attention_agree_in_results_and_gradients(method, T, dtype, b
         assert (result - exact).abs().max() <= bound * exact.abs().max() + 1e-7
 
 
-@pytest.mark.parametrize('masks', [None, (1, 1), (2, 1), (1, 6), (2, 6)], ids=str)   # rows and heads that have their own
+@pytest.mark.parametrize('masks', [None, (1, 1), (2, 1), (1, 6), (2, 6)], ids=str)   # rows and heads of their own
 @pytest.mark.parametrize('K', [1, 3, 6])
 def test_one_query_gets_the_same_of_heads_that_share_keys(masks, K):
     torch.manual_seed(0)
