@@ -36,6 +36,7 @@ config = configure(globals())
 
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from flatgpt import checkpoint, runtime, validate
@@ -67,5 +68,20 @@ name = name or Path(out_dir if init_from == 'resume' else init_from).resolve().n
 server = Server(model, tok, template, name, limits, api_key)
 if template is None:
     print('this model has no chat template: /v1/completions only', file=sys.stderr)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit())   # uvicorn raises the signal again after the last answer
-uvicorn.run(server.app(), host=host, port=port, log_level='info', timeout_graceful_shutdown=max_seconds)
+web = uvicorn.Server(uvicorn.Config(server.app(), host=host, port=port, timeout_graceful_shutdown=max_seconds))
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, web.handle_exit)   # the end comes after the last answer; a second Ctrl-C does not wait
+
+
+def speak():
+    """Speak HTTP until a signal comes, then end the decoding."""
+    try:
+        web.run()
+    finally:
+        server.worker.stop()
+
+
+threading.Thread(target=speak, daemon=True).start()
+server.worker.run()   # in the thread that has loaded the model, as run() wants it
+if not web.started:   # the port is in use
+    sys.exit(1)

@@ -1,8 +1,8 @@
 """
 OpenAI's API over HTTP for one model: requests are decoded together, each with its own options and random numbers.
 
-A thread decodes (Worker), an asyncio loop speaks HTTP (Server); they exchange Jobs, one per answer. The forms of
-requests, responses and errors are those of https://platform.openai.com/docs/api-reference.
+One thread decodes (Worker), an asyncio loop speaks HTTP (Server); they exchange Jobs, one per answer. What requests may
+ask and how responses look is in flatgpt/openai_forms.py.
 """
 
 import asyncio
@@ -20,27 +20,16 @@ import torch
 from flatgpt import batching, engine
 from flatgpt.conversation import messages_from
 from flatgpt.errors import UserError
+from flatgpt.openai_forms import CHAT, COMPLETION, ApiError, Forms, Piece, read_options, token_ids
 from flatgpt.sandbox import one_line
 
-MOST_STOPS = 16        # stop strings of a request
-MOST_TOP = 20          # likeliest tokens of which log-probabilities can be asked
-MOST_CHOICES = 16      # answers of a request
-FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)   # upper borders of the histogram, in seconds
-
-
-class ApiError(Exception):
-    """An error in OpenAI's form: status of HTTP, message, and where there is one the parameter and a code."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-
-    def body(self) -> dict:
-        """The error as the JSON of a response."""
-        fault = 'invalid_request_error' if self.status < 500 and self.status != 429 else 'server_error'
-        return {'error': {'message': str(self), 'type': fault, 'param': self.param, 'code': self.code}}
+FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, '+Inf')   # upper borders of the histogram, in seconds
+METRICS = {'flatgpt_requests_total': 'counter', 'flatgpt_tokens_total': 'counter', 'flatgpt_running': 'gauge',
+           'flatgpt_waiting': 'gauge', 'flatgpt_first_token_seconds': 'histogram'}
+BUCKET = 'flatgpt_first_token_seconds_bucket{{le="{}"}}'
+PATHS = ('/v1/completions', '/v1/chat/completions', '/v1/models')   # that have metrics of their own
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; " \
+         "img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"   # what the page may load
 
 
 @dataclasses.dataclass
@@ -48,424 +37,267 @@ class Limits:
     """What a server allows. A request that asks for more is refused, or its answer ends early."""
     rows: int = 8                # answers that are decoded together
     queue: int = 64              # answers that wait
-    seconds: float = 300.0       # for an answer, waiting included
+    seconds: float = 300.0       # for an answer, waiting included, and for a request to arrive
     tokens: int = 4096           # of an answer
     body: int = 1 << 20          # bytes of a request
+
+
+class Metrics(collections.Counter):
+    """Numbers by their names in the text form of Prometheus, labels included."""
+
+    def __init__(self):
+        names = [f'flatgpt_tokens_total{{kind="{kind}"}}' for kind in ('prompt', 'generated')]
+        names += [BUCKET.format(border) for border in FIRST_TOKEN]
+        super().__init__(dict.fromkeys(names, 0))
+
+    def first_token(self, seconds: float):
+        """Count the seconds from a request to its first token."""
+        self.update(BUCKET.format(border) for border in FIRST_TOKEN if seconds <= float(border))
+        self['flatgpt_first_token_seconds_sum'] += seconds
+        self['flatgpt_first_token_seconds_count'] += 1
+
+    def text(self) -> str:
+        """All numbers, one per line."""
+        lines = []
+        for name, kind in METRICS.items():
+            lines.append(f'# TYPE {name} {kind}')
+            lines += [f'{series} {number}' for series, number in self.items() if series.startswith(name)]
+        return '\n'.join(lines) + '\n'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # decoding
 
+@dataclasses.dataclass(eq=False)
 class Job:
-    """One answer: a request to the engine, its text so far, and the queue in which the HTTP side finds its pieces.
+    """One answer: a request to the engine and its text so far. The HTTP side finds (index, Piece or ApiError) in
+    pieces, which all answers of one HTTP request share."""
+    index: int
+    request: batching.Request
+    answer: engine.Answer
+    echo: bool                   # whether the prompt comes first
+    deadline: float
+    pieces: asyncio.Queue
+    loop: asyncio.AbstractEventLoop
+    begun: float = dataclasses.field(default_factory=time.monotonic)
+    held: list = dataclasses.field(default_factory=list)   # tokens whose text is not complete yet
+    cancelled: bool = False
 
-    A piece is {'text', 'tokens': [(id, log_prob, top)], 'finish'}, or an exception.
-    """
-
-    def __init__(self, request: batching.Request, answer: engine.Answer, seconds: float):
-        self.request = request
-        self.answer = answer
-        self.loop = asyncio.get_running_loop()
-        self.pieces = asyncio.Queue()
-        self.begun = time.monotonic()
-        self.deadline = self.begun + seconds
-        self.waiting = []   # tokens whose text is not complete yet
-
-    def put(self, piece):
+    def put(self, piece: Piece | ApiError):
         """Hand a piece to the HTTP side; called by the thread that decodes."""
         with contextlib.suppress(RuntimeError):   # the loop is closed: the server has ended
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, (self.index, piece))
 
 
-class Worker(threading.Thread):
-    """The thread that decodes: takes jobs from a queue into an batching.Batch, and steps it."""
+class Worker:
+    """Decodes: takes jobs from a queue into a batching.Batch, and steps it. One thread calls run(), others the rest."""
 
-    def __init__(self, model, vocab_size: int, limits: Limits, metrics: 'Metrics'):
-        super().__init__(name='decode', daemon=True)
-        self.batch = batching.Batch(model, limits.rows, vocab_size)
+    def __init__(self, model, tok, limits: Limits, metrics: Metrics):
+        self.batch = batching.Batch(model, limits.rows, tok.vocab_size)
         self.limits = limits
         self.metrics = metrics
-        self.waiting = collections.deque()
+        self.waiting = []
         self.running = {}   # batching.Request: Job
-        self.cancelled = set()
-        self.condition = threading.Condition()   # guards waiting and cancelled
+        self.condition = threading.Condition()   # guards waiting
         self.stopping = False
+        self.ended = False
 
     def submit(self, jobs: list[Job]):
-        """Queue jobs, all or none; one that asks for no token is done at once. ApiError if too many wait."""
-        for job in jobs:
-            if job.answer.finish:
-                job.put({'text': '', 'tokens': [], 'finish': job.answer.finish})
-        jobs = [job for job in jobs if not job.answer.finish]
+        """Queue jobs, all or none. ApiError if too many wait."""
         with self.condition:
             if len(self.waiting) + len(jobs) > self.limits.queue:
                 raise ApiError(429, f'{len(self.waiting)} answers wait already: try again later', code='overloaded')
-            self.waiting.extend(jobs)
+            self.waiting += jobs
             self.condition.notify()
 
-    def cancel(self, job: Job):
-        """Remove a job, whether it waits or runs."""
+    def cancel(self, jobs: list[Job]):
+        """Remove jobs, whether they wait, run or have ended."""
         with self.condition:
-            if job in self.waiting:
-                self.waiting.remove(job)
-            else:
-                self.cancelled.add(job)
-            self.condition.notify()
+            for job in jobs:
+                job.cancelled = True
+            self.waiting = [job for job in self.waiting if not job.cancelled]
 
     def stop(self):
-        """End the thread, once its current step is done."""
+        """End run(), once its current step is done."""
         with self.condition:
             self.stopping = True
             self.condition.notify()
 
     def run(self):
-        while True:
-            with self.condition:
-                while not (self.waiting or self.running or self.stopping):
-                    self.cancelled.clear()
-                    self.condition.wait()
-                if self.stopping:
-                    return
-                for job in [job for job in self.running.values() if job in self.cancelled]:
-                    self.leave(job)
-                self.cancelled.clear()
-                room = self.limits.rows - len(self.running)
-                joining = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
-            for job in joining:
-                self.join_batch(job)
-            self.advance()
+        """Decode until stop(), in the thread that calls this. Others should not compute: where several threads do,
+        OpenMP lets all sleep at each barrier, which halves the speed of a small model."""
+        try:
+            while not self.stopping:
+                with self.condition:
+                    self.condition.wait_for(lambda: self.waiting or self.running or self.stopping, timeout=1)   # Ctrl-C
+                    for job in [job for job in self.running.values() if job.cancelled]:
+                        self.remove(job)
+                    room = self.limits.rows - len(self.running)
+                    joining = self.waiting[:room]
+                    self.waiting = self.waiting[room:]
+                for job in joining:
+                    with self.failing([job]):
+                        self.join_batch(job)
+                with self.failing(list(self.running.values())):
+                    for step in self.batch.step():
+                        self.take(step)
+        finally:
+            self.ended = True
+            for job in (*self.running.values(), *self.waiting):
+                job.put(ApiError(503, 'the server has ended'))
 
+    @contextlib.contextmanager
+    def failing(self, jobs: list[Job]):
+        """In this block, an error of torch, such as a lack of memory, ends these jobs and not the server."""
+        try:
+            yield
+        except RuntimeError as error:
+            for job in jobs:
+                self.end(job, ApiError(500, f'the model failed: {one_line(error)}'))
+
+    @torch.inference_mode()
     def join_batch(self, job: Job):
         """Encode the prompt of a job; its first token comes with it."""
         if time.monotonic() > job.deadline:
-            job.put(ApiError(503, 'the server was busy for too long: try again later', code='timeout'))
+            self.end(job, ApiError(503, 'the server was busy for too long: try again later', code='timeout'))
             return
-        try:
-            step = self.batch.add(job.request)
-        except RuntimeError as error:   # out of memory
-            job.put(ApiError(500, f'the model failed: {one_line(error)}'))
+        if job.echo:
+            job.put(self.prompt_piece(job))
+        if job.answer.finish:   # no token is wanted
+            self.end(job, Piece(finish=job.answer.finish))
             return
+        step = self.batch.add(job.request)
         self.running[job.request] = job
         self.metrics.first_token(time.monotonic() - job.begun)
         self.take(step)
 
-    def advance(self):
-        """One more token for each running job."""
-        try:
-            steps = self.batch.step()
-        except RuntimeError as error:
-            for job in list(self.running.values()):
-                self.leave(job)
-                job.put(ApiError(500, f'the model failed: {one_line(error)}'))
-            return
-        for step in steps:
-            self.take(step)
+    def prompt_piece(self, job: Job) -> Piece:
+        """The prompt of a job as a piece: its text, and the log-probabilities of its tokens if they are wanted."""
+        ids = job.request.ids.tolist()
+        tokens = [(i, None, None) for i in ids]
+        if job.request.top_log_probs:
+            hidden = self.batch.model.hidden_states(job.request.ids.to(self.batch.cache.device)[None])
+            logits = self.batch.model.compute_logits(hidden)[0, :-1, :self.batch.vocab_size].float()   # (T - 1, V)
+            log_probs = logits.log_softmax(dim=-1)
+            values, likeliest = log_probs.topk(min(job.request.top_log_probs, log_probs.size(1)))
+            for at, (top, top_values) in enumerate(zip(likeliest.tolist(), values.tolist()), 1):
+                tokens[at] = (ids[at], log_probs[at - 1, ids[at]].item(), list(zip(top, top_values)))
+        return Piece(job.answer.tok.decode(ids), tokens)
 
     def take(self, step: batching.Step):
         """Add a token to its job, and hand over the text that is complete by it."""
         job = self.running[step.request]
         if step.token is None:
-            self.leave(job)
-            job.put(ApiError(500, 'the model gives NaN or infinite logits'))
+            self.end(job, ApiError(500, 'the model gives NaN or infinite logits'))
             return
         answer = job.answer
         answer.add(step.token, step.log_prob)
-        self.metrics.tokens['generated'] += 1
+        self.metrics['flatgpt_tokens_total{kind="generated"}'] += 1
         if not answer.finish and (time.monotonic() > job.deadline or self.batch.finished(step.request)):
             answer.end('length')
-        job.waiting.append((step.token, step.log_prob, step.top))
-        text = answer.new_text()
-        if text or answer.finish:
-            job.put({'text': text, 'tokens': job.waiting, 'finish': answer.finish})
-            job.waiting = []
-        if answer.finish:
-            self.leave(job)
+        job.held.append((step.token, step.log_prob, step.top))
+        piece = Piece(answer.new_text(), job.held, answer.finish)
+        if piece.text or piece.finish:
+            job.held = []
+            job.put(piece)
+        if piece.finish:
+            self.remove(job)
 
-    def leave(self, job: Job):
-        """Free the place of a job."""
-        self.batch.remove(job.request)
-        del self.running[job.request]
+    def end(self, job: Job, last: Piece | ApiError):
+        """End a job with this piece."""
+        job.put(last)
+        self.remove(job)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a request asks for
-
-NUMBER = (int, float)
-# {name: (types, least, most, default)} of both endpoints
-SAMPLING = {'temperature': (NUMBER, 0, 5, 1.0), 'top_p': (NUMBER, 0, 1, 1.0), 'top_k': (int, 1, 10**9, None),
-            'min_p': (NUMBER, 0, 1, None), 'repetition_penalty': (NUMBER, 0.01, 100, 1.0),
-            'seed': (int, -2**63, 2**63 - 1, None),
-            'n': (int, 1, MOST_CHOICES, 1), 'max_tokens': (int, 0, 10**9, None),
-            'max_completion_tokens': (int, 0, 10**9, None), 'stream': (bool, None, None, False),
-            'stream_options': (dict, None, None, None), 'stop': ((str, list), None, None, None),
-            'model': (str, None, None, None), 'user': (str, None, None, None), 'metadata': (dict, None, None, None),
-            'store': (bool, None, None, None), 'service_tier': (str, None, None, None)}
-COMPLETION = {**SAMPLING, 'prompt': ((str, list), None, None, None), 'echo': (bool, None, None, False),
-              'logprobs': (int, 0, MOST_TOP, None), 'best_of': (int, 1, 1, 1), 'suffix': (str, None, None, None)}
-CHAT = {**SAMPLING, 'messages': (list, None, None, None), 'logprobs': (bool, None, None, False),
-        'top_logprobs': (int, 0, MOST_TOP, 0)}
-# {name: values that ask for nothing}: what cannot be done and is refused
-NOT_HERE = {'suffix': (None, ''), 'tools': (None, []), 'tool_choice': (None, 'none', 'auto'), 'functions': (None, []),
-            'function_call': (None, 'none', 'auto'), 'response_format': (None, {'type': 'text'}),
-            'logit_bias': (None, {}),
-            'presence_penalty': (None, 0, 0.0), 'frequency_penalty': (None, 0, 0.0), 'audio': (None,),
-            'modalities': (None, ['text']), 'parallel_tool_calls': (None, True, False),
-            'reasoning_effort': (None, 'none')}
-
-
-def read_options(body, known: dict) -> dict:
-    """The options of a request, checked, with defaults for those that are missing or null. ApiError."""
-    if not isinstance(body, dict):
-        raise ApiError(400, 'expected a JSON object')
-    for name, value in body.items():
-        if name in NOT_HERE and value not in NOT_HERE[name]:
-            raise ApiError(400, f'{name} is not supported by this server', name, 'unsupported_parameter')
-        if name not in known and name not in NOT_HERE:
-            raise ApiError(400, f'unknown parameter {name[:60]!r}', name[:60], 'unknown_parameter')
-    options = {}
-    for name, (types, least, most, default) in known.items():
-        value = body.get(name)
-        if value is None:
-            options[name] = default
-            continue
-        is_bool = isinstance(value, bool)
-        if not isinstance(value, types) or (is_bool and types is not bool):
-            raise ApiError(400, f'{name}: {str(value)[:60]!r} has the wrong type', name, 'invalid_type')
-        if least is not None and not least <= value <= most:   # nan is not
-            raise ApiError(400, f'{name}={value}: expected between {least} and {most}', name, 'invalid_value')
-        options[name] = value
-    stops = options['stop'] if isinstance(options['stop'], list) else [options['stop']]
-    options['stop'] = [stop for stop in stops if stop]
-    wrong = [stop for stop in options['stop'] if not isinstance(stop, str) or len(stop) > 1000]
-    if wrong or len(options['stop']) > MOST_STOPS:
-        raise ApiError(400, f'stop: expected at most {MOST_STOPS} texts of at most 1,000 characters', 'stop',
-                       'invalid_value')
-    if options['seed'] is None:
-        options['seed'] = secrets.randbits(62)
-    return options
-
-
-def token_ids(prompt, tok) -> list[torch.Tensor]:
-    """The prompts of a completion, as token ids: from a text, a list of texts, of ids, or of lists of ids. ApiError."""
-    if isinstance(prompt, str) or (prompt and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)):
-        prompt = [prompt]
-    if not prompt or len(prompt) > MOST_CHOICES:
-        raise ApiError(400, f'prompt: expected between 1 and {MOST_CHOICES} prompts', 'prompt', 'invalid_value')
-    found = []
-    for one in prompt:
-        if isinstance(one, str):
-            found.append(torch.from_numpy(tok.encode_prompt(one).astype('int64')))
-        elif isinstance(one, list) and one and all(isinstance(i, int) and 0 <= i < tok.vocab_size for i in one):
-            found.append(torch.tensor(one))
-        else:
-            raise ApiError(400, 'prompt: expected texts, or lists of token ids that this model has', 'prompt',
-                           'invalid_value')
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a response says
-
-class Metrics:
-    """Counters for /metrics, in the text form of Prometheus."""
-
-    def __init__(self):
-        self.requests = collections.Counter()   # (path, status): number
-        self.tokens = collections.Counter()     # 'prompt' and 'generated': number
-        self.buckets = collections.Counter()    # border of FIRST_TOKEN: number of first tokens until then
-        self.seconds = 0.0                      # sum of the times to a first token
-        self.answers = 0                        # number of first tokens
-
-    def first_token(self, seconds: float):
-        """Count the seconds from a request to its first token."""
-        self.answers += 1
-        self.seconds += seconds
-        for border in FIRST_TOKEN:
-            if seconds <= border:
-                self.buckets[border] += 1
-
-    def text(self, worker: Worker) -> str:
-        """All counters, one per line."""
-        lines = ['# TYPE flatgpt_requests_total counter']
-        lines += [f'flatgpt_requests_total{{path="{path}",status="{status}"}} {number}'
-                  for (path, status), number in sorted(self.requests.items())]
-        lines += ['# TYPE flatgpt_tokens_total counter']
-        lines += [f'flatgpt_tokens_total{{kind="{name}"}} {self.tokens[name]}' for name in ('prompt', 'generated')]
-        lines += ['# TYPE flatgpt_running gauge', f'flatgpt_running {len(worker.running)}',
-                  '# TYPE flatgpt_waiting gauge', f'flatgpt_waiting {len(worker.waiting)}',
-                  '# TYPE flatgpt_first_token_seconds histogram']
-        lines += [f'flatgpt_first_token_seconds_bucket{{le="{border}"}} {self.buckets[border]}'
-                  for border in FIRST_TOKEN]
-        lines += [f'flatgpt_first_token_seconds_bucket{{le="+Inf"}} {self.answers}',
-                  f'flatgpt_first_token_seconds_sum {self.seconds:.6f}',
-                  f'flatgpt_first_token_seconds_count {self.answers}']
-        return '\n'.join(lines) + '\n'
-
-
-class Forms:
-    """The responses of one endpoint: whole, or in chunks for a stream. chat: whether it is that of conversations."""
-
-    def __init__(self, model_name: str, tok, chat: bool, logprobs: bool, top: int):
-        self.head = {'id': f'{"chatcmpl" if chat else "cmpl"}-{secrets.token_hex(12)}', 'created': int(time.time()),
-                     'model': model_name}
-        self.tok = tok
-        self.chat = chat
-        self.logprobs = logprobs
-        self.top = top
-
-    def token_text(self, i: int) -> str:
-        """The text of a token; U+FFFD for a part of a character."""
-        return self.tok.token_bytes(i).decode('utf-8', errors='replace')
-
-    def log_probs(self, tokens: list, offset: int = 0) -> dict | None:
-        """The log-probabilities of tokens, [(id, log_prob, top)], in the form of the endpoint."""
-        if not self.logprobs:
-            return None
-        if self.chat:
-            def entry(i, log_prob):
-                return {'token': self.token_text(i), 'logprob': log_prob, 'bytes': list(self.tok.token_bytes(i))}
-
-            return {'content': [{**entry(i, log_prob), 'top_logprobs': [entry(*pair) for pair in top[:self.top]]}
-                                for i, log_prob, top in tokens], 'refusal': None}
-        texts = [self.token_text(i) for i, _, _ in tokens]
-        offsets = [offset]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
-        return {'tokens': texts, 'token_logprobs': [log_prob for _, log_prob, _ in tokens],
-                'top_logprobs': [None if top is None else {self.token_text(i): p for i, p in top[:self.top]}
-                                 for _, _, top in tokens], 'text_offset': offsets[:-1]}
-
-    def whole(self, choices: list[dict], usage: dict) -> dict:
-        """The response to a request that is not streamed. choices: {'text', 'tokens', 'finish'}."""
-        made = []
-        for index, choice in enumerate(choices):
-            content = {'text': choice['text']}
-            if self.chat:
-                content = {'message': {'role': 'assistant', 'content': choice['text'], 'refusal': None}}
-            made.append({'index': index, **content, 'logprobs': self.log_probs(choice['tokens']),
-                         'finish_reason': choice['finish']})
-        return {**self.head, 'object': 'chat.completion' if self.chat else 'text_completion', 'choices': made,
-                'usage': usage}
-
-    def chunk(self, index: int, piece: dict, first: bool = False) -> dict:
-        """One piece of a stream, {'text', 'tokens', 'finish'}."""
-        content = {'text': piece['text']}
-        if self.chat:
-            role = {'role': 'assistant'} if first else {}
-            content = {'delta': {**role, **({'content': piece['text']} if piece['text'] or first else {})}}
-        choice = {'index': index, **content, 'logprobs': self.log_probs(piece['tokens']),
-                  'finish_reason': piece['finish']}
-        return {**self.head, 'object': 'chat.completion.chunk' if self.chat else 'text_completion', 'choices': [choice]}
-
-    def usage_chunk(self, usage: dict) -> dict:
-        """The last chunk of a stream that is to tell the number of tokens."""
-        return {**self.head, 'object': 'chat.completion.chunk' if self.chat else 'text_completion', 'choices': [],
-                'usage': usage}
-
-
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict:
-    """The numbers of tokens that a response tells."""
-    return {'prompt_tokens': prompt_tokens, 'completion_tokens': completion_tokens,
-            'total_tokens': prompt_tokens + completion_tokens}
+    def remove(self, job: Job):
+        """Free the place of a job, if it has one."""
+        if self.running.pop(job.request, None):
+            self.batch.remove(job.request)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # HTTP
 
 class Server:
-    """The endpoints for one model.
+    """The endpoints for one model. A thread must call worker.run().
 
     model: in eval() mode. tok: its tokenizer. template: its ChatTemplate, or None. name: what it is called. api_key:
     what a client must send, '' for nothing.
     """
 
     def __init__(self, model, tok, template, name: str, limits: Limits, api_key: str = ''):
-        self.model = model
+        self.context = model.config.block_size
         self.tok = tok
         self.template = template
-        self.name = name
+        self.card = {'id': name, 'object': 'model', 'created': int(time.time()), 'owned_by': 'flatgpt'}
         self.limits = limits
         self.api_key = api_key
-        self.created = int(time.time())
         self.metrics = Metrics()
-        self.worker = Worker(model, tok.vocab_size, limits, self.metrics)
+        self.worker = Worker(model, tok, limits, self.metrics)
 
     def app(self):
-        """The ASGI application. Its worker runs from the server's start to its end."""
+        """The ASGI application."""
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
+        from starlette.requests import ClientDisconnect
         from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
         from starlette.routing import Route
 
         page = (Path(__file__).parent / 'chat.html').read_text(encoding='utf-8')
-        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; " \
-                 "img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 
         async def index(request):
-            return HTMLResponse(page, headers={'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff'})
+            return HTMLResponse(page, headers={'Content-Security-Policy': POLICY, 'X-Content-Type-Options': 'nosniff'})
 
         async def health(request):
-            if self.worker.is_alive():
-                return JSONResponse({'status': 'ok'})
-            return JSONResponse({'status': 'failed'}, 500)
+            if self.worker.ended:
+                return JSONResponse({'status': 'failed'}, 500)
+            return JSONResponse({'status': 'ok'})
 
         async def metrics(request):
-            return PlainTextResponse(self.metrics.text(self.worker), media_type='text/plain; version=0.0.4')
+            self.metrics['flatgpt_running'] = len(self.worker.running)
+            self.metrics['flatgpt_waiting'] = len(self.worker.waiting)
+            return PlainTextResponse(self.metrics.text(), media_type='text/plain; version=0.0.4')
 
         async def models(request):
             self.authorize(request)
-            return JSONResponse({'object': 'list', 'data': [self.model_card()]})
+            name = request.path_params.get('name')
+            if name is None:
+                return JSONResponse({'object': 'list', 'data': [self.card]})
+            if name != self.card['id']:
+                raise ApiError(404, f'there is no model {name[:60]!r} here', 'model', 'model_not_found')
+            return JSONResponse(self.card)
 
-        async def one_model(request):
-            self.authorize(request)
-            asked = request.path_params['name']
-            if asked != self.name:
-                raise ApiError(404, f'there is no model {asked[:60]!r} here', 'model', 'model_not_found')
-            return JSONResponse(self.model_card())
-
-        async def api_error(request, error):
+        async def failed(request, error):
+            if isinstance(error, HTTPException):   # no such path, no such method
+                error = ApiError(error.status_code, f'{request.method} {request.url.path}: {error.detail}')
+            elif isinstance(error, ClientDisconnect):
+                error = ApiError(499, 'the client has left')
+            elif isinstance(error, UserError):   # what was said cannot be encoded
+                said = 'messages' if 'chat' in request.url.path else 'prompt'
+                error = ApiError(400, str(error), said, 'invalid_value')
+            elif not isinstance(error, ApiError):   # is logged with its traceback, too
+                error = ApiError(500, f'the server failed: {type(error).__name__}')
             headers = {'Retry-After': '1'} if error.status in (429, 503) else {}
             return JSONResponse(error.body(), error.status, headers)
 
-        async def http_error(request, error):   # no such path, no such method
-            told = ApiError(error.status_code, f'{request.method} {request.url.path}: {error.detail}')
-            return JSONResponse(told.body(), error.status_code)
-
-        async def unexpected(request, error):   # is logged with its traceback, too
-            return JSONResponse(ApiError(500, f'the server failed: {type(error).__name__}').body(), 500)
-
-        @contextlib.asynccontextmanager
-        async def lifespan(app):
-            self.worker.start()
-            yield
-            self.worker.stop()
-            await asyncio.to_thread(self.worker.join)
-
-        handlers = {ApiError: api_error, HTTPException: http_error, Exception: unexpected}
-        app = Starlette(lifespan=lifespan, exception_handlers=handlers, routes=[
+        handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, UserError, Exception), failed)
+        return self.counted(Starlette(exception_handlers=handlers, routes=[
             Route('/', index), Route('/health', health), Route('/metrics', metrics), Route('/v1/models', models),
-            Route('/v1/models/{name:path}', one_model),
-            Route('/v1/completions', self.completions, methods=['POST']),
-            Route('/v1/chat/completions', self.chat_completions, methods=['POST'])])
-        return self.counted(app)
+            Route('/v1/models/{name:path}', models),
+            Route('/v1/completions', self.complete, methods=['POST']),
+            Route('/v1/chat/completions', self.complete, methods=['POST'])]))
 
     def counted(self, app):
         """The application, with each response to the API counted."""
         async def outer(scope, receive, send):
             async def noticed(message):
                 if message['type'] == 'http.response.start' and scope['path'].startswith('/v1/'):
-                    known = ('/v1/completions', '/v1/chat/completions', '/v1/models')
-                    path = scope['path'] if scope['path'] in known else 'other'
-                    self.metrics.requests[path, message['status']] += 1
+                    path = scope['path'] if scope['path'] in PATHS else 'other'
+                    self.metrics[f'flatgpt_requests_total{{path="{path}",status="{message["status"]}"}}'] += 1
                 await send(message)
 
             await app(scope, receive, noticed if scope['type'] == 'http' else send)
 
         return outer
-
-    def model_card(self) -> dict:
-        """The model as /v1/models lists it."""
-        return {'id': self.name, 'object': 'model', 'created': self.created, 'owned_by': 'flatgpt'}
 
     def authorize(self, request):
         """ApiError unless the client has sent the key."""
@@ -476,173 +308,118 @@ class Server:
                            code='invalid_api_key')
 
     async def read_body(self, request):
-        """The JSON of a request's body. ApiError if it is too long or is not JSON."""
+        """The JSON of a request's body. ApiError if it is too long, comes too slowly or is not JSON."""
         content = bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > self.limits.body:
-                raise ApiError(413, f'the request is longer than {self.limits.body:,} bytes', code='request_too_large')
         try:
-            return json.loads(content, parse_constant=refuse_constant)
+            async with asyncio.timeout(max(self.limits.seconds, 1)):
+                async for part in request.stream():
+                    content += part
+                    if len(content) > self.limits.body:
+                        raise ApiError(413, f'the request is longer than {self.limits.body:,} bytes',
+                                       code='request_too_large')
+            found = json.loads(content)
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()   # refuses half a character, too: '\ud800'
+        except TimeoutError:
+            raise ApiError(408, 'the request did not arrive in time', code='timeout') from None
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f'the request is not JSON: {one_line(error)[:100]}') from None
+        return found
 
-    async def completions(self, request):
-        """POST /v1/completions: texts that continue prompts."""
-        self.authorize(request)
-        options = read_options(await self.read_body(request), COMPLETION)
-        if options['prompt'] is None:
-            raise ApiError(400, 'prompt: missing', 'prompt', 'missing_required_parameter')
-        try:
-            prompts = token_ids(options['prompt'], self.tok)
-        except UserError as error:
-            raise ApiError(400, str(error), 'prompt', 'invalid_value') from None
-        forms = Forms(self.name, self.tok, False, options['logprobs'] is not None, options['logprobs'] or 0)
-        return await self.respond(request, forms, prompts, options)
-
-    async def chat_completions(self, request):
-        """POST /v1/chat/completions: the assistant's next message."""
-        self.authorize(request)
-        options = read_options(await self.read_body(request), CHAT)
-        if self.template is None:
-            raise ApiError(400, 'this model has no chat template: use /v1/completions', code='no_chat_template')
-        try:
-            messages = messages_from(options['messages'], answered=False)
-            ids = await asyncio.to_thread(self.template.prompt_ids, self.tok, messages)
-        except UserError as error:
-            raise ApiError(400, str(error), 'messages', 'invalid_value') from None
-        forms = Forms(self.name, self.tok, True, options['logprobs'], options['top_logprobs'])
-        return await self.respond(request, forms, [torch.as_tensor(ids)], {**options, 'echo': False})
-
-    async def respond(self, request, forms: Forms, prompts: list[torch.Tensor], options: dict):
-        """Answer n times to each prompt, and send the answers as they come or all at the end."""
+    async def complete(self, request):
+        """POST /v1/completions: texts that continue prompts. /v1/chat/completions: the assistant's next message."""
         from starlette.responses import JSONResponse, StreamingResponse
 
-        asked = options['max_completion_tokens'] if options['max_tokens'] is None else options['max_tokens']
-        block_size = self.model.config.block_size
-        jobs = []
-        echoes = []
-        for prompt in prompts:
-            needed = len(prompt) if asked == 0 else len(prompt) + 1
-            if needed > block_size:
-                raise ApiError(400, f'a prompt of {len(prompt):,} tokens: this model has a context of {block_size:,}',
-                               'messages' if forms.chat else 'prompt', 'context_length_exceeded')
-            most = min(self.limits.tokens, block_size - len(prompt))
-            number = min(most if asked is None else asked, most)
-            echo = {'text': '', 'tokens': [], 'finish': None}
-            if options['echo']:
-                echo = await asyncio.to_thread(self.echo, prompt, forms)
-            for row in range(options['n']):
-                try:
-                    made = batching.Request(
-                        prompt, number, options['temperature'], options['top_k'], options['top_p'], options['min_p'],
-                        options['repetition_penalty'], options['seed'], row, forms.top if forms.logprobs else 0)
-                except ValueError as error:
-                    raise ApiError(400, str(error), code='invalid_value') from None
-                answer = engine.Answer(self.tok, prompt.numpy(), number, options['stop'])
-                jobs.append(Job(made, answer, self.limits.seconds))
-                echoes.append(echo)
-        prompt_tokens = sum(map(len, prompts))
-        self.metrics.tokens['prompt'] += prompt_tokens
+        self.authorize(request)
+        chat = request.url.path == '/v1/chat/completions'
+        options = read_options(await self.read_body(request), CHAT if chat else COMPLETION)
+        if chat and self.template is None:
+            raise ApiError(400, 'this model has no chat template: use /v1/completions', code='no_chat_template')
+        if chat:
+            messages = messages_from(options['messages'], answered=False)
+            prompts = [torch.as_tensor(await asyncio.to_thread(self.template.prompt_ids, self.tok, messages))]
+        else:
+            prompts = token_ids(options['prompt'], self.tok)
+        forms = Forms(self.card['id'], self.tok, chat, options)
+        jobs = self.jobs(forms, prompts, options)
         self.worker.submit(jobs)
+        number = sum(map(len, prompts))
+        self.metrics['flatgpt_tokens_total{kind="prompt"}'] += number
         if options['stream']:
-            with_usage = bool((options['stream_options'] or {}).get('include_usage'))
-            return StreamingResponse(self.stream(forms, jobs, echoes, prompt_tokens, with_usage),
-                                     media_type='text/event-stream', headers={'Cache-Control': 'no-cache'})
-        work = asyncio.ensure_future(asyncio.gather(*(collect(job) for job in jobs)))
-        leaving = asyncio.ensure_future(disconnected(request))
+            return StreamingResponse(self.stream(forms, jobs, number, options), media_type='text/event-stream',
+                                     headers={'Cache-Control': 'no-cache'})
+        whole = await self.collect(request, jobs)
+        choices = [forms.choice(index, piece, stream=False) for index, piece in enumerate(whole)]
+        return JSONResponse(forms.response(choices, False, (number, tokens_of(jobs))))
+
+    def jobs(self, forms: Forms, prompts: list[torch.Tensor], options: dict) -> list[Job]:
+        """The jobs of a request, n for each prompt. ApiError for a prompt that is too long or empty."""
+        asked = [options[name] for name in ('max_tokens', 'max_completion_tokens') if options[name] is not None]
+        asked = asked[0] if asked else self.limits.tokens
+        loop = asyncio.get_running_loop()
+        pieces = asyncio.Queue()
+        deadline = time.monotonic() + self.limits.seconds
+        jobs = []
+        for prompt in prompts:
+            room = self.context - len(prompt)
+            if room < min(asked, 1) or not len(prompt):
+                raise ApiError(400, f'a prompt of {len(prompt):,} tokens: this model has a context of '
+                               f'{self.context:,}', 'messages' if forms.chat else 'prompt', 'context_length_exceeded')
+            number = min(room, asked, self.limits.tokens)
+            for row in range(options['n']):
+                made = batching.Request(
+                    prompt, number, options['temperature'], options['top_k'], options['top_p'], options['min_p'],
+                    options['repetition_penalty'], options['seed'], row, forms.needed)
+                answer = engine.Answer(self.tok, prompt.numpy(), number, options['stop'])
+                jobs.append(Job(len(jobs), made, answer, options.get('echo', False), deadline, pieces, loop))
+        return jobs
+
+    async def collect(self, request, jobs: list[Job]) -> list[Piece]:
+        """The whole answers of jobs. ApiError if one fails or the client leaves."""
+        async def watch():
+            while (await request.receive())['type'] != 'http.disconnect':
+                pass
+            jobs[0].put(ApiError(499, 'the client has left'))
+
+        leaving = asyncio.ensure_future(watch())
+        answers = [Piece() for _ in jobs]
         try:
-            await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return JSONResponse({}, 499)   # nobody reads it
-            choices = [{'text': echo['text'] + got['text'], 'tokens': echo['tokens'] + got['tokens'],
-                        'finish': got['finish']} for echo, got in zip(echoes, work.result())]
+            while not all(answer.finish for answer in answers):
+                index, piece = await jobs[0].pieces.get()
+                if isinstance(piece, ApiError):
+                    raise piece
+                answers[index].text += piece.text
+                answers[index].tokens += piece.tokens
+                answers[index].finish = piece.finish
         finally:
             leaving.cancel()
-            work.cancel()
-            for job in jobs:
-                self.worker.cancel(job)
-        made = sum(len(job.answer.ids) for job in jobs)
-        return JSONResponse(forms.whole(choices, usage_of(prompt_tokens, made)))
+            self.worker.cancel(jobs)
+        return answers
 
-    async def stream(self, forms: Forms, jobs: list[Job], echoes: list[dict], prompt_tokens: int, with_usage: bool):
+    async def stream(self, forms: Forms, jobs: list[Job], prompt_tokens: int, options: dict):
         """The events of a stream. When the client leaves, this generator is closed and the jobs are cancelled."""
-        together = asyncio.Queue()   # pieces of all jobs, with their number
+        def event(choices, usage=None):
+            return f'data: {json.dumps(forms.response(choices, True, usage), ensure_ascii=False)}\n\n'
 
-        async def forward(index, job):
-            while True:
-                piece = await job.pieces.get()
-                await together.put((index, piece))
-                if isinstance(piece, Exception) or piece['finish']:
-                    return
-
-        tasks = [asyncio.ensure_future(forward(index, job)) for index, job in enumerate(jobs)]
         try:
-            for index, echo in enumerate(echoes):
-                if forms.chat or echo['text']:
-                    yield event(forms.chunk(index, echo, first=True))
+            if forms.chat:
+                for job in jobs:
+                    yield event([forms.choice(job.index, Piece(), stream=True, first=True)])
             running = len(jobs)
             while running:
-                index, piece = await together.get()
+                index, piece = await jobs[0].pieces.get()
                 if isinstance(piece, ApiError):
-                    yield event(piece.body())
+                    yield f'data: {json.dumps(piece.body())}\n\n'
                     return
-                running -= piece['finish'] is not None
-                yield event(forms.chunk(index, piece))
-            if with_usage:
-                made = sum(len(job.answer.ids) for job in jobs)
-                yield event(forms.usage_chunk(usage_of(prompt_tokens, made)))
+                yield event([forms.choice(index, piece, stream=True)])
+                if piece.finish:
+                    running -= 1
+            if options['stream_options'].get('include_usage'):
+                yield event([], (prompt_tokens, tokens_of(jobs)))
             yield 'data: [DONE]\n\n'
         finally:
-            for task in tasks:
-                task.cancel()
-            for job in jobs:
-                self.worker.cancel(job)
-
-    @torch.inference_mode()
-    def echo(self, prompt: torch.Tensor, forms: Forms) -> dict:
-        """A prompt in the form of an answer: its text, and its tokens, with log-probabilities if they are wanted."""
-        ids = prompt.tolist()
-        tokens = [(i, None, None) for i in ids]
-        if forms.logprobs:
-            device = self.model.transformer.wte.weight.device
-            hidden = self.model.hidden_states(prompt.to(device)[None])
-            logits = self.model.compute_logits(hidden)[0, :, :self.tok.vocab_size].float()   # (T, V)
-            log_probs = logits.log_softmax(dim=-1)
-            values, likeliest = log_probs.topk(min(max(forms.top, 1), log_probs.size(1)))
-            for at in range(1, len(ids)):
-                top = list(zip(likeliest[at - 1].tolist(), values[at - 1].tolist()))
-                tokens[at] = (ids[at], log_probs[at - 1, ids[at]].item(), top)
-        return {'text': self.tok.decode(ids), 'tokens': tokens, 'finish': None}
+            self.worker.cancel(jobs)
 
 
-def refuse_constant(name: str):
-    """Raise ValueError for NaN and Infinity, which Python would read in JSON."""
-    raise ValueError(f'{name} is not a JSON number')
-
-
-def event(content: dict) -> str:
-    """A server-sent event."""
-    return f'data: {json.dumps(content, ensure_ascii=False)}\n\n'
-
-
-async def collect(job: Job) -> dict:
-    """The whole answer of a job, {'text', 'tokens', 'finish'}."""
-    text = []
-    tokens = []
-    while True:
-        piece = await job.pieces.get()
-        if isinstance(piece, Exception):
-            raise piece
-        text.append(piece['text'])
-        tokens += piece['tokens']
-        if piece['finish']:
-            return {'text': ''.join(text), 'tokens': tokens, 'finish': piece['finish']}
-
-
-async def disconnected(request):
-    """Return when the client of a request has left."""
-    while True:
-        message = await request.receive()
-        if message['type'] == 'http.disconnect':
-            return
+def tokens_of(jobs: list[Job]) -> int:
+    """The number of tokens made for jobs."""
+    return sum(len(job.answer.ids) for job in jobs)

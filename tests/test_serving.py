@@ -3,8 +3,10 @@ serve.py's endpoints: forms of OpenAI, limits, neighbours that do not disturb, c
 """
 
 import contextlib
+import http.client
 import json
 import random
+import socket
 import threading
 import time
 
@@ -51,7 +53,9 @@ class Running:
         config = uvicorn.Config(self.server.app(), host='127.0.0.1', port=0, log_level='error')
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+        self.decoding = threading.Thread(target=self.server.worker.run, daemon=True)
         self.thread.start()
+        self.decoding.start()
         while not self.uvicorn.started:
             time.sleep(0.01)
         self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
@@ -60,6 +64,8 @@ class Running:
     def close(self):
         self.uvicorn.should_exit = True
         self.thread.join(10)
+        self.server.worker.stop()
+        self.decoding.join(10)
 
     def post(self, path, body, **headers):
         import requests
@@ -204,8 +210,12 @@ USER = [{'role': 'user', 'content': 'abc'}]
     ('completions', b'\xff\xfe', None, 'not JSON'),
     ('completions', b'[' * 100_000, None, 'not JSON'),
     ('completions', b'[]', None, 'expected a JSON object'),
-    ('completions', b'{"prompt": "a", "temperature": NaN}', None, 'NaN'),
-    ('completions', {}, 'prompt', 'missing'),
+    ('completions', b'{"prompt": "a", "temperature": NaN}', None, 'not JSON'),
+    ('completions', b'{"prompt": "a", "temperature": 1e999}', None, 'not JSON'),
+    ('completions', b'{"prompt": "\\ud800"}', None, 'not JSON'),
+    ('chat/completions', b'{"messages": [{"role": "\\udfff", "content": "a"}]}', None, 'not JSON'),
+    ('completions', {'prompt': 'a', 'max_tokens': 10**400}, 'max_tokens', 'between 0'),
+    ('completions', {}, 'prompt', 'between 1 and'),
     ('completions', {'prompt': []}, 'prompt', 'between 1 and'),
     ('completions', {'prompt': [[]]}, 'prompt', 'token ids'),
     ('completions', {'prompt': [10**9]}, 'prompt', 'token ids'),
@@ -250,6 +260,43 @@ def test_limits_and_unknown_paths_answer_in_the_same_form(running):
     assert running.get('/health').json() == {'status': 'ok'}
 
 
+def send_raw(running, body, announced):
+    """A connection on which `body` was sent as the beginning of a request of so many bytes."""
+    connection = socket.create_connection(('127.0.0.1', running.port), timeout=10)
+    head = f'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {announced}\r\n\r\n'
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def answer_on(connection):
+    """Status and code of the error that comes on a connection."""
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return response.status, json.loads(response.read())['error']['code']
+
+
+def test_a_body_of_100_megabytes_is_refused_before_it_has_come(running):
+    with send_raw(running, b' ' * (1 << 20) + b' ', 100 * 10**6) as connection:
+        assert answer_on(connection) == (413, 'request_too_large')
+
+
+def test_half_a_request_disturbs_nobody_and_is_counted_when_its_client_leaves(running):
+    left = 'flatgpt_requests_total{path="/v1/completions",status="499"} '
+    before = running.get('/metrics').text.partition(left)[2].split()[:1]
+    with send_raw(running, b'{"prompt": "a', 100):
+        assert running.post('/v1/completions', {'prompt': 'a', 'max_tokens': 2}).status_code == 200
+    deadline = time.monotonic() + 10
+    while running.get('/metrics').text.partition(left)[2].split()[:1] == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert running.get('/metrics').text.partition(left)[2].split()[:1] != before
+
+
+@pytest.mark.full
+def test_a_request_that_does_not_arrive_in_time_is_refused():
+    with a_server(limits=Limits(seconds=0.0)) as server, send_raw(server, b'{', 100) as connection:
+        assert answer_on(connection) == (408, 'timeout')
+
+
 def test_a_key_is_asked_for():
     with a_server(api_key='secret') as server:
         body = {'prompt': 'a', 'max_tokens': 2}
@@ -267,6 +314,12 @@ def test_a_model_without_a_template_says_so():
         assert (refused.status_code, refused.json()['error']['code']) == (400, 'no_chat_template')
 
 
+def test_a_template_that_makes_nothing_is_an_error_of_the_request():
+    with a_server(template='{# nothing #}') as server:
+        refused = server.post('/v1/chat/completions', {'messages': USER})
+        assert refused.status_code == 400 and 'a prompt of 0 tokens' in refused.json()['error']['message']
+
+
 def test_a_full_queue_and_a_deadline_are_told():
     with a_server(limits=Limits(rows=1, queue=1, tokens=100)) as server:
         refused = server.post('/v1/completions', {'prompt': 'a', 'n': 2})
@@ -278,7 +331,7 @@ def test_a_full_queue_and_a_deadline_are_told():
 
 
 def test_many_clients_of_whom_some_leave_get_what_each_gets_alone(running):
-    import requests as http
+    import requests
 
     generator = random.Random(0)
     asked = [{'prompt': ''.join(generator.choices('abcdefgh', k=generator.randint(1, 30))), 'seed': i,
@@ -288,8 +341,9 @@ def test_many_clients_of_whom_some_leave_get_what_each_gets_alone(running):
 
     def client(i):
         if i % 10 == 9:
-            with contextlib.suppress(http.RequestException):
-                http.post(f'{running.url}/v1/completions', json={**asked[i], 'stream': True}, stream=True, timeout=0.02)
+            with contextlib.suppress(requests.RequestException):
+                requests.post(f'{running.url}/v1/completions', json={**asked[i], 'stream': True}, stream=True,
+                              timeout=0.02)
             return
         got[i] = running.post('/v1/completions', asked[i]).json()['choices'][0]['text']
 
@@ -307,11 +361,11 @@ def test_many_clients_of_whom_some_leave_get_what_each_gets_alone(running):
 
 
 def test_a_client_that_leaves_frees_its_place():
-    import requests as http
+    import requests
 
     with a_server(limits=Limits(rows=1, tokens=10**6)) as server:
         server.model.config.block_size = 119
-        with http.post(f'{server.url}/v1/completions', json={'prompt': 'a', 'stream': True, 'temperature': 5.0},
+        with requests.post(f'{server.url}/v1/completions', json={'prompt': 'a', 'stream': True, 'temperature': 5.0},
                        stream=True, timeout=10) as response:
             next(response.iter_content(1))
         deadline = time.monotonic() + 10
@@ -365,7 +419,17 @@ def test_anything_gets_an_answer_or_an_error_and_disturbs_nobody(running, path, 
     assert response.status_code in (200, 400)
     if response.status_code == 400:
         assert response.json()['error']['message']
-    assert running.server.worker.is_alive()
+    assert running.decoding.is_alive()
+
+
+@pytest.mark.parametrize('path', ['completions', 'chat/completions'])
+@quick
+@given(st.binary(max_size=60), st.integers(0, 100))
+def test_bytes_that_are_no_request_are_refused(running, path, noise, at):
+    body = json.dumps({'prompt': 'abc', 'max_tokens': 2}).encode()
+    response = running.post(f'/v1/{path}', body[:at] + noise + body[at:])
+    assert response.status_code in (200, 400)
+    assert response.status_code == 200 or response.json()['error']['message']
 
 
 def test_the_end_of_the_server_waits_for_what_runs():
@@ -379,4 +443,4 @@ def test_the_end_of_the_server_waits_for_what_runs():
     server.close()
     thread.join(10)
     assert got[0].status_code == 200
-    assert not server.server.worker.is_alive()
+    assert not server.decoding.is_alive()
