@@ -139,8 +139,7 @@ class Piece(NamedTuple):
 def read_records(path) -> Iterator[Record]:
     """The records of a file; of a text file, the lines that are not blank, as texts. UserError names the place of what
     is invalid."""
-    with reading(path):
-        corpus = Corpus([path], options=False)
+    corpus = Corpus([path], options=False)
     if text_suffix(path) not in RECORDS:
         yield from (Record(where, line.rstrip('\r\n')) for where, line in corpus.lines(path) if line.strip())
         return
@@ -369,20 +368,18 @@ def cell(value, numbers):
 def split_documents(blocks, separator):
     """(text, whether the document ends) of the parts of documents, from the blocks of their text. A line break after a
     separator belongs to it."""
-    pattern = re.compile(re.escape(separator) + '\n?')
+    pattern = re.compile(re.escape(separator) + r'(?:\n|(?!\Z))')   # not at the end, where a line break may follow
     text = ''
     for block in blocks:
-        text += block
-        end = max(len(text) - len(separator), 0)   # a separator that begins there or later may go on in the next block
-        start = 0
-        for match in pattern.finditer(text) if separator else ():
-            if match.start() >= end:
-                break
-            yield text[start:match.start()], True
-            start = match.end()
-        yield text[start:max(start, end)], False
-        text = text[max(start, end):]
-    yield from ((part, True) for part in (pattern.split(text) if separator else [text]))
+        *documents, text = pattern.split(text + block) if separator else [text + block]
+        yield from ((document, True) for document in documents)
+        end = max(len(text) - len(separator), 0)   # what begins there may be a separator with the next block
+        yield text[:end], False
+        text = text[end:]
+    if separator and text == separator:
+        yield '', True
+        text = ''
+    yield text, True
 
 
 def in_pieces(parts, border=tokenizer.BORDER) -> Iterator[Piece]:

@@ -96,9 +96,7 @@ def encode_documents(path: str, tok, limit: int | None = None, template: str = '
     are to be scored. limit: if given, how many; not much more of the file is read. template: see corpus.Corpus."""
     parts = [tok.encode_prompt('')] if tok.eot is not None and not tok.begin else []
     whole = True
-    with corpus.reading(path):
-        documents = corpus.Corpus([path], template=template, options=False)
-    documents.border = tok.border
+    documents = corpus.Corpus([path], template=template, options=False, border=tok.border)
     for piece in documents.pieces(0):
         with naming(path):
             parts.append(tok.encode_texts([piece.text], end=piece.last, begin=piece.start == 0))

@@ -47,17 +47,17 @@ def snapshot(name: str, *patterns: str) -> Path:
             return Path(snapshot_download(**options, allow_patterns='config.json', local_files_only=True))
 
 
-def dataset_files(repo: str, folder: str, revision: str = 'main', suffix: str = '.parquet') -> list[dict]:
-    """[{'path', 'size', 'sha256'}] of the files of a dataset on the hub below a folder, by path; sha256 may be None.
-    Raises UserError, also if none has the suffix."""
+def dataset_files(repo: str, folder: str, revision: str = 'main') -> list[dict]:
+    """[{'path', 'size', 'sha256'}] of the .parquet files of a dataset on the hub below a folder, by path; sha256 may be
+    None. Raises UserError, also if there are none."""
     from huggingface_hub import HfApi
 
     with one_line_errors(repo):
         entries = list(HfApi().list_repo_tree(repo, folder, recursive=True, revision=revision, repo_type='dataset'))
     files = [{'path': entry.path, 'size': entry.size, 'sha256': entry.lfs and entry.lfs.sha256}
-             for entry in entries if hasattr(entry, 'size') and entry.path.endswith(suffix)]
+             for entry in entries if hasattr(entry, 'size') and entry.path.endswith('.parquet')]
     if not files:
-        raise UserError(f'{repo} has no {suffix} in {folder!r} of revision {revision}: expected another path')
+        raise UserError(f'{repo} has no .parquet in {folder!r} of revision {revision}: expected another path')
     return sorted(files, key=lambda file: file['path'])
 
 
@@ -125,10 +125,9 @@ def download(url: str, path: Path, sha256: str):
             session.mount(url, HTTPAdapter(max_retries=Retry(3, backoff_factor=0.5, status_forcelist=(429, 500, 503))))
             answer = session.get(url, timeout=20)
             answer.raise_for_status()
-        new.write_bytes(answer.content)
-        if sha256_of(new) != sha256:
-            new.unlink()
+        if hashlib.sha256(answer.content).hexdigest() != sha256:
             raise UserError(f'{url}: the sha256 is not {sha256[:16]}...: nothing is kept')
+        new.write_bytes(answer.content)
         os.replace(new, path)
     except requests.RequestException as error:
         raise UserError(f'cannot download {url} ({type(error).__name__}); without network give --input=PATH or put it '

@@ -253,10 +253,9 @@ def test_files_of_a_dataset_are_listed_in_order_with_size_and_digest(data):
             {'path': 'sample/a.parquet', 'size': 5, 'sha256': digests[b'first']},
             {'path': 'sample/b c.parquet', 'size': 6, 'sha256': digests[b'second']},
             {'path': 'sample/more/d.parquet', 'size': 5, 'sha256': digests[b'third']}]
-    assert hub.dataset_files('some/data', 'sample', suffix='.json') == [
-        {'path': 'sample/x.json', 'size': 2, 'sha256': None}]
-    with pytest.raises(UserError, match="some/data has no .txt in 'sample' of revision main"):
-        hub.dataset_files('some/data', 'sample', suffix='.txt')
+    data.repos['some/data']['empty/x.json'] = b'{}'
+    with pytest.raises(UserError, match="some/data has no .parquet in 'empty' of revision main"):
+        hub.dataset_files('some/data', 'empty')
     with pytest.raises(UserError, match='no .*other/data that you can read'):
         hub.dataset_files('other/data', 'sample')
 
@@ -267,6 +266,8 @@ def test_a_file_of_a_dataset_arrives_verified_in_the_folder(data, tmp_path):
         path = hub.dataset_file('some/data', 'main', file, tmp_path)
         assert path == tmp_path / 'sample' / 'b c.parquet' and path.read_bytes() == b'second'
     assert len(data.downloads()) == 1
+    path = hub.dataset_file('some/data', 'main', {'path': 'sample/x.json', 'sha256': None}, tmp_path)   # a small one
+    assert path.read_bytes() == b'{}'
 
 
 def test_other_bytes_than_announced_are_removed(data, tmp_path):
