@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import assert_one_line, log_of, needs, run, started, torchrun
+from in_process import call, options
 from test_alignment import batch, make, written_out
 from test_checkpoint import state_of
 
-from flatgpt import alignment, checkpoint, rollouts
-from flatgpt.errors import UserError
+from flatgpt import alignment, checkpoint, lora, rollouts, validate
+from flatgpt.errors import UsageError, UserError
 from flatgpt.tokenizer import CharTokenizer
 from model import ARCHS, GPT, GPTConfig
 
@@ -263,3 +266,180 @@ def test_questions_that_are_too_long_are_left_out_and_counted(letters):
     assert f'{40 - len(source.val)} of 40 questions are longer than 3 tokens' in source.notes[0]
     with pytest.raises(UserError, match='of at most 0 tokens'):
         rollouts.Questions('x.py:f', str(letters / 'asked.jsonl'), '', 3, tok, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+SETTINGS = ['--eval_interval=4', '--num_val=4', '--batch_size=3', '--gradient_accumulation_steps=2', '--group_size=4',
+            '--block_size=24', '--max_new_tokens=6', '--max_iters=8', '--learning_rate=1e-2', '--warmup_iters=2',
+            '--device=cpu', '--dtype=float32']
+
+
+def arguments(letters, out_dir, *more):
+    return [f'--init_from={letters}', f'--questions={letters / "asked.jsonl"}', f'--out_dir={out_dir}',
+            f'--reward={letters / "rewards.py"}:many', *SETTINGS, *more]
+
+
+def grpo(*args):
+    done = call('grpo.py', *args)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def weights(path):
+    return checkpoint.load(path)['model']
+
+
+def records(out_dir):
+    """The log of a run without what depends on the clock."""
+    return [{k: v for k, v in record.items() if k != 'seconds_drawing'} for record in log_of(out_dir)]
+
+
+def assert_same_run(out_dir, other):
+    """Two runs have logged and saved the same, bit for bit."""
+    assert records(out_dir) == records(other)
+    for name in ('ckpt.pt', 'best.pt'):
+        one, two = checkpoint.load(out_dir / name), checkpoint.load(other / name)
+        for key in ('model', 'optimizer', 'reference'):
+            torch.testing.assert_close(one.get(key), two.get(key), rtol=0, atol=0)
+
+
+@pytest.fixture(scope='module')
+def whole(letters, tmp_path_factory):
+    """The out_dir of a finished run with a reference and two updates per step."""
+    out_dir = tmp_path_factory.mktemp('grpo') / 'whole'
+    grpo(*arguments(letters, out_dir, '--kl=0.01', '--updates=2'))
+    return out_dir
+
+
+def test_the_reward_rises_and_what_is_logged_is_consistent(letters, tmp_path):
+    done = grpo(*arguments(letters, tmp_path / 'out', '--max_iters=25', '--eval_interval=25', '--optimizer=muon'))
+    found = records(tmp_path / 'out')
+    evals = [record for record in found if 'step' in record]
+    steps = [record for record in found if 'iter' in record]
+    assert evals[-1]['val_reward'] > evals[0]['val_reward'] + 0.2
+    assert sum(r['reward'] for r in steps[-5:]) > sum(r['reward'] for r in steps[:5]) + 0.5
+    for record in steps:
+        assert 1 <= record['length'] <= 6 and 0 <= record['no_signal'] <= 1 and record['entropy'] > 0
+        assert record['clipped'] == record['kl'] == 0   # one update, no reference
+    assert all(record['val_loss'] == -record['val_reward'] for record in evals)
+    assert f"reward of held-out questions {max(r['val_reward'] for r in evals):.4f} at best" in done.stderr
+    assert '-> ' in done.stderr and ', reward ' in done.stderr   # samples to look at
+
+
+def test_without_a_learning_rate_nothing_changes_and_the_policy_is_the_reference(letters, tmp_path):
+    grpo(*arguments(letters, tmp_path / 'out', '--max_iters=1', '--learning_rate=0', '--kl=0.5', '--updates=3'))
+    before = weights(letters / 'ckpt.pt')
+    for name, p in weights(tmp_path / 'out' / 'ckpt.pt').items():
+        assert torch.equal(p, before[name]), name
+    (record,) = [record for record in records(tmp_path / 'out') if 'iter' in record]
+    assert record['kl'] == pytest.approx(0, abs=1e-6) and record['clipped'] == 0 and record['grad_norm'] > 0
+
+
+def test_the_reference_is_the_starting_model_and_never_changes(letters, whole):
+    saved, before = checkpoint.load(whole / 'ckpt.pt'), weights(letters / 'ckpt.pt')
+    assert 'reference' not in checkpoint.load(whole / 'best.pt')
+    for name, p in saved['reference'].items():
+        assert torch.equal(p, before[name]), name
+    assert any(not torch.equal(p, before[name]) for name, p in saved['model'].items())
+    assert [record for record in records(whole) if 'iter' in record][-1]['kl'] > 0
+
+
+def test_a_resumed_run_is_the_whole_run(letters, whole, tmp_path):
+    out_dir = tmp_path / 'out'
+    grpo(*arguments(letters, out_dir, '--kl=0.01', '--updates=2', '--max_iters=4'))
+    grpo(f'--out_dir={out_dir}', '--init_from=resume', '--max_iters=8')
+    assert_same_run(out_dir, whole)
+
+
+def test_only_adapters_change_and_the_base_is_the_reference(letters, tmp_path):
+    out_dir = tmp_path / 'out'
+    grpo(*arguments(letters, out_dir, '--lora_rank=2', '--kl=0.1', '--max_iters=4'))
+    saved = checkpoint.load(out_dir / 'ckpt.pt')
+    model = checkpoint.build(saved, out_dir / 'ckpt.pt')
+    before = weights(letters / 'ckpt.pt')
+    assert saved['model'].keys() == lora.adapters(model).keys() and saved.get('reference') is None
+    for name, p in model.named_parameters():
+        if name not in saved['model']:
+            assert torch.equal(p, before[name]), name
+    kl = [record['kl'] for record in records(out_dir) if 'iter' in record]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
+
+
+def test_the_memory_of_micro_batches_does_not_change_the_step(letters, tmp_path):
+    """The same questions and answers in one micro-batch or in six."""
+    for name, *shape in (('one', '--batch_size=6', '--gradient_accumulation_steps=1'),
+                         ('six', '--batch_size=1', '--gradient_accumulation_steps=6')):
+        grpo(*arguments(letters, tmp_path / name, '--max_iters=1', '--kl=0.1', *shape))
+    one, six = ([r for r in records(tmp_path / name) if 'iter' in r] for name in ('one', 'six'))
+    assert one[0] == pytest.approx(six[0], rel=1e-4, abs=1e-6)
+    for name, p in weights(tmp_path / 'one' / 'ckpt.pt').items():
+        torch.testing.assert_close(p, weights(tmp_path / 'six' / 'ckpt.pt')[name], rtol=1e-3, atol=1e-4)
+
+
+def test_max_minutes_plans_the_steps(letters, tmp_path):
+    done = grpo(*arguments(letters, tmp_path / 'out', '--max_iters=30', '--max_minutes=0.0001'))
+    assert 'max_minutes=0.0001: ' in done.stderr and 'done at step' in done.stderr
+
+
+@pytest.mark.parametrize('words, args', [
+    (('init_from', 'expected weights'), ['--init_from=scratch']), (('group_size=1', '2 or more'), ['--group_size=1']),
+    (('normalize', "'answer'"), ['--normalize=mean']), (('clip_low=1.5',), ['--clip_low=1.5']),
+    (('clip_high',), ['--clip_high=-1']), (('kl=-1',), ['--kl=-1']), (('updates=0',), ['--updates=0']),
+    (('temperature=0', 'must differ'), ['--temperature=0']), (('max_new_tokens=256', 'block_size=256'),
+                                                              ['--max_new_tokens=256']),
+    (('needs questions',), ['--reward=x.py:f']), (('num_val=0',), ['--num_val=0']), (('beta2',), ['--beta2=1'])])
+def test_wrong_options_are_one_line(words, args):
+    config = options('grpo.py', '--init_from=x', *args)
+    with pytest.raises(UsageError) as error:
+        validate.weights_option(config)
+        validate.grpo_options(config)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_reward_that_fails_ends_the_run_in_one_line(letters, tmp_path):
+    (tmp_path / 'bad.py').write_text('def reward(question, answer):\n    return 1 / 0\n')
+    done = call('grpo.py', *arguments(letters, tmp_path / 'out', f'--reward={tmp_path / "bad.py"}:reward'))
+    assert_one_line(done, 1, 'fails: ZeroDivisionError', 'question', 'answer')
+
+
+def test_another_script_cannot_resume(whole):
+    done = call('train.py', f'--out_dir={whole}', '--init_from=resume', '--dataset=shakespeare_char')
+    assert_one_line(done, 2, 'another run', 'reward=')
+
+
+@pytest.mark.full   # exporting imports transformers
+def test_a_run_is_read_by_the_other_scripts(whole, tmp_path):
+    for script, *args in (('sample.py', f'--out_dir={whole}', '--num_samples=1', '--max_new_tokens=3', '--start=a'),
+                          ('plot.py', f'--runs={whole}', '--panels=reward,length,kl,entropy,clipped,no_signal'),
+                          ('export.py', f'--out_dir={whole}', f'--to={tmp_path / "hf"}')):
+        done = call(script, *args)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.full
+@needs('two_processes')
+def test_two_processes_are_as_one(letters, whole, tmp_path):
+    torchrun('grpo.py', *arguments(letters, tmp_path / 'out', '--kl=0.01', '--updates=2'))
+    for one, two in zip(records(tmp_path / 'out'), records(whole), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    for name, p in weights(tmp_path / 'out' / 'ckpt.pt').items():
+        torch.testing.assert_close(p, weights(whole / 'ckpt.pt')[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.full
+@needs('linux')
+def test_killed_five_times_it_ends_as_if_nothing_had_happened(letters, tmp_path):
+    steps = '--max_iters=120', '--kl=0.01'
+    args = [*arguments(letters, tmp_path / 'out', *steps), f'--init_from=auto:{letters}']
+    log = tmp_path / 'out' / 'log.jsonl'
+    for kill in range(5):
+        with started('grpo.py', *args) as process:
+            while process.poll() is None and not (log.exists() and log.read_bytes().count(b'"step"') > 2 * kill + 2):
+                time.sleep(0.005)
+            assert process.poll() is None   # it has not ended by itself
+            process.kill()
+    assert run('grpo.py', *args).returncode == 0
+    assert run('grpo.py', *arguments(letters, tmp_path / 'calm', *steps)).returncode == 0
+    assert_same_run(tmp_path / 'out', tmp_path / 'calm')
