@@ -40,6 +40,7 @@ block_size = 1024                     # tokens per row; a new model has this con
 gradient_accumulation_steps = 5 * 8   # micro-batches per step, over all processes
 # model
 arch = 'gpt2'                         # a set of switches in model.py: 'gpt2', 'llama', 'qwen3', 'speedrun'
+size: str | None = None               # 'auto': n_layer, n_embd, n_head, learning_rate for max_minutes; None: as below
 pos: str | None = None                # 'learned', 'rope', 'alibi'; None: as in arch
 window: int | None = None             # how many tokens back attention reaches; None: all
 layer_scale: float | None = None      # initial gain of each block's output; None: no gains
@@ -86,7 +87,7 @@ import math
 
 import torch  # not above the options: --help and a misspelt option need not wait for it
 
-from flatgpt import checkpoint, optim, outdir, runtime, start, validate
+from flatgpt import checkpoint, optim, outdir, runtime, scaling, start, validate
 from flatgpt.budget import Budget, duration
 from flatgpt.dataset import Dataset
 from flatgpt.errors import UsageError, UserError
@@ -117,12 +118,11 @@ def batch_of(step):
 # model
 
 if ckpt is None:
-    vocab_size = data.vocab_size
-    if vocab_size >= 1000:   # matrix products are faster if it is a multiple of 64; the added ids never occur
-        vocab_size = 64 * math.ceil(vocab_size / 64)
+    if size == 'auto':
+        rt.notice(scaling.choose_size(config, data, rt))
     try:
-        model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout, attention=attention,
-                              loss_chunks=loss_chunks,
+        model = GPT(GPTConfig(data.padded_vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout,
+                              attention=attention, loss_chunks=loss_chunks,
                               **arch_fields(arch, pos=pos, window=window, layer_scale=layer_scale)))
     except ValueError as error:
         raise UsageError(error) from None

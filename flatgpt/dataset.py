@@ -321,6 +321,12 @@ class Dataset:
         if read_meta(self.folder) != meta:
             raise UserError(f'{self.folder} is being written anew: try again when that is done')
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """vocab_size of a new model: from 1,000 on a multiple of 64, for which matrix products are faster. The added
+        ids never occur."""
+        return self.vocab_size if self.vocab_size < 1000 else 64 * math.ceil(self.vocab_size / 64)
+
     def validate_ids(self, block_size: int, vocab_size: int):
         """UserError if a split is too short for block_size, or has an id that is not below vocab_size. In files of more
         than 2**29 ids a thousand places are checked."""

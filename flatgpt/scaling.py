@@ -1,5 +1,6 @@
 """
-Scaling laws: the loss that N parameters reach after D tokens, fitted to runs, and how to split a budget between them.
+Scaling laws: the loss that N parameters reach after D tokens, fitted to runs, how to split a budget between them, and
+the size of a model for a run of some minutes on this machine.
 
 After Hoffmann et al. (2022), "Training compute-optimal large language models", whose model was named Chinchilla. N is
 what get_num_params() of model.py counts, losses are in nats per token, budgets in FLOPs.
@@ -7,10 +8,15 @@ what get_num_params() of model.py counts, losses are in nats per token, budgets 
 
 import itertools
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from flatgpt import optim
+from flatgpt.errors import UsageError
+from model import GPT, GPTConfig, arch_fields
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,13 @@ class Law:
 PRINTED = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 UNROUNDED = Law(E=1.6934, A=406.4, alpha=0.3392, B=410.7, beta=0.2849)
 REPLICATION = Law(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
+
+# As fit() gives it for the runs in scaling.json, which are of the characters of Python code
+SMALL = Law(E=1.0699, A=18.478, alpha=0.34268, B=747.94, beta=0.56407)
+# Layers and width of the models to choose from; heads are 32 wide
+SIZES = ((1, 32), (2, 32), (2, 64), (3, 64), (3, 96), (4, 96), (4, 128), (5, 160), (6, 192), (6, 256), (8, 320),
+         (8, 384), (10, 512), (12, 768))
+RATE = 5.6e-3 * 64   # the best learning rate times the width, as sweep.py has it
 
 
 def power_law(x, y):
@@ -111,3 +124,78 @@ def fit(params, tokens, losses, start=None, delta=1e-3):
         ends.append(theta.detach())
     e, a, b, alpha, beta = min(ends, key=lambda theta: objective(theta).nan_to_num(torch.inf)).tolist()
     return Law(math.exp(e), math.exp(a + alpha * mid_n.item()), alpha, math.exp(b + beta * mid_d.item()), beta)
+
+
+def expected_loss(params: float, tokens: float, unique: int) -> float:
+    """The loss that SMALL expects of a model after some tokens out of a text of `unique`. Repeated tokens teach less
+    than fresh ones, and parameters are worth less beyond those that fit the text (Muennighoff et al., 2023, eq. 5)."""
+    fitting = (SMALL.alpha * SMALL.A * unique**SMALL.beta / (SMALL.beta * SMALL.B))**(1 / SMALL.alpha)
+    return SMALL.loss(discounted(params, fitting, 5.3), discounted(tokens, unique, 15.4))
+
+
+def discounted(amount: float, full: float, decay: float) -> float:
+    """An amount of which only the first `full` counts in full: the n-th part of that size after it counts exp(-n /
+    decay)."""
+    excess = max(amount / full - 1, 0.0)
+    return min(amount, full) + full * decay * (1 - math.exp(-excess / decay))
+
+
+def choose_size(config, data, rt, clock=time.perf_counter) -> str:
+    """Set n_layer, n_embd, n_head and learning_rate to those of the size that SMALL says has the lowest loss after
+    max_minutes, and return a line about it. Sizes are timed on this machine, small ones first, until two in a row would
+    have a higher loss. Raises UsageError.
+
+    config: the Config of train.py. data: the Dataset. rt: the Runtime.
+    """
+    given = config.given & {'n_layer', 'n_embd', 'n_head', 'learning_rate'}
+    if given:
+        raise UsageError(f"size='auto' chooses {', '.join(sorted(given))}: give one or the other")
+    if not config['max_minutes']:
+        raise UsageError("size='auto' needs to know the time: give --max_minutes, such as --max_minutes=10")
+    begun = clock()
+    seconds = 60 * config['max_minutes']
+    found = []   # (loss, n_layer, n_embd, parameters, tokens, seconds per step), one per size
+    for n_layer, n_embd in SIZES:
+        params, per_step = time_size(config, data, rt, n_layer, n_embd, clock)
+        steps = 0.9 * seconds / per_step   # the rest is for evaluations and the start
+        tokens = steps * config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
+        loss = expected_loss(params, tokens, len(data.data['train']))
+        found.append((loss, n_layer, n_embd, params, tokens, per_step))
+        late = rt.mean_number(clock() - begun) > 0.1 * seconds
+        if late or (len(found) > 2 and found[-1][0] > found[-2][0] > found[-3][0]):
+            break
+    loss, n_layer, n_embd, params, tokens, per_step = min(found)
+    chosen = {'n_layer': n_layer, 'n_embd': n_embd, 'n_head': max(n_embd // 32, 1), 'learning_rate': RATE / n_embd}
+    for name, value in chosen.items():
+        config.put(name, value, 'size')
+    others = ', '.join(f'{other[1]}x{other[2]} {other[0] - loss:+.3f}' for other in found if other[0] > loss)
+    return (f'max_minutes={config["max_minutes"]:g}: {n_layer} layers of width {n_embd}, {params:,} parameters, about '
+            f'{tokens / 1e6:.1f}M tokens at {1000 * per_step:.0f} ms per step; expected loss of other sizes, in nats: '
+            f'{others}')
+
+
+def time_size(config, data, rt, n_layer: int, n_embd: int, clock) -> tuple[int, float]:
+    """(parameters, seconds per step) of a size, by the fastest of three steps of training."""
+    arch = arch_fields(config['arch'], pos=config['pos'], window=config['window'], layer_scale=config['layer_scale'])
+    sizes = GPTConfig(data.padded_vocab_size, config['block_size'], n_layer, n_embd, max(n_embd // 32, 1),
+                      config['bias'], config['dropout'], attention=config['attention'], **arch)
+    with torch.random.fork_rng([]):   # the weights of the run are those of a run that is given the size
+        model = GPT(sizes).to(rt.device)
+    model.within_documents = bool(data.begins)
+    opt = optim.build(config['optimizer'], model, 1e-9, (0.9, 0.95), 0.0, rt.dtype)
+    times = []
+    for step in range(4):   # the first one allocates memory
+        rt.sync()
+        begun = clock()
+        x, y = data.train_batch(step, 0, 1, config['batch_size'], config['block_size'], rt.device)
+        with rt.autocast():
+            loss = model(x[0], y[0])[1]
+        loss.backward()
+        backward = clock()
+        rt.clip_gradients(model, 1.0)
+        opt.step()
+        opt.zero_grad()
+        rt.sync()
+        per_step = clock() - begun
+        times.append(per_step + (backward - begun) * (config['gradient_accumulation_steps'] - 1))
+    return model.get_num_params(), rt.mean_number(min(times[1:]))

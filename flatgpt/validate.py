@@ -43,6 +43,7 @@ def train_options(options, processes=1, ckpt=None, start_path=None, resuming=Fal
     for name in ('dropout', 'lora_dropout'):
         below_one(options, name)
     one_of(ARCHS, options, 'arch')
+    one_of((None, 'auto'), options, 'size')
     one_of(ALLOWED['attention'], options, 'attention')
     one_of(runtime.PARALLEL, options, 'parallel')
     training_options(options, processes, ckpt, start_path, resuming)

@@ -34,7 +34,7 @@ CONFIGS = [f'config/{name}.py' for name in (
     'chat_lora', 'chat_tiny', 'dpo_lora', 'dpo_tiny', 'grpo_arithmetic', 'grpo_sql',
     'eval_gpt2', 'eval_gpt2_large', 'eval_gpt2_medium', 'eval_gpt2_xl', 'finetune_code',
     'finetune_shakespeare', 'finetune_sql',
-    'lora_llama', 'train_bpe_10m', 'train_gpt2', 'train_python_char', 'train_shakespeare_char',
+    'lora_llama', 'train_bpe_10m', 'train_gpt2', 'train_my_text', 'train_python_char', 'train_shakespeare_char',
     'train_shakespeare_char_cpu', 'train_shakespeare_char_cpu_fast', 'train_shakespeare_char_fast')]
 # {module: file}
 MODULES = {**{name: f'{name}.py' for name in ('configurator', 'model', *SCRIPTS)},

@@ -2,13 +2,19 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from in_process import call, options
 
-from flatgpt.scaling import PRINTED, REPLICATION, UNROUNDED, Law, fit, isoflop_minimum, power_law
+from flatgpt import runtime, scaling
+from flatgpt.dataset import write
+from flatgpt.errors import UsageError
+from flatgpt.scaling import PRINTED, REPLICATION, SIZES, SMALL, UNROUNDED, Law, fit, isoflop_minimum, power_law
+from flatgpt.tokenizer import CharTokenizer
 from model import GPT, GPTConfig, arch_fields
 
 LAWS = [PRINTED, REPLICATION, Law(E=0.9, A=3e3, alpha=0.45, B=3e4, beta=0.5)]
@@ -127,3 +133,95 @@ def test_the_runs_that_were_kept_are_those_of_the_present_model():
         assert run['flops'] == run['tokens'] * model.flops_per_token() == pytest.approx(run['budget'], rel=0.01)
         assert run['tokens'] <= 4 * common['train_tokens']
         assert not run['held_out'] or run['params'] > largest['params'] and run['budget'] > largest['budget']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the size for some minutes
+
+RT = runtime.Runtime(torch.device('cpu'), torch.float32, False, 0, 1)
+TEXT = SimpleNamespace(data={'train': range(10**9)})   # so long that nothing repeats
+
+
+def chosen(monkeypatch, *args, data=TEXT, speed=1e9, clock=lambda: 0.0):
+    """(options of train.py, the line about the size, sizes that were timed) on a machine that needs parameters / speed
+    seconds for each token, and at least 5 ms for a step."""
+    timed = []
+
+    def time_size(config, data, rt, n_layer, n_embd, clock):
+        timed.append((n_layer, n_embd))
+        return 12 * n_layer * n_embd**2, max(12 * n_layer * n_embd**2 * 2048 / speed, 0.005)
+
+    monkeypatch.setattr(scaling, 'time_size', time_size)
+    config = options('train.py', 'config/train_my_text.py', *args)
+    return config, scaling.choose_size(config, data, RT, clock), timed
+
+
+@pytest.mark.parametrize('minutes', [0.2, 1, 4, 16, 100])
+def test_the_size_is_the_best_of_all_by_the_law(monkeypatch, minutes):
+    config, line, timed = chosen(monkeypatch, f'--max_minutes={minutes}')
+
+    def loss(size):
+        params = 12 * size[0] * size[1]**2
+        return SMALL.loss(params, 0.9 * 60 * minutes / max(params * 2048 / 1e9, 0.005) * 2048)
+
+    best = min(SIZES, key=loss)
+    assert (config['n_layer'], config['n_embd'], config['n_head']) == (*best, best[1] // 32)
+    assert config['learning_rate'] == pytest.approx(5.6e-3 * 64 / best[1])
+    assert f'{best[0]} layers of width {best[1]}' in line
+    assert timed == list(SIZES[:SIZES.index(best) + 3])   # two larger ones were worse
+    assert config.namespace['n_embd'] == best[1]   # what train.py sees
+
+
+def test_a_short_text_gets_a_smaller_model(monkeypatch):
+    widths = [chosen(monkeypatch, '--max_minutes=16', data=SimpleNamespace(data={'train': range(n)}))[0]['n_embd']
+              for n in (10**5, 10**9)]
+    assert widths[0] < widths[1]
+
+
+def test_what_repeats_counts_for_less():
+    assert scaling.discounted(500, 1000, 15.4) == 500
+    assert scaling.discounted(2000, 1000, 15.4) == pytest.approx(1000 + 15400 * (1 - math.exp(-1 / 15.4)))
+    assert scaling.discounted(10**9, 1000, 15.4) == pytest.approx(16400)
+    params, tokens = SMALL.optimum(1e13)
+    fitting = scaling.expected_loss(params, tokens, tokens)   # a text of one epoch, and the model that fits it
+    assert fitting == pytest.approx(SMALL.loss(params, tokens))
+    assert scaling.expected_loss(1.5 * params, tokens, tokens) > SMALL.loss(1.5 * params, tokens)
+    assert scaling.expected_loss(params, tokens, tokens / 2) > fitting
+
+
+def test_measuring_ends_after_a_tenth_of_the_time(monkeypatch):
+    times = iter(range(100))
+    timed = chosen(monkeypatch, '--max_minutes=0.5', clock=lambda: next(times))[2]
+    assert len(timed) == 4   # of 30 s, more than 3 are over
+
+
+@pytest.mark.parametrize('args, word', [
+    (['--n_layer=2'], 'n_layer'), (['--learning_rate=1e-3', '--n_embd=64'], 'learning_rate, n_embd'),
+    (['--max_minutes=None'], '--max_minutes=10')])
+def test_what_cannot_be_chosen_is_one_line(monkeypatch, args, word):
+    with pytest.raises(UsageError, match=word):
+        chosen(monkeypatch, *args)
+
+
+def test_a_run_has_the_chosen_size_and_keeps_it_when_it_goes_on(monkeypatch, tmp_path):
+    tok = CharTokenizer('abcdefgh')
+    write(tmp_path / 'text', dict.fromkeys(('train', 'val'), np.arange(999) % 8), tok, {})
+    monkeypatch.setattr(scaling, 'SIZES', ((1, 32), (1, 64)))
+    args = ['config/train_my_text.py', f'--dataset={tmp_path / "text"}', f'--out_dir={tmp_path / "out"}',
+            '--block_size=8', '--batch_size=2', '--max_iters=3', '--eval_iters=1', '--device=cpu', '--dtype=float32']
+    first = call('train.py', *args, '--max_minutes=1')
+    assert first.returncode == 0, first.stderr
+    (line,) = [line for line in first.stderr.splitlines() if 'of width' in line]
+    width = int(line.split('width ')[1].split(',')[0])
+    again = call('train.py', *args, '--max_minutes=1', '--init_from=resume', '--max_iters=5')
+    assert again.returncode == 0 and 'of width' not in again.stderr, again.stderr
+    by_hand = call('train.py', *args, '--size=None', '--max_minutes=1', '--n_layer=1', f'--n_embd={width}',
+                   f'--n_head={width // 32}', f'--learning_rate={5.6e-3 * 64 / width}', f'--out_dir={tmp_path / "b"}')
+    losses = [[line for line in run.stdout.splitlines() if line.startswith('step')] for run in (first, by_hand)]
+    assert losses[0] == losses[1]   # timing has changed nothing
+
+
+def test_the_law_of_small_models_is_the_one_of_the_kept_runs():
+    runs = [run for run in json.loads((ROOT / 'flatgpt' / 'scaling.json').read_text())['runs'] if not run['held_out']]
+    found = fit(*([run[name] for run in runs] for name in ('params', 'tokens', 'val_loss')), start=SMALL)
+    assert constants(found) == pytest.approx(constants(SMALL), rel=1e-2)
