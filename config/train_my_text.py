@@ -1,6 +1,6 @@
 # A GPT from scratch on your own text, of the size that this machine can train best in the minutes that you have.
 #
-#   python data/text/prepare.py --input=PATHS --name=my_text
+#   python data/text/prepare.py --input=PATHS --name=my_text --tokenizer=char
 #   python train.py config/train_my_text.py --max_minutes=10
 #   python sample.py --out_dir=out-my-text
 #
