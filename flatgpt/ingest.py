@@ -278,9 +278,9 @@ def without_unknown(piece, tok, state, corpus, i):
     unknown = tok.unknown(piece.text)
     if not unknown:
         return piece
-    corpus.refuse(f'{corpus.files[i]} has {len(unknown):,} characters that the tokenizer lacks, such as '
-                  f'{"".join(unknown[:20])!r}', 'give another tokenizer, or --errors=skip to leave them out',
-                  ('replace', 'skip'))
+    if corpus.errors == 'strict':
+        raise UserError(f'{corpus.files[i]} has {len(unknown):,} characters that the tokenizer lacks, such as '
+                        f'{"".join(unknown[:20])!r}; give another tokenizer, or --errors=skip to leave them out')
     text = piece.text.translate(dict.fromkeys(map(ord, unknown)))
     state.report['unknown'] += len(piece.text) - len(text)
     return piece._replace(text=text)
@@ -324,8 +324,9 @@ def snippets(writer) -> list[str]:
 def report_lines(report: dict, tok) -> Iterator[str]:
     """A report as lines of text."""
     for split in SPLITS:
-        yield (f'{split}: {report["documents"][split]:,} documents, {report["bytes"][split]:,} bytes, '
-               f'{report["characters"][split]:,} characters, {report["tokens"][split]:,} tokens')
+        documents = f'{report["documents"][split]:,} documents, ' if report['documents'][split] else ''
+        yield (f'{split}: {documents}{report["bytes"][split]:,} bytes, {report["characters"][split]:,} characters, '
+               f'{report["tokens"][split]:,} tokens')
     yield (f'vocabulary of {tok.vocab_size:,}, {report["bytes_per_token"]:.3f} bytes per token; validation is '
            f'{report["validation"]}')
     yield (f'left out: {report["duplicates"]:,} duplicates, {report["empty"]:,} empty, {report["left_out"]:,} '

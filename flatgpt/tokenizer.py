@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -36,7 +36,6 @@ PROBE = ("It's 12,345 o'clock:\n\n    don't  __init__(self) -> naïve café, Gr�
          'A line\n2 more x1\n世界\nend.\nÉ')
 BORDER = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S\n)(?=[^\W_])')   # no encoding in use has a token that goes across
 BLANK = re.compile(r'(?<=[^\W_])(?= [^\W_])')   # the same for tokenizers that look at more than a word
-LONG_WORD = re.compile(r'[^\W\d_]{256}|\d{256}|(?:[^\w\s]|_){256}|\s{256}')
 CONTEXT = 8   # how many tokens back the text of a token can depend on others
 
 
@@ -247,16 +246,20 @@ class BpeTokenizer(Tokenizer):
         """The byte-level encoding of so many tokens that shortens texts most (Sennrich et al., 2016; bytes: Radford et
         al., 2019). A pair must occur min_frequency times to become a token. The 256 bytes and the special tokens, whose
         ids come first, count too; every text of every language can be encoded."""
-        from tokenizers import models, trainers
+        from tokenizers import Regex, models, pre_tokenizers, trainers
 
         special = list(special)
         if vocab_size < 256 + len(special):
             raise UsageError(f'a vocabulary of {vocab_size}: expected {256 + len(special)} or more, the bytes and '
                              f'{len(special)} special tokens')
         encoding = byte_level(models.BPE())
-        encoding.train_from_iterator(itertools.chain.from_iterable(map(cut_long_words, texts)), trainers.BpeTrainer(
+        to_words = encoding.pre_tokenizer
+        short = pre_tokenizers.Split(Regex('.{256}'), 'isolated')   # the time grows with the square of a word's length
+        encoding.pre_tokenizer = pre_tokenizers.Sequence([to_words, short])
+        encoding.train_from_iterator(texts, trainers.BpeTrainer(
             vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special,
             show_progress=sys.stderr.isatty(), initial_alphabet=list(byte_alphabet())))
+        encoding.pre_tokenizer = to_words
         return cls(encoding.to_str())
 
     @functools.cached_property
@@ -474,16 +477,6 @@ def of_files(vocab: str, merges: str) -> str:
         raise UserError(f'{vocab} and {merges} are no encoding: {str(error)[:80]}') from None
     encoding.add_special_tokens([EOT] if encoding.token_to_id(EOT) is not None else [])
     return encoding.to_str()
-
-
-def cut_long_words(text: str) -> Iterator[str]:
-    """A text in pieces, cut within words of more than 256 characters: the time to train grows with the square of their
-    length."""
-    start = 0
-    for match in LONG_WORD.finditer(text):
-        yield text[start:match.end()]
-        start = match.end()
-    yield text[start:]
 
 
 def byte_alphabet() -> dict[str, int]:

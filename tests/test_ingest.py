@@ -666,6 +666,16 @@ def test_a_vocabulary_is_trained_on_an_even_sample_that_needs_no_more_memory_tha
     assert all(60 < len(texts) < 140 and texts[-1] == '\n' for texts in drawn) and drawn[0] != drawn[1]
 
 
+def test_characters_that_the_tokenizer_lacks_are_counted_and_no_faults(tmp_path):
+    from tokenizers import Tokenizer, models
+    Tokenizer(models.BPE({char: i for i, char in enumerate('ab \n')}, [])).save(str(tmp_path / 'tokenizer.json'))
+    path = tmp_path / 'x.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in ('ab é ' * 300, 'ab é', 'é')))   # long, short
+    _, report = build(tmp_path / 'out', [path], str(tmp_path / 'tokenizer.json'), errors='skip')
+    assert report['unknown'] == 302 and (report['repaired'], report['left_out'], report['faults']) == (0, 0, [])
+    assert sum(report['tokens'].values()) == 1200 + 1 + 3   # with a line break
+
+
 @pytest.mark.parametrize('size, short', [(5000, True), (260, False)])
 def test_a_text_that_is_too_short_for_its_vocabulary_says_so(files, tmp_path, capsys, size, short):
     build(tmp_path / 'out', files, f'bpe:{size}')
