@@ -2,17 +2,15 @@
 Questions whose answers can be checked, in English and Chinese: made by a program, in any number. The embedded
 conversations of data/chat consist of them, and they are the rewards of grpo.py and the checks of eval.py.
 
-    python -m flatgpt.tasks        prints some of each kind
-
 A question is held out if the hash of what it asks says so: the same numbers are never learned in another wording.
 """
 
 import hashlib
 import random
 import re
-import sqlite3
-import time
 from typing import NamedTuple
+
+from flatgpt.queries import TABLES, WORDS, same_rows
 
 LANGUAGES = ('en', 'zh')
 
@@ -185,41 +183,47 @@ FRUIT = {'en': 'apple pear plum peach grape lemon melon cherry mango fig kiwi ba
 COLORS = {'en': 'red blue green white black yellow brown grey'.split(),
           'zh': '红色 蓝色 绿色 白色 黑色 黄色 棕色 灰色'.split()}
 
-ENTRIES = {'en': ('{}: {}', ', ', '. '), 'zh': ('{}：{}', '，', '。')}   # one, between two, after the last
-LOOKUPS = {   # the answer, the question for a value, the question for a name
-    'en': {'color': ('The {name} is {value}.', 'Which color is the {name}?', 'What is {value}?'),
-           'price': ('The {name} costs {value}.', 'What does the {name} cost?', 'What costs {value}?')},
-    'zh': {'color': ('{name}是{value}的。', '{name}是什么颜色？', '什么是{value}的？'),
-           'price': ('{name}卖{value}元。', '{name}多少钱？', '什么卖{value}元？')}}
+ENTRIES = {'en': ('{} {}', ', ', '. '), 'zh': ('{}{}', '，', '。')}   # one, between two, after the last
+LOOKUPS = {   # the head of the table, the answer, the question for a value, the question for a name
+    'en': {'color': ('Colors: ', 'The {name} is {value}.', 'Which color is the {name}?', 'What is {value}?'),
+           'price': ('Prices: ', 'The {name} costs {value}.', 'What does the {name} cost?', 'What costs {value}?')},
+    'zh': {'color': ('颜色：', '{name}是{value}的。', '{name}是什么颜色？', '什么是{value}的？'),
+           'price': ('价格：', '{name}卖{value}元。', '{name}多少钱？', '什么卖{value}元？')}}
 
 
-def lookup(generator: random.Random, language: str) -> Question:
-    """One value of a small table that the question begins with; the table has numbers or colors."""
-    names = generator.sample(FRUIT[language], generator.randint(3, 5))
-    sort = 'color' if generator.random() < 0.4 else 'price'
-    values = generator.sample(COLORS[language] if sort == 'color' else range(1, 100), len(names))
-    name, value = generator.choice(list(zip(names, values)))
+def lookup(generator: random.Random, language: str, earlier: Question | None = None) -> Question:
+    """One value of a small table that the question begins with; the table has numbers or colors. earlier: a lookup; the
+    question is one about its table, which is not repeated."""
     entry, between, end = ENTRIES[language]
-    table = between.join(map(entry.format, names, values)) + end
-    statement, by_name, by_value = LOOKUPS[language][sort]
+    if earlier:
+        table = table_of(earlier)
+        pairs = re.findall(entry.format(f'({"|".join(FRUIT[language])})', r'(\w+)'), table)
+        sort = 'price' if pairs[0][1].isdigit() else 'color'
+    else:
+        names = generator.sample(FRUIT[language], generator.randint(3, 5))
+        sort = 'color' if generator.random() < 0.4 else 'price'
+        values = generator.sample(COLORS[language] if sort == 'color' else range(1, 100), len(names))
+        pairs = list(zip(names, map(str, values)))
+        table = LOOKUPS[language][sort][0] + between.join(entry.format(*pair) for pair in pairs) + end
+    _, statement, by_name, by_value = LOOKUPS[language][sort]
+    name, value = generator.choice(pairs)
     backwards = generator.random() < 0.3
-    text = table + (by_value if backwards else by_name).format(name=name, value=value)
-    result = name if backwards else str(value)
-    return Question('lookup', language, text, statement.format(name=name, value=value), result, text)
+    question = (by_value if backwards else by_name).format(name=name, value=value)
+    return Question('lookup', language, question if earlier else table + question,
+                    statement.format(name=name, value=value), name if backwards else value, table + question)
+
+
+def table_of(question: Question) -> str:
+    """The table that a lookup begins with, and what separates it from the question."""
+    table, end, _ = question.key.partition(ENTRIES[question.language][2])
+    return table + end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SQL
 
-TABLES = {'fruit': ('name', 'color', 'price'), 'films': ('title', 'country', 'year'), 'staff': ('name', 'city', 'age'),
-          'books': ('title', 'language', 'pages')}   # a text that names a row, a text that groups rows, a number
-ZH = {'fruit': '水果', 'films': '电影', 'staff': '员工', 'books': '书', 'name': '名称', 'color': '颜色',
-      'price': '价格', 'title': '标题', 'country': '国家', 'year': '年份', 'city': '城市', 'age': '年龄',
-      'language': '语言', 'pages': '页数'}
-WORDS = {'color': ('red', 'green', 'blue', 'yellow'), 'country': ('China', 'Peru', 'Norway', 'Egypt'),
-         'city': ('Oslo', 'Lima', 'Kyoto', 'Cairo'), 'language': ('Chinese', 'English', 'Spanish', 'Arabic')}
-
-
+ZH = {'fruit': '水果', 'films': '电影', 'staff': '员工', 'books': '书', 'color': '颜色', 'price': '价格',
+      'country': '国家', 'year': '年份', 'city': '城市', 'age': '年龄', 'language': '语言', 'pages': '页数'}
 QUERIES = (   # the query, and what is asked in English and Chinese
     ('SELECT {title} FROM {table} WHERE {number} {sign} {value};',
      'which {table} have {number} {above} {value}?', '哪些{rows}的{what}{above}{value}？'),
@@ -251,73 +255,23 @@ def sql(generator: random.Random, language: str) -> Question:
     return Question('sql', language, text, query, query, query)
 
 
-def database(seed: int = 0) -> sqlite3.Connection:
-    """A small database in memory with the tables of the questions, 40 rows each."""
-    connection = sqlite3.connect(':memory:')
-    generator = random.Random(seed)
-    for table, (title, group, number) in TABLES.items():
-        connection.execute(f'CREATE TABLE {table} ({title} TEXT, {group} TEXT, {number} INTEGER)')
-        rows = [(f'{table} {i}', generator.choice(WORDS[group]), generator.randint(1, 99)) for i in range(40)]
-        connection.executemany(f'INSERT INTO {table} VALUES (?, ?, ?)', rows)
-    return connection
-
-
-READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}   # what a query may do
-READS_FUNCTIONS = {'count', 'sum', 'avg', 'min', 'max', 'total', 'abs', 'round', 'length', 'lower', 'upper', 'substr',
-                   'coalesce', 'ifnull', 'like'}
-
-
-def run_sql(query: str, seconds: float = 1.0, max_rows: int = 1000) -> list[tuple] | None:
-    """The rows that a query gives, or None if it is not one that reads, fails, or takes too long.
-
-    The query may come from a model: it can only read the tables, within the limits of time and rows.
-    """
-    connection = database()
-    end = time.monotonic() + seconds
-
-    def authorize(action, first, second, *_):
-        allowed = action in READS and (action != sqlite3.SQLITE_FUNCTION or second in READS_FUNCTIONS)
-        return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
-
-    connection.set_authorizer(authorize)
-    connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
-    try:
-        rows = connection.execute(query).fetchmany(max_rows + 1)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, UnicodeError, OverflowError):
-        return None
-    finally:
-        connection.close()
-    return rows if len(rows) <= max_rows else None
-
-
-def same_rows(given: str, expected: str) -> bool:
-    """Whether two queries give the same rows; in the same order if the expected one asks for an order."""
-    found = run_sql(given)
-    wanted = run_sql(expected)
-    if found is None or wanted is None:
-        return False
-    if 'ORDER BY' in expected.upper():
-        return found == wanted
-    return sorted(found, key=repr) == sorted(wanted, key=repr)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # small talk, and what nobody who only reads can know
 
 TALK = {
-    'en': (('Hello!', 'Hello! What can I do for you?'), ('Hi', 'Hello! What can I do for you?'),
+    'en': (('Hello!', 'Hello! What can I do for you?'),
            ('Good morning.', 'Good morning! What would you like to know?'),
            ('Who are you?', 'I am a small language model, trained with flatgpt.'),
            ('What is your name?', 'I have no name. I am a small language model.'),
            ('What can you do?', 'I can add, subtract and multiply, convert units, read small tables and write SQL.'),
            ('Thank you!', 'You are welcome.'), ('Thanks', 'You are welcome.'), ('Goodbye.', 'Goodbye!'),
            ('Are you a human?', 'No, I am a program.'), ('Do you speak Chinese?', 'Yes, ask me in Chinese.')),
-    'zh': (('你好！', '你好！有什么可以帮你？'), ('您好', '你好！有什么可以帮你？'),
+    'zh': (('你好！', '你好！有什么可以帮你？'),
            ('早上好。', '早上好！你想知道什么？'),
            ('你是谁？', '我是用flatgpt训练的小语言模型。'), ('你叫什么名字？', '我没有名字。我是一个小语言模型。'),
            ('你会做什么？', '我会加减乘、换算单位、查小表格、写SQL。'), ('谢谢！', '不客气。'), ('再见。', '再见！'),
            ('你是人吗？', '不是，我是一个程序。'), ('你会说英语吗？', '会，请用英语问我。'))}
+SAY_AGAIN = {'en': ('Repeat this: {}', '{} Say that again.'), 'zh': ('请重复：{}', '{}请再说一遍。')}
 UNKNOWN = {
     'en': (('What is the weather {} {}?', 'I do not know: I cannot see the weather.'),
            ('What did I eat {1}?', 'I do not know: you have not told me.'),
@@ -333,8 +287,12 @@ TIMES = {'en': ('today', 'tomorrow', 'next week', 'tonight', 'on Monday', 'this 
 
 
 def talk(generator: random.Random, language: str) -> Question:
-    """Small talk, whose answer is given."""
-    text, answer = generator.choice(TALK[language])
+    """Small talk, whose answer is given, or a table to say again, from which a model learns to copy."""
+    if generator.random() < 0.7:
+        answer = table_of(lookup(generator, language)).strip()
+        text = generator.choice(SAY_AGAIN[language]).format(answer)
+    else:
+        text, answer = generator.choice(TALK[language])
     return Question('talk', language, text, answer, answer, text)
 
 
@@ -350,6 +308,7 @@ def unknown(generator: random.Random, language: str) -> Question:
 
 KINDS = {'arithmetic': arithmetic, 'dates': dates, 'units': units, 'lookup': lookup, 'sql': sql, 'talk': talk,
          'unknown': unknown}
+SHARES = (6, 1, 2, 7, 2, 3, 1)   # of the kinds, in conversations
 NEVER_HELD_OUT = ('talk',)   # there is nothing to generalise to
 
 
@@ -389,23 +348,21 @@ def is_correct(question: Question, answer: str) -> bool:
 
 
 def conversation(generator: random.Random, next_question) -> list[dict]:
-    """Messages of one to three questions in one language with their answers.
+    """Messages of one to three questions in one language with their answers; a table may be asked about several times.
 
     next_question: a function of kind and language that gives a question.
     """
     language = generator.choice(LANGUAGES)
     messages = []
-    for _ in range(generator.choice((1, 1, 2, 3))):
-        kind = generator.choices(list(KINDS), weights=(6, 2, 2, 5, 2, 1, 1))[0]
-        question = next_question(kind, language)
+    question = None
+    for _ in range(generator.randint(1, 3)):
+        again = None
+        if question and question.kind == 'lookup' and generator.random() < 0.7:
+            again = lookup(generator, language, question)
+        if again and is_held_out(again) == is_held_out(question):
+            question = again
+        else:
+            question = next_question(generator.choices(list(KINDS), SHARES)[0], language)
         messages.append({'role': 'user', 'content': question.text})
         messages.append({'role': 'assistant', 'content': question.answer})
     return messages
-
-
-if __name__ == '__main__':
-    for kind in KINDS:
-        for language in LANGUAGES:
-            stream = questions(kind, language, seed=1, held_out=False)
-            for question in (next(stream), next(stream), next(stream)):
-                print(f'{kind} {language}: {question.text} -> {question.answer}')

@@ -26,7 +26,7 @@ PARTS = [part for part in (
     'errors', 'budget', 'tokenizer', 'sandbox', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'batching',
     'openai_forms', 'serving', 'quantize', 'architectures', 'pretrained', 'llama_cpp', 'lora', 'alignment', 'dataset',
     'checkpoint', 'corpus', 'ingest', 'pairs', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling',
-    'sweep', 'tasks', 'rewards', 'rollouts') if (ROOT / f'flatgpt/{part}.py').exists()]
+    'sweep', 'queries', 'tasks', 'rewards', 'rollouts') if (ROOT / f'flatgpt/{part}.py').exists()]
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'chat', 'fineweb', 'my_code', 'openwebtext', 'preferences', 'python_char', 'shakespeare', 'shakespeare_char', 'sql',
     'text')]

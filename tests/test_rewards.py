@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from flatgpt import rewards, tasks
+from flatgpt import queries, rewards, tasks
 from flatgpt.errors import UsageError, UserError
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer
 
@@ -89,13 +89,13 @@ def test_a_name_without_a_function_is_refused(tmp_path, name, error, words):
     'CREATE TABLE x (y)', 'DROP TABLE fruit', "SELECT load_extension('x.so')", "SELECT readfile('/etc/passwd')"])
 def test_a_hostile_query_costs_its_time_limit_at_most_and_touches_nothing(query, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks.run_sql, '__defaults__', (0.1, 1000))   # seconds, rows
+    monkeypatch.setattr(queries.run_sql, '__defaults__', (0.1, 1000))   # seconds, rows
     question = {**QUESTION, 'kind': 'sql', 'result': 'SELECT MAX(price) FROM fruit;'}
-    before = tasks.run_sql('SELECT * FROM fruit')
+    before = queries.run_sql('SELECT * FROM fruit')
     begun = time.process_time()
     assert rewards.load('sql')(question, query) == 0.0
     assert time.process_time() - begun < 1
-    assert os.listdir(tmp_path) == [] and tasks.run_sql('SELECT * FROM fruit') == before
+    assert os.listdir(tmp_path) == [] and queries.run_sql('SELECT * FROM fruit') == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from configurator import configure
 # ---------------------------------------------------------------------------------------------------------------------
 input = ''                 # comma-separated files, globs and folders of conversations; '': generate them
 name = 'chat'              # the dataset: a folder in data/, or a path, which has a slash
-tokenizer = 'bpe:2000'     # 'bpe:5000' (trained here), or that of a model with a chat template: a folder, owner/name
+tokenizer = 'bpe:1024'     # 'bpe:5000' (trained here), or that of a model with a chat template: a folder, owner/name
 num_generated = 60000      # conversations to generate
 num_questions = 50         # held-out questions of each kind and language, in questions.jsonl
 val_fraction = 0.02        # the share of conversations that is for validation
