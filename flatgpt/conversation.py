@@ -150,8 +150,8 @@ class ChatTemplate:
         self.source = source
         self.special = {name: token for name, token in (special or {}).items() if isinstance(token, str)}
         self.program = sandbox.compiled(source)
-        self.pieces = {}   # what pieces_between() and lead() have found, by roles
-        self.leads = {}
+        self.pieces = {}   # the template's own text, for find_spans(), by the roles of the messages
+        self.leads = {}    # what lead() has found
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables) -> str:
         """The text of messages. add_generation_prompt: end with what comes before an answer of the assistant. UserError
@@ -190,10 +190,9 @@ class ChatTemplate:
         return self.leads[roles]
 
     def answer_spans(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
-        """Where in the text of messages the answers stand that are what a prompt lacks: its text begins with the prompt
-        before the answer, and with what the template makes of the messages up to it. The others are left out: of
-        those with a <think> block, Qwen3 has the last one only. Their end tokens belong to them. ChangesContent if
-        there is no such answer."""
+        """Where the answers stand in the text of messages, with their end tokens, whatever the template has made of
+        their contents: each is what the messages up to it have more than the prompt before it. An answer is left out
+        if the text does not begin with both: where Qwen3 has dropped thoughts. ChangesContent if none is left."""
         text = self.render(messages)
         spans = []
         for number, message in enumerate(messages):
@@ -251,7 +250,7 @@ class ChatTemplate:
         pieces = pieces_of(tok, ids)
         starts = np.cumsum([0, *map(len, pieces)])[:len(ids)]   # the byte at which each token begins
         decoded = b''.join(pieces)
-        content = text.encode()
+        content = text.encode(errors='replace')   # of lone surrogates, which no tokenizer keeps
         extra = len(decoded) - len(content)   # a blank before the text, as SentencePiece has it
         if extra < 0 or decoded[extra:] != content:
             raise UserError('the tokenizer changes the text of a conversation: which tokens are the assistant\'s is '
@@ -259,7 +258,7 @@ class ChatTemplate:
         starts -= extra
         learned = np.zeros(len(ids), bool)
         for span in answers:
-            start, end = (len(text[:at].encode()) for at in span)
+            start, end = (len(text[:at].encode(errors='replace')) for at in span)
             learned |= (starts >= start) & (starts < end)
             after = int(np.searchsorted(starts, end))   # the first token behind the content
             if after < len(ids) and is_special(tok, int(ids[after])):

@@ -337,6 +337,11 @@ def test_what_cannot_be_learned_exactly_is_refused(tok, source, messages, error)
         ChatTemplate(source, SPECIAL).training_ids(tok, messages)
 
 
+def test_half_a_character_is_refused(tok):
+    with pytest.raises(UserError, match='the tokenizer changes the text'):
+        ChatTemplate(CHATML).training_ids(tok, [ASKED[0], {'role': 'assistant', 'content': 'a\ud800b'}])
+
+
 def test_the_first_token_of_an_answer_is_learned_where_the_template_writes_a_blank_before_it():
     tok = BpeTokenizer.train([' answer answer ask'] * 9, 300, special=CHATML_NAMES)
     ids, learned = ChatTemplate(TEMPLATES['llama 2'], SPECIAL).training_ids(tok, ASKED * 2)
