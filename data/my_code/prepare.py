@@ -23,7 +23,7 @@ tokenizer = 'gpt2'       # a tiktoken name, that of a model (a path, a name on t
 tabs: bool | str = 'auto'   # four spaces of indentation become a tab, as in data/python_char; 'auto': for characters
 val_fraction = 0.1       # the share of the text for validation, in whole files: at least one, at most all but one
 # ---------------------------------------------------------------------------------------------------------------------
-configure(globals())
+config = configure(globals())
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ import re
 
 import numpy as np
 
-from flatgpt import checkpoint
+from flatgpt import checkpoint, validate
 from flatgpt.dataset import write
 from flatgpt.errors import UsageError, UserError, nothing_at
 from flatgpt.tokenizer import CharTokenizer
@@ -43,10 +43,8 @@ if input and not root.exists():
     raise UsageError(f'{nothing_at(root)}: expected a folder with source code, as in --input=~/project')
 if not input or not root.is_dir():
     raise UsageError(f'input={input!r}: expected a folder with source code, as in --input=~/project')
-if not 0 < val_fraction < 1:
-    raise UsageError(f'val_fraction={val_fraction}: expected more than 0 and less than 1')
-if tabs not in (True, False, 'auto'):
-    raise UsageError(f"tabs={tabs!r}: expected 'auto', True or False")
+validate.share(config, 'val_fraction')
+validate.one_of(('auto', True, False), config, 'tabs')
 wanted = tuple(ending.strip() for ending in endings.split(',') if ending.strip())
 
 # the files, in an order that is random but the same everywhere

@@ -26,7 +26,7 @@ tokenizer = 'char'         # 'char', or that of a model: a folder, a checkpoint,
 val_fraction = 0.1         # the share of the questions that are for validation
 seed = 1337                # which questions are for validation, and what is generated
 # ---------------------------------------------------------------------------------------------------------------------
-configure(globals())
+config = configure(globals())
 
 import hashlib
 import json
@@ -34,16 +34,14 @@ import random
 
 import numpy as np
 
-from flatgpt import checkpoint
+from flatgpt import checkpoint, validate
 from flatgpt.corpus import read_records
 from flatgpt.dataset import write
-from flatgpt.errors import UsageError, UserError
+from flatgpt.errors import UserError
 from flatgpt.tokenizer import CharTokenizer, no_surrogates
 
-if not 0 < val_fraction < 1:
-    raise UsageError(f'val_fraction={val_fraction}: expected more than 0 and less than 1')
-if n_pairs < 10:
-    raise UsageError(f'n_pairs={n_pairs}: expected 10 or more')
+validate.share(config, 'val_fraction')
+validate.at_least(10, config, 'n_pairs')
 
 # generated pairs: tables with columns of words and of numbers, and questions about them
 
