@@ -98,7 +98,7 @@ def export_folder(new):
     """Write the folder, read it back and compare. Returns what one reads about it."""
     if adapter:
         lora.save_peft(new, model, architecture, ckpt['lora'], str(ckpt['base']['path']))
-        if not lora.same_peft(new, model, architecture):
+        if not lora.same_peft(new, model):
             raise UserError(f'the adapter that was read back is not that of {path}: nothing was exported')
         return 'read back and compared'
     pretrained.save(new, model, architecture, machine.DTYPES[dtype], tok)

@@ -175,6 +175,12 @@ def hf_rows(name: str, config: GPTConfig) -> list[int]:
     return [config.n_head * D, K * D, K * D] if '.c_attn.' in name else [config.inner_width] * 2
 
 
+def hf_parts(name: str, tensor: torch.Tensor, config: GPTConfig, architecture: str) -> list[tuple[str, torch.Tensor]]:
+    """[(name in an architecture, its rows of a tensor)] for a parameter of ours, or what has as many rows as it."""
+    names = hf_names(name, architecture)
+    return list(zip(names, tensor.split(hf_rows(name, config)) if len(names) > 1 else [tensor]))
+
+
 def weights_from_hf(hf_tensors: dict, config: GPTConfig, architecture: str, source) -> dict:
     """Our parameters, {name: tensor}, from those of an architecture, of a source, a folder or repository. Biases that
     no layer has are zeros. UserError if a parameter is missing, left over or of another shape."""
@@ -215,11 +221,9 @@ def hf_parameters(model: GPT, architecture: str) -> Iterator[tuple[str, torch.Te
     """(name in an architecture, tensor) for all parameters of a model, each output by input, none copied. GPT-2's class
     always has biases: zeros for a model without."""
     for name, p in model.named_parameters():
-        names = hf_names(name, architecture)
-        parts = p.detach().split(hf_rows(name, model.config)) if len(names) > 1 else [p.detach()]
-        yield from zip(names, parts)
+        yield from hf_parts(name, p.detach(), model.config, architecture)
         if architecture == 'gpt2' and not model.config.bias and not name.endswith(WITHOUT_BIAS):
-            yield names[0].replace('.weight', '.bias'), p.new_zeros(p.size(0))
+            yield name.replace('.weight', '.bias'), p.new_zeros(p.size(0))
 
 
 def weights_to_hf(model: GPT, architecture: str) -> dict:

@@ -181,7 +181,7 @@ def add_vocabulary(writer, tok: tokenizer.Tokenizer, size: int):
         if bpe.bytes_of:
             writer.add_tokenizer_model('gpt2')
             writer.add_tokenizer_pre(pre_tokenizer(bpe, description))
-            writer.add_token_merges([' '.join(pair) for pair in pairs_of(model)])
+            writer.add_token_merges([' '.join(pair) for pair in model['merges']])
         else:
             writer.add_tokenizer_model('llama')
             ranks, with_prefix = like_sentencepiece(bpe, description)
@@ -195,11 +195,6 @@ def add_vocabulary(writer, tok: tokenizer.Tokenizer, size: int):
     padding = range(len(tokens), size)
     writer.add_token_list([text.encode() for text in tokens] + [f'[unused{i}]'.encode() for i in padding])
     writer.add_token_types([*types, *(TokenType.UNUSED for _ in padding)])
-
-
-def pairs_of(model):
-    """The merges of a tokenizer.json, older versions of which have them as 'a b'."""
-    return [tuple(merge.split(' ')) if isinstance(merge, str) else tuple(merge) for merge in model['merges']]
 
 
 def add_roles(writer, tok):
@@ -252,7 +247,7 @@ def like_sentencepiece(bpe, description):
     from tokenizers import normalizers
 
     vocab, ranks = description['model']['vocab'], {}
-    for first, second in pairs_of(description['model']):
+    for first, second in description['model']['merges']:
         ranks.setdefault(first + second, len(ranks) + 1)
     for token in vocab.keys() - {*bpe.added.values()}:   # which llama.cpp can make, too
         if len(token) > 1 and vocab[token] not in bpe.fallback:

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from flatgpt.architectures import hf_architecture, hf_names, hf_rows
+from flatgpt.architectures import hf_architecture, hf_names, hf_parts
 from flatgpt.errors import UserError
 from flatgpt.pretrained import read_json, read_tensors, write_json
 from model import GPTConfig, dropout
@@ -95,16 +95,14 @@ def save_peft(folder: Path, model: nn.Module, architecture: str, description: di
     from safetensors.torch import save_file
 
     tensors, targets = {}, []
-    for name, p in adapters(model).items():
+    for name, p in adapters(model).items():   # a module of ours that is several of theirs: they share A
         module, _, part = name.rpartition('.')
-        names = [other.rpartition('.')[0] for other in hf_names(f'{module}.weight', architecture)]
-        pieces = [p] * len(names)   # a module of ours that is several of theirs: they share A, each has its rows of B
+        pieces = hf_parts(f'{module}.weight', p.detach(), model.config, architecture)
         if part == 'lora_A':
-            targets += names
-        elif len(names) > 1:
-            pieces = p.split(hf_rows(name, model.config))
-        tensors |= {f'base_model.model.{other}.{part}.weight': piece.detach().float().clone().contiguous()
-                    for other, piece in zip(names, pieces)}
+            pieces = [(other, p.detach()) for other in hf_names(f'{module}.weight', architecture)]
+            targets += [other.removesuffix('.weight') for other, _ in pieces]
+        tensors |= {f'base_model.model.{other.removesuffix("weight")}{part}.weight': piece.float().clone().contiguous()
+                    for other, piece in pieces}
     folder.mkdir(parents=True)
     write_json(folder / 'adapter_config.json', {
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'r': description['rank'],
@@ -114,22 +112,11 @@ def save_peft(folder: Path, model: nn.Module, architecture: str, description: di
     shutil.copymode(folder / 'adapter_config.json', folder / 'adapter_model.safetensors')
 
 
-def same_peft(folder: Path, model: nn.Module, architecture: str) -> bool:
-    """Whether a folder of PEFT holds exactly the adapter that is on a model."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / 'adapter_model.safetensors')
-    for name, p in adapters(model).items():
-        module, _, part = name.rpartition('.')
-        names = [other.rpartition('.')[0] for other in hf_names(f'{module}.weight', architecture)]
-        pieces = [tensors.pop(f'base_model.model.{other}.{part}.weight', torch.empty(0)) for other in names]
-        if part == 'lora_A':
-            equal = all(torch.equal(piece, p) for piece in pieces)
-        else:
-            equal = torch.equal(torch.cat(pieces), p)
-        if not equal:
-            return False
-    return not tensors
+def same_peft(folder: Path, model: nn.Module) -> bool:
+    """Whether merging a folder of PEFT into the base of a model gives what its own adapter gives; merges that, too."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if not name.endswith(('lora_A', 'lora_B'))}
+    merge_peft(folder, weights, model.config)
+    return all(torch.allclose(weights[name], p, atol=1e-6) for name, p in merge(model).named_parameters())
 
 
 def merge_peft(folder: Path, weights: dict, config: GPTConfig):
@@ -153,8 +140,7 @@ def merge_peft(folder: Path, weights: dict, config: GPTConfig):
         if parts == [(None, None)] * len(modules):
             continue
         weights[name] = weights[name].float().clone()
-        rows = hf_rows(name, config) if len(modules) > 1 else [len(weights[name])]
-        for (A, B), view in zip(parts, weights[name].split(rows)):
+        for (A, B), (_, view) in zip(parts, hf_parts(name, weights[name], config, architecture)):
             if A is not None:
                 view += settings['lora_alpha'] / (math.sqrt(len(A)) if settings.get('use_rslora') else len(A)) * B @ A
     if tensors:

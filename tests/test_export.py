@@ -194,6 +194,15 @@ def test_an_adapter_is_exported_merged_unless_asked_otherwise(lora_run, tmp_path
     assert torch.equal(ours.transformer.h[0].mlp.c_fc.weight, again.transformer.h[0].mlp.c_fc.weight)
 
 
+def test_an_adapter_that_is_read_back_as_another_is_not_exported(lora_run, tmp_path, monkeypatch):
+    theirs = lora.save_peft
+    monkeypatch.setattr(lora, 'save_peft', lambda folder, model, architecture, description, base: theirs(
+        folder, model, architecture, {**description, 'alpha': description['alpha'] * 1.01}, base))
+    done = call('export.py', f'--out_dir={lora_run["gpt2"]}', f'--to={tmp_path / "adapter"}', '--adapter')
+    assert_one_line(done, 1, 'the adapter that was read back is not that of', 'nothing was exported')
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # refusals
 

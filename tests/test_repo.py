@@ -422,7 +422,7 @@ def test_every_option_that_a_page_names_belongs_to_a_script(name, tmp_path):
 # Names that stand for a reader's own files, for files that are made, and for files of other projects
 OTHER_FILES = {'prompts.txt', 'prompt.txt', 'book.txt', 'book-gbk.txt', 'my.txt', 'samples.txt', 'input.txt', 'i.txt',
                'de.txt', 'zh-cn.txt', 'de/reference.txt', 'zh/reference.txt', 'prepare.py',
-               'topics.txt', 'llama.cpp/convert_hf_to_gguf.py'}
+               'topics.txt'}
 FORMER_FILES = {'CHANGELOG.md': {'RESULTS.md'}}
 
 
