@@ -49,7 +49,7 @@ data/chat/meta.json: .venv/runtime data/chat/prepare.py flatgpt/tasks.py
 
 chat: data/chat/meta.json
 	$(PY) train.py config/chat_tiny.py --init_from=auto
-	$(PY) chat.py --out_dir=out-chat-tiny --temperature=0
+	$(PY) chat.py --out_dir=out-chat-tiny --temperature=0 --max_new_tokens=60
 
 bench: .venv/runtime
 	$(PY) bench.py

@@ -3,7 +3,7 @@
 #
 #   python data/chat/prepare.py
 #   python train.py config/chat_tiny.py
-#   python chat.py --out_dir=out-chat-tiny --temperature=0
+#   python chat.py --out_dir=out-chat-tiny --temperature=0 --max_new_tokens=60
 #   python eval.py --out_dir=out-chat-tiny --questions=data/chat/questions.jsonl
 #
 # hardware: 2 cores | time: 10 minutes, by max_minutes | result: not yet measured
