@@ -20,7 +20,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 192      # the longest of the conversations
-batch_size = 16       # small: copying out of a table takes many steps to learn, whatever their size
+batch_size = 16       # small, for many steps
 gradient_accumulation_steps = 1
 
 optimizer = 'muon'
