@@ -461,7 +461,7 @@ def test_a_config_file_of_known_keys_says_nothing(folder, capsys):
 
 
 def test_a_key_of_another_script_on_the_command_line_is_refused_with_its_name(folder):
-    assert refusal(folder, '--num_samples=5') == "unknown option 'num_samples', an option of sample.py"
+    assert refusal(folder, '--exact_window=5') == "unknown option 'exact_window', an option of sample.py"
 
 
 @pytest.mark.parametrize('name, value', [('always_save_checkpoint', 'False'), ('backend', "'nccl'"),
