@@ -44,6 +44,8 @@ def pair_of(record: dict, where: str) -> Pair:
     prompt = record.get('prompt', record.get('messages'))
     if isinstance(prompt, list):
         prompt = messages_from(prompt, f'{where}, prompt', answered=False)
+    elif prompt is not None:
+        text_of(prompt, f'{where}, prompt')
     prompts = []
     answers = []
     for name in ('chosen', 'rejected'):
@@ -52,6 +54,8 @@ def pair_of(record: dict, where: str) -> Pair:
         if prompt is None and isinstance(answer, str):
             parts = re.split(r'\n\n(Human|Assistant):', f'\n\n{answer.strip()}')
             answer = [{'role': SPEAKERS[who], 'content': said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
+        elif isinstance(prompt, list) and isinstance(answer, str):
+            answer = [{'role': 'assistant', 'content': answer}]
         if isinstance(answer, list):
             asked = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt or []
             alone = bool(answer) and isinstance(answer[0], dict) and answer[0].get('role') == 'assistant'

@@ -165,7 +165,8 @@ def test_the_made_up_preferences_hold_questions_out_and_prefer_short_answers(tmp
     learned, held_out = [[json.loads(line) for line in (tmp_path / f'{name}.jsonl').read_text('utf-8').splitlines()]
                          for name in ('pairs', 'held_out')]
     assert (len(learned), len(held_out)) == (200, 60)
-    assert not {pair['prompt'] for pair in learned} & {pair['prompt'] for pair in held_out}
+    asked = [{pair['messages'][-1]['content'] for pair in some} for some in (learned, held_out)]
+    assert all(asked) and not asked[0] & asked[1]
     assert all(len(pair['chosen']) < len(pair['rejected']) and pair['chosen'][:-1] in pair['rejected']
                for pair in learned)
 

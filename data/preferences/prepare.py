@@ -4,9 +4,9 @@ working. The questions are those of data/chat.
 
     python data/preferences/prepare.py
     python dpo.py config/dpo_tiny.py
-    python eval.py --out_dir=out-dpo-tiny --questions=data/chat/questions.jsonl
 
 pairs.jsonl is to learn from, held_out.jsonl has questions that are in none of these pairs, in any wording.
+data/preferences/short.py tells whether an answer is as short as the chosen one, and whether it is right.
 """
 
 import sys
@@ -42,7 +42,8 @@ def pairs(held_out):
         question = next(stream)
         stop = {'en': '.', 'zh': '。'}[question.language]
         if question.result + stop != question.answer:
-            yield {'prompt': question.text, 'chosen': question.result + stop, 'rejected': question.answer}
+            yield {'messages': [{'role': 'user', 'content': question.text}], 'chosen': question.result + stop,
+                   'rejected': question.answer}
 
 
 to = Path(folder) if folder else Path(__file__).resolve().parent

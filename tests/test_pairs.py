@@ -1,0 +1,181 @@
+"""Pairs: the forms in which people keep them, token ids and targets, what is cut, held out and in which batch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import quick
+
+from flatgpt.conversation import add_chatml
+from flatgpt.errors import UserError
+from flatgpt.pairs import Pair, Rows, hold_out, pair_of, read, row_of
+from flatgpt.tokenizer import CharTokenizer, load
+
+CPU = torch.device('cpu')
+CHARS = CharTokenizer.of('abcdefghijklmnopqrstuvwxyz ?.')
+USER, GOOD, BAD = ({'role': 'user', 'content': 'why?'}, {'role': 'assistant', 'content': 'because'},
+                   {'role': 'assistant', 'content': 'no idea'})
+MESSAGES = Pair([USER], 'because', 'no idea')
+
+
+@pytest.fixture(scope='module')
+def chat():
+    """A tokenizer with ChatML's template, and the template."""
+    tok = load('bpe:300', ['why because no idea yes'] * 3, special=('<|im_start|>', '<|im_end|>'))
+    return tok, add_chatml(tok)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+@pytest.mark.parametrize('record, pair', [
+    ({'prompt': 'why?', 'chosen': 'because', 'rejected': 'no idea'}, Pair('why?', 'because', 'no idea')),
+    ({'prompt': [USER], 'chosen': 'because', 'rejected': 'no idea'}, MESSAGES),
+    ({'messages': [USER], 'chosen': [GOOD], 'rejected': [BAD]}, MESSAGES),
+    ({'prompt': 'why?', 'chosen': [GOOD], 'rejected': [BAD], 'score_chosen': 7}, MESSAGES),
+    ({'prompt': 'why?', 'chosen': [USER, GOOD], 'rejected': [USER, BAD]}, MESSAGES),   # UltraFeedback
+    ({'chosen': [USER, GOOD], 'rejected': [USER, BAD]}, MESSAGES),
+    ({'chosen': [USER, GOOD, USER, GOOD], 'rejected': [USER, GOOD, USER, BAD]},
+     Pair([USER, GOOD, USER], 'because', 'no idea')),
+    ({'chosen': '\n\nHuman: why?\n\nAssistant: because', 'rejected': '\n\nHuman: why?\n\nAssistant: no idea'},
+     MESSAGES),
+])
+def test_the_forms_that_people_keep_pairs_in(record, pair):
+    assert pair_of(record, 'line 1') == pair
+
+
+@pytest.mark.parametrize('record, words', [
+    ([], 'expected an object with "prompt"'), ({'prompt': 'why?', 'chosen': 'a'}, 'expected an object'),
+    ({'prompt': 'why?', 'chosen': 'a', 'rejected': ' '}, 'rejected: '),
+    ({'prompt': 'why?', 'chosen': 3, 'rejected': 'b'}, 'chosen: '),
+    ({'prompt': 'why?', 'chosen': None, 'rejected': 'b'}, 'chosen: '),
+    ({'prompt': 'why?', 'chosen': [], 'rejected': 'b'}, 'chosen: '),
+    ({'prompt': 'why?', 'chosen': [USER], 'rejected': [BAD]}, 'chosen: '),
+    ({'prompt': 'why?', 'chosen': [USER, GOOD, USER], 'rejected': [BAD]}, 'expected the assistant'),
+    ({'chosen': [USER, GOOD], 'rejected': [{**USER, 'content': 'how?'}, BAD]}, 'different prompts'),
+    ({'chosen': 'because', 'rejected': 'no idea'}, 'chosen: '),
+    ({'prompt': [], 'chosen': 'a', 'rejected': 'b'}, 'prompt: '),
+    ({'prompt': 5, 'chosen': 'a', 'rejected': 'b'}, 'prompt: '),
+    ({'prompt': [GOOD], 'chosen': 'a', 'rejected': 'b'}, 'prompt: '),
+    ({'prompt': [USER, GOOD], 'chosen': 'a', 'rejected': 'b'}, 'chosen: message 3'),
+    ({'prompt': 'why?', 'chosen': [5], 'rejected': [BAD]}, 'chosen: '),
+])
+def test_what_is_no_pair_is_one_line_with_the_record(record, words):
+    with pytest.raises(UserError) as error:
+        pair_of(record, 'x.jsonl, line 7')
+    assert str(error.value).startswith('x.jsonl, line 7') and words in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_files_are_read_together_and_an_empty_one_is_refused(tmp_path):
+    for name in 'ab':
+        (tmp_path / f'{name}.jsonl').write_text(json.dumps({'prompt': name, 'chosen': 'x', 'rejected': 'y'}))
+    assert [pair.prompt for pair in read(f'{tmp_path}/a.jsonl,{tmp_path}/b.jsonl')] == ['a', 'b']
+    (tmp_path / 'empty.jsonl').write_text('')
+    with pytest.raises(UserError, match='empty.jsonl'):
+        read(str(tmp_path / 'empty.jsonl'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is held out
+
+def numbered(n):
+    return [Pair(f'prompt {i % max(n // 2, 1)}', f'good {i}', f'bad {i}') for i in range(n)]
+
+
+@given(st.integers(4, 60), st.floats(0.01, 0.5), st.randoms())
+@quick
+def test_no_prompt_is_in_both_and_the_order_of_pairs_does_not_matter(n, fraction, generator):
+    pairs = numbered(n)
+    train, val = hold_out(pairs, fraction)
+    assert val and train and sorted(train + val) == sorted(pairs)
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in val}
+    prompts = len({pair.prompt for pair in pairs})
+    assert len({pair.prompt for pair in val}) == max(round(fraction * prompts), 1)
+    generator.shuffle(pairs)
+    assert sorted(hold_out(pairs, fraction)[1]) == sorted(val)
+
+
+def test_one_prompt_cannot_be_split():
+    with pytest.raises(UserError, match='--val_pairs'):
+        hold_out([Pair('a', 'b', 'c')] * 3, 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ids and targets
+
+def test_with_a_template_only_the_last_answer_is_learned_and_what_ends_it(chat):
+    tok, template = chat
+    ids, start = row_of([USER, BAD, USER], 'because', tok, template)
+    assert tok.decode(ids[start:]) == 'because<|im_end|>'
+    assert tok.decode(ids[:start]) == template.render([USER, BAD, USER], add_generation_prompt=True)
+    assert np.array_equal(row_of('why?', 'yes', tok, template)[0], row_of([USER], 'yes', tok, template)[0])
+
+
+def test_without_a_template_a_text_goes_on_and_messages_are_refused(chat):
+    ids, start = row_of('why? ', 'because', CHARS, None)
+    assert (CHARS.decode(ids), start) == ('why? because', 5)
+    tok, _ = chat
+    ids, start = row_of('why? ', 'because', tok, None)
+    assert ids[-1] == tok.ends[0] and tok.decode(ids[start:-1]) == 'because'
+    assert row_of('', 'ab', CHARS, None)[1] == 1   # nothing comes before the first token
+    with pytest.raises(UserError, match='no chat template'):
+        row_of([USER], 'because', CHARS, None)
+
+
+def test_a_batch_has_chosen_rows_above_rejected_ones_and_targets_of_answers_alone():
+    rows = Rows([Pair('ab', 'cde', 'f'), Pair('a', 'gh', 'ijkl')], CHARS, None, 20, 'train')
+    idx, targets = rows.batch(np.array([1, 0]), CPU)
+    shown = [''.join('_' if t < 0 else CHARS.decode([t]) for t in row) for row in targets.tolist()]
+    assert shown == ['gh__', '_cde', 'ijkl', '_f__']
+    assert [CHARS.decode(row) for row in idx.tolist()] == ['ag  ', 'abcd', 'aijk', 'ab  ']   # padded with id 0
+    assert rows.lengths.tolist() == [4 + 2, 2 + 4]
+
+
+def test_a_long_prompt_loses_its_beginning_and_a_long_answer_is_left_out():
+    pairs = [Pair('abcdefgh', 'xyz', 'x'), Pair('ab', 'x' * 9, 'y'), Pair('ab', 'same', 'same'), Pair('ab', 'c', 'd')]
+    rows = Rows(pairs, CHARS, None, 6, 'train')
+    assert (len(rows), rows.num_cut, rows.num_left_out) == (2, 1, 2)
+    idx, targets = rows.batch(np.array([0]), CPU)
+    assert CHARS.decode(idx[0].tolist()) == 'efghxy' and idx.shape[1] == 6   # both rows have the same prompt
+    assert CHARS.decode(idx[1, :4].tolist()) == 'efgh' and (targets[0] >= 0).sum() == 3
+    assert len(Rows([Pair('abc', 'xyz', 'x')], CHARS, None, 5, 'train').pairs[0][0][0]) == 6   # as long as fits
+    with pytest.raises(UserError, match='block_size=2'):
+        Rows(pairs[:3], CHARS, None, 2, 'train')
+
+
+def test_the_checksum_tells_pairs_apart():
+    def checksum(*pairs):
+        return Rows(pairs, CHARS, None, 20, 'train').checksum()
+
+    one, two = Pair('ab', 'c', 'd'), Pair('a', 'bc', 'd')   # of the same characters
+    assert len({checksum(one), checksum(two), checksum(one, two), checksum(two, one)}) == 4
+    assert checksum(one, two) == checksum(one, two)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+def rows_of(n):
+    return Rows([Pair('ab', 'c' * (i + 1), 'd') for i in range(n)], CHARS, None, 99, 'train')
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 8), st.integers(0, 2**70))
+@quick
+def test_each_epoch_has_all_pairs_once_in_its_own_order(n, micro_batches, batch_size, seed):
+    rows = rows_of(n)
+    steps = 3 * n // (micro_batches * batch_size) + 1
+    taken = np.concatenate([rows.of_step(step, seed, micro_batches, batch_size).flatten() for step in range(steps)])
+    for epoch in range(3):
+        assert sorted(taken[epoch * n:(epoch + 1) * n]) == list(range(n))
+    assert rows.of_step(1, seed, micro_batches, batch_size).shape == (micro_batches, batch_size)
+
+
+def test_the_pairs_of_a_step_are_a_pure_function_of_seed_and_step():
+    rows = rows_of(50)
+    found = {(step, seed): rows.of_step(step, seed, 2, 4).tolist() for step in range(3) for seed in (1, 2)}
+    assert found[2, 1] == rows_of(50).of_step(2, 1, 2, 4).tolist()
+    assert len({str(numbers) for numbers in found.values()}) == 6
