@@ -38,6 +38,7 @@ gradient_accumulation_steps = 1       # micro-batches per step, over all process
 loss = 'dpo'                          # 'dpo', 'ipo' (stops at a margin), 'simpo' (no reference, per token)
 beta = 0.1                            # how much a log-ratio counts: smaller moves further from the reference
 gamma = 0.5                           # SimPO: the margin to reach
+nll_weight = 0.0                      # adds so much of the cross-entropy of chosen answers (Pang et al., 2024)
 label_smoothing = 0.0                 # the share of pairs that may be the wrong way round; 0.5 learns nothing
 # optimizer
 optimizer = 'adamw'                   # 'adamw', 'muon' (for the matrices of the blocks)
@@ -162,6 +163,7 @@ def losses_of(log_probs_of, split, numbers):
     before = reference[split][numbers].T.flatten().to(rt.device)                      # (2 B,)
     each, chosen, rejected = alignment.preference_loss(
         loss, *sums.chunk(2), *before.chunk(2), *lengths.chunk(2), beta, gamma, label_smoothing)
+    each = each - nll_weight * (sums / lengths).chunk(2)[0]   # keeps chosen answers likely, not only likelier
     distance = ((sums - before).abs() / lengths).detach().view(2, -1).mean(dim=0)     # nats per token, of both answers
     values = (each.detach(), (chosen > rejected).float(), chosen - rejected, chosen, rejected, distance)
     return each.mean(), torch.stack(values).sum(dim=1)

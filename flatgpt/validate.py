@@ -85,6 +85,7 @@ def weights_option(options):
 def dpo_options(options, processes=1, ckpt=None, start_path=None, resuming=False):
     """Check the options of dpo.py. The last three arguments are what start.choose_start() returns."""
     at_least(1, options, 'eval_pairs')
+    at_least(0, options, 'gamma', 'nll_weight')
     training_options(options, processes, ckpt, start_path, resuming)
     one_of(alignment.LOSSES, options, 'loss')
     if not 0 <= options['label_smoothing'] <= 0.5:
