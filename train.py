@@ -44,6 +44,7 @@ size: str | None = None               # 'auto': n_layer, n_embd, n_head, learnin
 pos: str | None = None                # 'learned', 'rope', 'alibi'; None: as in arch
 window: int | None = None             # how many tokens back attention reaches; None: all
 layer_scale: float | None = None      # initial gain of each block's output; None: no gains
+gelu: str | None = None               # 'tanh' (GPT-2's), 'erf' (nanoGPT's, faster on a CPU); None: as in arch
 n_layer = 12                          # number of blocks
 n_embd = 768                          # width: numbers per token between blocks
 n_head = 12                           # attention heads per block; they divide n_embd
@@ -123,7 +124,7 @@ if ckpt is None:
     try:
         model = GPT(GPTConfig(data.padded_vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout,
                               attention=attention, loss_chunks=loss_chunks,
-                              **arch_fields(arch, pos=pos, window=window, layer_scale=layer_scale)))
+                              **arch_fields(arch, pos=pos, window=window, layer_scale=layer_scale, gelu=gelu)))
     except ValueError as error:
         raise UsageError(error) from None
 else:

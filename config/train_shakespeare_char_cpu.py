@@ -4,7 +4,8 @@
 #   python train.py config/train_shakespeare_char_cpu.py
 #   python sample.py --out_dir=out-shakespeare-char-cpu
 #
-# hardware: 2 cores, AVX512-BF16 | time: 38 s | result: val loss 1.872 to 1.886 over three seeds | 2026-11-20
+# hardware: 2 cores, AVX512-BF16 | time: 38 s | result: val loss 1.872 to 1.886 over three seeds, with --gelu=tanh
+# | 2026-11-20
 
 out_dir = 'out-shakespeare-char-cpu'
 dataset = 'shakespeare_char'
@@ -17,6 +18,7 @@ n_layer = 4
 n_embd = 128
 n_head = 4
 dropout = 0.0
+gelu = 'erf'   # nanoGPT's; on a CPU a step takes an eighth less time than with GPT-2's tanh
 block_size = 64
 batch_size = 12
 gradient_accumulation_steps = 1

@@ -176,7 +176,7 @@ def choose_size(config, data, rt, clock=time.perf_counter) -> str:
 
 def time_size(config, data, rt, n_layer: int, n_embd: int, clock) -> tuple[int, float]:
     """(parameters, seconds per step) of a size, by the fastest of three steps of training."""
-    arch = arch_fields(config['arch'], pos=config['pos'], window=config['window'], layer_scale=config['layer_scale'])
+    arch = arch_fields(config['arch'], **{name: config[name] for name in ('pos', 'window', 'layer_scale', 'gelu')})
     sizes = GPTConfig(data.padded_vocab_size, config['block_size'], n_layer, n_embd, max(n_embd // 32, 1),
                       config['bias'], config['dropout'], attention=config['attention'], **arch)
     with torch.random.fork_rng([]):   # the weights of the run are those of a run that is given the size

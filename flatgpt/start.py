@@ -15,7 +15,7 @@ from flatgpt.budget import duration
 from flatgpt.errors import UsageError, UserError
 from model import GPTConfig, arch_fields
 
-ARCH_OPTIONS = ('arch', 'pos', 'window', 'layer_scale')   # options that select the architecture
+ARCH_OPTIONS = ('arch', 'pos', 'window', 'layer_scale', 'gelu')   # options that select the architecture
 LEARNED_FROM = ('dataset', 'pairs', 'reward')   # an option of train.py, of dpo.py, of grpo.py
 # Options that a resumed run does not take from its checkpoint, because they belong to one start
 LOCAL = ('out_dir', 'init_from', 'eval_only', 'device', 'compile', 'peak_flops')

@@ -775,3 +775,18 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_has_chosen(tmp_path, tiny, firs
     assert f', {expected}, ' in done.stderr and load(tmp_path / 'out' / 'ckpt.pt')['machine'] == ('cpu', expected)
     done = train(*args, tmp_path / 'later.py', '--max_iters=3', '--init_from=resume')
     assert f', {expected}, ' in done.stderr
+
+
+@pytest.mark.parametrize('args, gelu', [([], 'tanh'), (['--gelu=erf'], 'erf')])
+def test_the_model_and_its_checkpoint_have_the_gelu_of_the_option(tiny, tmp_path, args, gelu):
+    done = call('train.py', tiny, f'--out_dir={tmp_path / "out"}', '--max_iters=1', '--eval_iters=1', *args, *HERE)
+    assert done.returncode == 0, done.stderr
+    saved = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)
+    assert saved['model_args'].get('gelu', 'tanh') == gelu
+    resume = ['--init_from=resume', '--max_iters=2', *HERE]
+    done = call('train.py', f'--out_dir={tmp_path / "out"}', *resume)
+    assert done.returncode == 0, done.stderr
+    other = {'tanh': 'erf', 'erf': 'tanh'}[gelu]
+    done = call('train.py', f'--out_dir={tmp_path / "out"}', f'--gelu={other}', *resume)
+    assert_one_line(done, 2)
+    assert f'gelu={gelu!r}, not {other!r}' in done.stderr
