@@ -66,7 +66,6 @@ def header(config: GPTConfig, tok: tokenizer.Tokenizer, dtype: str, name: str):
     if architecture == 'gpt2' and config.gelu == 'erf':
         print("llama.cpp computes gelu='erf' by its tanh approximation: logits differ a little", file=sys.stderr)
     writer = gguf.GGUFWriter(None, ARCHS.get(architecture, 'llama'))
-    writer.add_type('model')
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -96,31 +95,20 @@ def tensors_of(model: GPT) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in the file, tensor) for all tensors of a model."""
     import gguf
 
-    config = model.config
+    config, D = model.config, model.config.head_width
     architecture = architectures.hf_architecture(config)
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHS.get(architecture, 'llama'))
     names = gguf.get_tensor_name_map(arch, config.n_layer)
     for hf_name, tensor in architectures.hf_parameters(model, architecture):
         module, _, leaf = hf_name.rpartition('.')
         if arch == gguf.MODEL_ARCH.LLAMA and module.endswith(('q_proj', 'k_proj')):
-            tensor = interleave(tensor, config.head_width)
+            # RoPE rotates rows 2 i and 2 i + 1 of a head in its llama, i and i + D / 2 here
+            tensor = tensor.view(-1, 2, D // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         yield f'{names.get_name(module)}.{leaf}', tensor
     if config.rope_scaling and rope_method(config.rope_scaling)[0] == 'llama3':
-        yield 'rope_freqs.weight', rope_factors(config)
-
-
-def interleave(tensor: torch.Tensor, D: int) -> torch.Tensor:
-    """The rows of a query or key projection, (K * D, ...), in the order of llama.cpp's llama: RoPE rotates rows 2 i and
-    2 i + 1 of a head there, i and i + D / 2 here."""
-    return tensor.view(-1, 2, D // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-
-
-def rope_factors(config: GPTConfig) -> torch.Tensor:
-    """By how much each pair of channels rotates slower than without scaling, (D / 2,)."""
-    one = torch.ones(1)
-    speeds = [torch.atan2(sin, cos)[0] for cos, sin in (
-        rope_angles(one, config.head_width, config.rope_base, scaling) for scaling in (None, config.rope_scaling))]
-    return speeds[0] / speeds[1]
+        speeds = [torch.atan2(sin, cos)[0, D // 2:] for cos, sin in (   # angles from one position to the next
+            rope_angles(torch.ones(1), D, config.rope_base, scaling) for scaling in (None, config.rope_scaling))]
+        yield 'rope_freqs.weight', speeds[0] / speeds[1]                              # (D / 2,)
 
 
 def write(writer, path: Path, model: GPT, dtype: str):
@@ -215,9 +203,6 @@ def add_roles(writer, tok):
     writer.add_bos_token_id(begin if type(begin) is int and begin < tok.vocab_size else tok.eot)
     writer.add_add_bos_token(bool(tok.begin))
     writer.add_add_eos_token(False)
-    padding = config.get('pad_token_id')
-    if type(padding) is int and 0 <= padding < tok.vocab_size:
-        writer.add_pad_token_id(padding)
     template = chat_template_of(tok)
     if template:
         writer.add_chat_template(template.source)
@@ -270,10 +255,6 @@ def twin_of(description, normalizer, pre, **model):
     from tokenizers import Tokenizer
 
     plain = {'continuing_subword_prefix': None, 'end_of_word_suffix': None, 'dropout': None}
-    twin = Tokenizer.from_str(json.dumps({**description, 'normalizer': None, 'pre_tokenizer': None,
-                                          'model': {**description['model'], **plain, **model}}))
-    if normalizer:
-        twin.normalizer = normalizer
-    if pre:
-        twin.pre_tokenizer = pre
+    twin = Tokenizer.from_str(json.dumps({**description, 'model': {**description['model'], **plain, **model}}))
+    twin.normalizer, twin.pre_tokenizer = normalizer, pre
     return lambda text: twin.encode(text, add_special_tokens=False).ids

@@ -228,14 +228,14 @@ def test_tiktokens_encodings_have_their_merges(tmp_path):
 def test_roles_ends_and_the_chat_template_come_along(tmp_path, capsys):
     special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<a>', '<b>']
     tok = BpeTokenizer.train(LINES, 400, special=special)
-    tok.files = {'config.json': {'bos_token_id': 1, 'pad_token_id': 4}}
+    tok.files = {'config.json': {'bos_token_id': 1}}
     tok.ends = (0, 3)
     template = conversation.add_chatml(tok)
     tok.eot = 2
     found = vocabulary(tmp_path, tok)
     assert found['tokenizer.chat_template'] == template.source and 'im_start' in template.source
-    roles = {name: found[f'tokenizer.ggml.{name}_token_id'] for name in ('bos', 'eos', 'eot', 'eom', 'padding')}
-    assert roles == {'bos': 1, 'eos': 2, 'eot': 0, 'eom': 3, 'padding': 4}
+    roles = {name: found[f'tokenizer.ggml.{name}_token_id'] for name in ('bos', 'eos', 'eot', 'eom')}
+    assert roles == {'bos': 1, 'eos': 2, 'eot': 0, 'eom': 3}
     assert not capsys.readouterr().err
     tok.ends = (2, 0, 3, 4)
     vocabulary(tmp_path, tok)
