@@ -1,4 +1,4 @@
-# A preference for the small chat model of config/chat_tiny.py: answers that end by asking whether there is anything else.
+# A preference for the small chat model of config/chat_tiny.py: answers end by asking whether there is anything else.
 #
 #   python data/preferences/prepare.py
 #   python dpo.py config/dpo_tiny.py

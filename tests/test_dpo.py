@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from conftest import assert_one_line, log_of, needs, run, started, torchrun
+from conftest import ROOT, assert_one_line, log_of, needs, run, started, torchrun
 from in_process import call, options
 
-from flatgpt import alignment, checkpoint, lora, validate
+from flatgpt import alignment, checkpoint, lora, rewards, validate
 from flatgpt.conversation import add_chatml
 from flatgpt.errors import UsageError
 from flatgpt.tokenizer import load
@@ -159,16 +159,19 @@ def test_max_minutes_plans_the_steps(base, pairs, tmp_path):
     assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] < 10000
 
 
-def test_the_made_up_preferences_hold_questions_out_and_prefer_short_answers(tmp_path):
-    done = call('data/preferences/prepare.py', f'--folder={tmp_path}', '--num_pairs=200', '--num_held_out=60')
+@pytest.mark.parametrize('prefer', ['polite', 'short'])
+def test_the_made_up_preferences_hold_questions_out(prefer, tmp_path):
+    done = call('data/preferences/prepare.py', f'--prefer={prefer}', f'--folder={tmp_path}', '--num_pairs=200',
+                '--num_held_out=60')
     assert done.returncode == 0, done.stderr
     learned, held_out = [[json.loads(line) for line in (tmp_path / f'{name}.jsonl').read_text('utf-8').splitlines()]
                          for name in ('pairs', 'held_out')]
     assert (len(learned), len(held_out)) == (200, 60)
     asked = [{pair['messages'][-1]['content'] for pair in some} for some in (learned, held_out)]
     assert all(asked) and not asked[0] & asked[1]
-    assert all(len(pair['chosen']) < len(pair['rejected']) and pair['chosen'][:-1] in pair['rejected']
-               for pair in learned)
+    reward = rewards.load(f'{ROOT}/data/preferences/rewards.py:{prefer}')
+    assert all(reward(pair, pair['chosen']) and not reward(pair, pair['rejected']) for pair in learned
+               if len(pair['rejected']) > len(pair['result']) + 2)
 
 
 @pytest.mark.parametrize('words, args', [

@@ -63,7 +63,7 @@ def test_the_forms_that_people_keep_pairs_in(record, pair):
     ({'prompt': [USER, GOOD], 'chosen': 'a', 'rejected': 'b'}, 'chosen: message 3'),
     ({'prompt': 'why?', 'chosen': [5], 'rejected': [BAD]}, 'chosen: '),
 ])
-def test_what_is_no_pair_is_one_line_with_the_record(record, words):
+def test_another_record_is_refused_in_one_line_with_its_place(record, words):
     with pytest.raises(UserError) as error:
         pair_of(record, 'x.jsonl, line 7')
     assert str(error.value).startswith('x.jsonl, line 7') and words in str(error.value)
