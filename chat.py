@@ -183,16 +183,6 @@ def command(line):
         notice(HELP)
 
 
-def next_line():
-    """Return the next line that the user types or a program writes. EOFError at the end."""
-    if interactive:
-        return input('> ')
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip('\n')
-
-
 def content_of(line):
     """Return the message in a line of --json."""
     said = read_json(line, f'{line[:60]!r}')
@@ -203,21 +193,17 @@ def content_of(line):
     return said
 
 
-def carry_out(line):
-    """Do what a line says: a command, or a message to answer."""
-    if interactive and line.startswith('/'):
-        command(line)
-    elif line.strip():
-        answer(content_of(line) if json else line)
-
-
 if interactive:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() its line editing
     notice('Type a message. /help: commands, Ctrl-C: end an answer, Ctrl-D: end.')
 while True:
     try:
-        carry_out(next_line())
+        line = input('> ' if interactive else '')
+        if interactive and line.startswith('/'):
+            command(line)
+        elif line.strip():
+            answer(content_of(line) if json else line)
     except EOFError:
         break
     except KeyboardInterrupt:   # while typing

@@ -24,6 +24,10 @@ HOSTILE = """# Title
 ```python
 print("<b>")
 ```
+
+| a <i>b</i> | c |
+|:--|--:|
+| `1` | <b>2</b> |
 """
 
 
@@ -177,6 +181,8 @@ def test_what_a_model_writes_is_shown_and_never_run(page):
     assert "<script>document.title = 'broken'</script>" in text.text
     assert page.title == 'flatgpt'
     assert not find(page, '.text script') and not find(page, '.text img')
+    cells = [element.text for element in find(page, '.text th, .text td')]
+    assert cells == ['a <i>b</i>', 'c', '1', '<b>2</b>']
     marked = find(page, '.text strong, .text em, .text li code')
     assert [element.text for element in marked] == ['bold', 'italic', 'code']
     assert find(page, '.text h3')[0].text == 'Title'
