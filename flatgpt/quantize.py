@@ -22,10 +22,11 @@ from flatgpt.machine import works
 
 FEW_ROWS = 16      # up to so many rows a product waits for the matrix, not for the arithmetic
 KERNEL_ROWS = 32   # up to so many rows torch's 8-bit kernel for CPUs is faster than converting the weights to bfloat16
-SMALL = 2**16      # numbers of a matrix that stays as it is: caches hold it
+SMALL = 2**16      # numbers of a matrix that stays as it is
+CACHED = 2**24     # bytes of the matrices of a model that stays as it is: caches hold it
 PIECE = 8192       # outputs that are packed together: more are packed slower, because caches do not hold them
 WAIT = 8           # tokens that are decoded before matrices are packed: short answers need not wait for it
-FLUSHED = 2**26    # bytes that are read to make the caches forget a matrix, as decoding does
+BANDWIDTH = 16e9   # bytes per second from memory, as of most laptops; not measured, so that the choice is steady
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the forms of a matrix
@@ -187,7 +188,7 @@ def give_second_form(model: nn.Module, rt, forms: Sequence[type], rows: int, gra
     parts = [[(model, 'lm_head')], *(linears(block) for block in model.transformer.h)]   # the head gains most
     parts = [[(module, name) for module, name in part if can_convert(getattr(module, name).weight)] for part in parts]
     weights = [getattr(module, name).weight for part in parts for module, name in part]
-    if not forms:
+    if not forms or sum(weight.nbytes for weight in weights) < CACHED:
         return
     if forms == [Float16Linear]:   # so that both forms give the same numbers, but for rounding in float32
         with torch.no_grad():
@@ -272,30 +273,28 @@ measured = {}   # (shape, rows, forms): what kernel_seconds() has measured in th
 
 
 def kernel_seconds(linear: nn.Linear, forms: Sequence[type], rows: int) -> dict[type | None, tuple[float, float]]:
-    """{form: (seconds for 1 row, seconds for so many rows)} of a Linear as it is, None, and in some forms. Only the
-    first PIECE outputs are measured, once per shape."""
+    """{form: (seconds for 1 row, seconds for so many rows)} of a Linear as it is, None, and in some forms: of a call
+    whose matrix lies in a cache, and of reading it from memory. Only the first PIECE outputs are measured, once per
+    shape."""
     weight = linear.weight.detach()[:PIECE]
     rows = min(rows, FEW_ROWS)
     key = (weight.shape, rows, *forms)
     if key not in measured:
-        piece, small = (nn.utils.skip_init(nn.Linear, 1, 1, bias=False) for _ in range(2))
+        piece = nn.utils.skip_init(nn.Linear, 1, 1, bias=False)
         piece.weight = nn.Parameter(weight, requires_grad=False)
-        small.weight = nn.Parameter(weight[:64], requires_grad=False)
-        built = {None: (piece, small), **{form: (form(piece), form(small)) for form in forms}}
-        measured[key] = {form: tuple(seconds(*built[form], torch.ones(n, weight.size(1))) for n in (1, rows))
-                         for form in built}
+        measured[key] = {}
+        for form in (None, *forms):
+            module = piece if form is None else form(piece)
+            reading = weight.numel() * (weight.itemsize if form is None else form.itemsize) / BANDWIDTH
+            measured[key][form] = tuple(seconds(module, torch.ones(n, weight.size(1))) + reading for n in (1, rows))
     return measured[key]
 
 
 @torch.inference_mode()
-def seconds(module: nn.Module, small: nn.Module, x: torch.Tensor) -> float:
-    """Seconds of the fastest of three calls of a Linear in any form. Before each, other memory is read, so that the
-    matrix comes from memory as it does in decoding, and a small matrix is multiplied, so that the kernel does not."""
-    other = torch.ones(FLUSHED // 4)
+def seconds(module: nn.Module, x: torch.Tensor) -> float:
+    """Seconds of the fastest of six calls of a Linear in any form."""
     times = []
-    for _ in range(3):
-        other.sum()
-        small(x)
+    for _ in range(6):
         t0 = time.perf_counter()
         module(x)
         times.append(time.perf_counter() - t0)
@@ -303,14 +302,10 @@ def seconds(module: nn.Module, small: nn.Module, x: torch.Tensor) -> float:
 
 
 def choose_form(times: dict[type | None, tuple[float, float]]) -> tuple[type | None, bool, bool]:
-    """(the form to use, whether for 1 row, whether for some rows), from what kernel_seconds() gives. The form is None
-    if the Linear is faster as it is.
-
-    It is the one that is the fastest for some rows. Any form is preferred to the Linear, which reads more bytes, unless
-    it needs a fourth more time: so the choice seldom depends on chance."""
-    plain = times[None]
+    """(the form to use, whether for 1 row, whether for some rows), from what kernel_seconds() gives: the form that is
+    the fastest for some rows. It is None if the Linear is faster as it is."""
     best = min((form for form in times if form is not None), key=lambda form: times[form][1])
-    one, few = (times[best][i] < 1.25 * plain[i] for i in range(2))
+    one, few = (times[best][i] < times[None][i] for i in range(2))
     return (best, one, few) if (one or few) else (None, False, False)
 
 
