@@ -274,7 +274,7 @@ measured = {}   # (shape, rows, forms): what kernel_seconds() has measured in th
 
 def kernel_seconds(linear: nn.Linear, forms: Sequence[type], rows: int) -> dict[type | None, tuple[float, float]]:
     """{form: (seconds for 1 row, seconds for so many rows)} of a Linear as it is, None, and in some forms: of a call
-    whose matrix lies in a cache, and of reading it from memory. Only the first PIECE outputs are measured, once per
+    whose matrix is in a cache, and of reading it from memory. Only the first PIECE outputs are measured, once per
     shape."""
     weight = linear.weight.detach()[:PIECE]
     rows = min(rows, FEW_ROWS)
