@@ -7,12 +7,14 @@ import http.server
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 
 import pytest
-from conftest import ROOT, started
+import requests
+from conftest import ROOT, needs, started
 from in_process import call
 from test_chat import write_model
 
@@ -81,6 +83,20 @@ def test_a_load_test_tells_answers_that_depend_on_neighbours_or_never_end():
     assert done.returncode == 1, done.stderr
     lost, mixed_up = re.search(r'(\d+) lost; (\d+) of 20 are not', done.stdout).groups()
     assert int(lost) in (2, 3) and int(mixed_up) >= 20 - 3
+
+
+@needs('linux')
+def test_sigterm_lets_the_answers_that_run_end(folder):
+    body = {'prompt': 'red', 'n': 16, 'max_tokens': 80, 'temperature': 1.5, 'stream': True, 'seed': 1}
+    with served(folder) as (process, url):
+        with requests.post(f'{url}/v1/completions', json=body, stream=True, timeout=60) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith(b'data: {')
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == b'data: [DONE]'
+        assert sum(json.loads(line[6:])['choices'][0]['finish_reason'] is not None for line in rest[:-1]) >= 15
+        assert process.wait(60) == 0
 
 
 def test_lm_eval_measures_over_http_what_eval_measures(folder, tmp_path):
