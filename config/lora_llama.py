@@ -8,7 +8,9 @@
 # For Qwen3, Llama or another model of these types, give its name or folder: --init_from=Qwen/Qwen3-0.6B. The data must
 # be prepared with the tokenizer of the model. To train all weights: --lora_rank=0 --learning_rate=3e-5 --min_lr=3e-6.
 #
-# hardware: 2 CPU cores, or any GPU | time: not yet measured | result: not yet measured
+# hardware: 2 CPU cores, or any GPU | time: not yet measured | result: with --block_size=128 --max_iters=40
+# --gradient_accumulation_steps=1 --warmup_iters=4 --eval_iters=4 --dtype=float32, SmolLM2-135M-Instruct on 0.4 MB of
+# tiny Shakespeare: val loss from 4.38 to 4.03 | 2026-11-26
 
 out_dir = 'out-lora-llama'
 init_from = 'smollm2'
