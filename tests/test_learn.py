@@ -102,6 +102,9 @@ eval_interval, eval_iters, warmup_iters = 30, 2, 2
 """
 
 
+SHORTER = '\nmax_iters, batch_size, eval_interval = 2, 4, 1\n'   # for the recipes of dpo.py and grpo.py
+
+
 @pytest.mark.full
 def test_all_exercises_work_in_their_order(tmp_path):
     for folder in ('config', 'data', 'assets', 'flatgpt'):
@@ -109,9 +112,11 @@ def test_all_exercises_work_in_their_order(tmp_path):
             '*.bin', '*.mask', '*.jsonl', 'meta.json', '*.parquet', '__pycache__'))
     for path in (*ROOT.glob('*.py'), *ROOT.glob('*.md')):
         shutil.copy(path, tmp_path)
-    for name in ('train_python_char', 'finetune_code', 'finetune_sql'):
+    recipes = {'train_python_char': SMALLER, 'finetune_code': SMALLER, 'finetune_sql': SMALLER, 'chat_tiny': SMALLER,
+               'dpo_tiny': SHORTER, 'grpo_arithmetic': SHORTER}
+    for name, smaller in recipes.items():
         with open(tmp_path / 'config' / f'{name}.py', 'a') as f:
-            f.write(SMALLER)
+            f.write(smaller)
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
     env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
