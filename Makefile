@@ -1,5 +1,6 @@
 # make          from a fresh clone to samples: installs, prepares the embedded dataset, trains, samples
-# make chat     a small model that answers: prepares its conversations, trains for ten minutes, opens a conversation
+# make chat     a small model that answers: prepares its conversations, trains for ten minutes, opens a conversation;
+#               make chat MINUTES=1 trains for one
 # make test     lint and the fast tests: what to run before each commit
 # make test-all    these and all others, but for those that need a GPU
 # make test-gpu    the tests that need a GPU, and how long each took
@@ -13,6 +14,7 @@ OLDEST ?= $(PYTHON)
 PY := .venv/bin/python
 OLD := .venv-oldest/bin/python
 OUT := out-python-char
+MINUTES := 10
 
 # a worker for each core, but for four at most: each holds 0.7 GB
 WORKERS := -n auto --maxprocesses=4 --dist=worksteal
@@ -48,7 +50,7 @@ data/chat/meta.json: .venv/runtime data/chat/prepare.py flatgpt/tasks.py
 	$(PY) data/chat/prepare.py
 
 chat: data/chat/meta.json
-	$(PY) train.py config/chat_tiny.py --init_from=auto
+	$(PY) train.py config/chat_tiny.py --init_from=auto --max_minutes=$(MINUTES)
 	$(PY) chat.py --out_dir=out-chat-tiny --temperature=0 --max_new_tokens=60
 
 bench: .venv/runtime

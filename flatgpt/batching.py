@@ -13,15 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from flatgpt.engine import (
-    KVCache,
-    all_finite,
-    check_controls,
-    penalize_repetition,
-    random_uniform,
-    rounded_columns,
-    sample_token,
-)
+from flatgpt import engine
 from flatgpt.errors import UserError
 
 
@@ -41,7 +33,7 @@ class Request:
     top_log_probs: int = 0
 
     def __post_init__(self):
-        check_controls(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        engine.check_controls(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         if len(self.ids) == 0:
             raise ValueError('an empty prompt: expected at least one token id')
 
@@ -63,7 +55,7 @@ class Sampler:
         if room < 1:
             raise ValueError(f'{len(request.ids)} tokens in a context of {config.block_size}: expected fewer')
         self.request = request
-        self.uniform = random_uniform(request.seed, request.row, min(request.max_new_tokens, room)).to(device)
+        self.uniform = engine.random_uniform(request.seed, request.row, min(request.max_new_tokens, room)).to(device)
         self.seen = torch.zeros(1, config.vocab_size, dtype=torch.bool, device=device)
         self.seen[0, request.ids.long()] = True
         self.tokens = []
@@ -76,14 +68,14 @@ class Sampler:
     def next(self, logits: torch.Tensor) -> Step:
         """The next token, from logits, (1, V)."""
         request = self.request
-        if not all_finite(logits):
+        if not engine.all_finite(logits):
             return Step(request, None, math.nan, [])
         penalized = logits
         if request.repetition_penalty != 1:
-            penalized = penalize_repetition(logits, self.seen[:, :logits.size(1)], request.repetition_penalty)
+            penalized = engine.penalize_repetition(logits, self.seen[:, :logits.size(1)], request.repetition_penalty)
         uniform = self.uniform[len(self.tokens)][None]
-        token = sample_token(penalized, uniform, request.temperature, request.top_k, request.top_p, request.min_p)
-        token = token.item()
+        controls = request.temperature, request.top_k, request.top_p, request.min_p
+        token = engine.sample_token(penalized, uniform, *controls).item()
         log_probs = logits[0].log_softmax(dim=-1)
         top = []
         if request.top_log_probs:
@@ -102,8 +94,8 @@ class BatchCache:
         self.config = config
         self.rows = rows
         self.device = device
-        self.keys = [None] * config.n_layer
-        self.values = [None] * config.n_layer
+        self.keys = []     # one per layer, (rows, K, columns, D)
+        self.values = []
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)             # (rows,), tokens of each row
         self.columns = 0
         self.active = 0    # rows in use: the first ones
@@ -128,23 +120,21 @@ class BatchCache:
 
     def grow(self, columns: int):
         """Make room for so many columns: twice as many as before, or more."""
-        if columns <= self.columns or self.keys[0] is None:
+        if columns <= self.columns:
             return
-        self.columns = rounded_columns(columns, self.config.block_size)
+        enough = engine.rounded_columns(columns, self.config.block_size)
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):
-                larger = tensor.new_zeros(self.rows, tensor.size(1), self.columns, tensor.size(3))
+                larger = tensor.new_zeros(self.rows, tensor.size(1), enough, tensor.size(3))
                 larger[:, :, :tensor.size(2)] = tensor
                 tensors[layer] = larger
+        self.columns = enough   # now, because memory may have been too small
 
-    def append(self, single: KVCache):
+    def append(self, single: engine.KVCache):
         """Add a row: the first one of a KVCache that has encoded a prompt."""
-        if self.keys[0] is None:
-            self.columns = rounded_columns(single.length + 1, self.config.block_size)
-            for layer, tensor in enumerate(single.keys):
-                shape = self.rows, tensor.size(1), self.columns, tensor.size(3)
-                self.keys[layer] = tensor.new_zeros(shape)
-                self.values[layer] = tensor.new_zeros(shape)
+        if self.columns == 0:   # the first row tells the shapes
+            self.keys = [tensor.new_zeros(self.rows, tensor.size(1), 0, tensor.size(3)) for tensor in single.keys]
+            self.values = [torch.zeros_like(tensor) for tensor in self.keys]
         self.grow(single.length)
         row = self.active
         for layer in range(self.config.n_layer):
@@ -185,7 +175,7 @@ class Batch:
             raise ValueError(f'{len(self.requests)} requests: expected at most {self.rows - 1}')
         device = self.cache.device
         sampler = Sampler(request, self.model.config, device)
-        single = KVCache(self.model.config, 1, len(request.ids), device)
+        single = engine.KVCache(self.model.config, 1, len(request.ids), device)
         single.reset([len(request.ids)])
         logits = self.model.next_logits(request.ids.to(device)[None], single)[:, :self.vocab_size].float()   # (1, V)
         single.advance(len(request.ids))
@@ -255,13 +245,14 @@ class Session:
 
     def make_room(self, columns: int, common: int):
         """Drop all but the first `common` tokens, and make the cache so many columns long, or longer."""
+        self.ids = self.ids[:common]   # first: Ctrl-C may come at any line
         if self.cache is None or self.cache.capacity < columns:
-            larger = KVCache(self.model.config, 1, rounded_columns(columns, self.model.config.block_size), self.device)
+            config = self.model.config
+            larger = engine.KVCache(config, 1, engine.rounded_columns(columns, config.block_size), self.device)
             larger.reset([0])
             if self.cache is not None:
-                for layer in range(self.model.config.n_layer):
+                for layer in range(config.n_layer):
                     larger.update(layer, self.cache.keys[layer][:, :, :common], self.cache.values[layer][:, :, :common])
             self.cache = larger
-        self.ids = self.ids[:common]
         self.cache.length = 0
         self.cache.advance(common)

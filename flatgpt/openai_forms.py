@@ -75,6 +75,8 @@ def read_options(body, known: dict) -> dict:
         if limits and not limits[0] <= value <= limits[1]:
             raise ApiError(400, f'{name}={str(value)[:60]}: expected between {limits[0]} and {limits[1]}', name,
                            'invalid_value')
+    if options.get('top_logprobs') and not options['logprobs']:
+        raise ApiError(400, 'top_logprobs needs logprobs to be true', 'top_logprobs', 'invalid_value')
     stops = options['stop'] if isinstance(options['stop'], list) else [options['stop']]
     options['stop'] = [stop for stop in stops if stop]
     if len(stops) > MOST_STOPS or not all(isinstance(stop, str) and len(stop) <= 1000 for stop in options['stop']):

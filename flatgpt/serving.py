@@ -45,23 +45,18 @@ class Limits:
 class Metrics(collections.Counter):
     """Numbers by their names in the text form of Prometheus, labels included."""
 
-    def __init__(self):
-        names = [f'flatgpt_tokens_total{{kind="{kind}"}}' for kind in ('prompt', 'generated')]
-        names += [BUCKET.format(border) for border in FIRST_TOKEN]
-        super().__init__(dict.fromkeys(names, 0))
-
     def first_token(self, seconds: float):
         """Count the seconds from a request to its first token."""
-        self.update(BUCKET.format(border) for border in FIRST_TOKEN if seconds <= float(border))
+        self.update({BUCKET.format(border): int(seconds <= float(border)) for border in FIRST_TOKEN})
         self['flatgpt_first_token_seconds_sum'] += seconds
         self['flatgpt_first_token_seconds_count'] += 1
 
     def text(self) -> str:
-        """All numbers, one per line."""
+        """All numbers, one per line; of a copy, because another thread may add some."""
         lines = []
         for name, kind in METRICS.items():
             lines.append(f'# TYPE {name} {kind}')
-            lines += [f'{series} {number}' for series, number in self.items() if series.startswith(name)]
+            lines += [f'{series} {number}' for series, number in list(self.items()) if series.startswith(name)]
         return '\n'.join(lines) + '\n'
 
 
@@ -76,7 +71,6 @@ class Job:
     request: batching.Request
     answer: engine.Answer
     echo: bool                   # whether the prompt comes first
-    deadline: float
     pieces: asyncio.Queue
     loop: asyncio.AbstractEventLoop
     begun: float = dataclasses.field(default_factory=time.monotonic)
@@ -100,7 +94,6 @@ class Worker:
         self.running = {}   # batching.Request: Job
         self.condition = threading.Condition()   # guards waiting
         self.stopping = False
-        self.ended = False
 
     def submit(self, jobs: list[Job]):
         """Queue jobs, all or none. ApiError if too many wait."""
@@ -111,11 +104,9 @@ class Worker:
             self.condition.notify()
 
     def cancel(self, jobs: list[Job]):
-        """Remove jobs, whether they wait, run or have ended."""
-        with self.condition:
-            for job in jobs:
-                job.cancelled = True
-            self.waiting = [job for job in self.waiting if not job.cancelled]
+        """Remove jobs before the next step, whether they wait, run or have ended."""
+        for job in jobs:
+            job.cancelled = True
 
     def stop(self):
         """End run(), once its current step is done."""
@@ -126,25 +117,21 @@ class Worker:
     def run(self):
         """Decode until stop(), in the thread that calls this. Others should not compute: where several threads do,
         OpenMP lets all sleep at each barrier, which halves the speed of a small model."""
-        try:
-            while not self.stopping:
-                with self.condition:
-                    self.condition.wait_for(lambda: self.waiting or self.running or self.stopping, timeout=1)   # Ctrl-C
-                    for job in [job for job in self.running.values() if job.cancelled]:
-                        self.remove(job)
-                    room = self.limits.rows - len(self.running)
-                    joining = self.waiting[:room]
-                    self.waiting = self.waiting[room:]
-                for job in joining:
-                    with self.failing([job]):
-                        self.join_batch(job)
-                with self.failing(list(self.running.values())):
-                    for step in self.batch.step():
-                        self.take(step)
-        finally:
-            self.ended = True
-            for job in (*self.running.values(), *self.waiting):
-                job.put(ApiError(503, 'the server has ended'))
+        while not self.stopping:
+            with self.condition:
+                self.condition.wait_for(lambda: self.waiting or self.running or self.stopping, timeout=1)   # Ctrl-C
+                for job in [job for job in self.running.values() if job.cancelled]:
+                    self.remove(job)
+                self.waiting = [job for job in self.waiting if not job.cancelled]
+                room = self.limits.rows - len(self.running)
+                joining = self.waiting[:room]
+                self.waiting = self.waiting[room:]
+            for job in joining:
+                with self.failing([job]):
+                    self.join_batch(job)
+            with self.failing(list(self.running.values())):
+                for step in self.batch.step():
+                    self.take(step)
 
     @contextlib.contextmanager
     def failing(self, jobs: list[Job]):
@@ -158,7 +145,7 @@ class Worker:
     @torch.inference_mode()
     def join_batch(self, job: Job):
         """Encode the prompt of a job; its first token comes with it."""
-        if time.monotonic() > job.deadline:
+        if time.monotonic() > job.begun + self.limits.seconds:
             self.end(job, ApiError(503, 'the server was busy for too long: try again later', code='timeout'))
             return
         if job.echo:
@@ -193,7 +180,8 @@ class Worker:
         answer = job.answer
         answer.add(step.token, step.log_prob)
         self.metrics['flatgpt_tokens_total{kind="generated"}'] += 1
-        if not answer.finish and (time.monotonic() > job.deadline or self.batch.finished(step.request)):
+        late = time.monotonic() > job.begun + self.limits.seconds
+        if not answer.finish and (late or self.batch.finished(step.request)):
             answer.end('length')
         job.held.append((step.token, step.log_prob, step.top))
         piece = Piece(answer.new_text(), job.held, answer.finish)
@@ -248,8 +236,6 @@ class Server:
             return HTMLResponse(page, headers={'Content-Security-Policy': POLICY, 'X-Content-Type-Options': 'nosniff'})
 
         async def health(request):
-            if self.worker.ended:
-                return JSONResponse({'status': 'failed'}, 500)
             return JSONResponse({'status': 'ok'})
 
         async def metrics(request):
@@ -260,11 +246,10 @@ class Server:
         async def models(request):
             self.authorize(request)
             name = request.path_params.get('name')
-            if name is None:
-                return JSONResponse({'object': 'list', 'data': [self.card]})
-            if name != self.card['id']:
+            if name not in (None, self.card['id']):
                 raise ApiError(404, f'there is no model {name[:60]!r} here', 'model', 'model_not_found')
-            return JSONResponse(self.card)
+            self.count(request, 200)
+            return JSONResponse(self.card if name else {'object': 'list', 'data': [self.card]})
 
         async def failed(request, error):
             if isinstance(error, HTTPException):   # no such path, no such method
@@ -276,28 +261,21 @@ class Server:
                 error = ApiError(400, str(error), said, 'invalid_value')
             elif not isinstance(error, ApiError):   # is logged with its traceback, too
                 error = ApiError(500, f'the server failed: {type(error).__name__}')
+            self.count(request, error.status)
             headers = {'Retry-After': '1'} if error.status in (429, 503) else {}
             return JSONResponse(error.body(), error.status, headers)
 
         handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, UserError, Exception), failed)
-        return self.counted(Starlette(exception_handlers=handlers, routes=[
+        return Starlette(exception_handlers=handlers, routes=[
             Route('/', index), Route('/health', health), Route('/metrics', metrics), Route('/v1/models', models),
             Route('/v1/models/{name:path}', models),
             Route('/v1/completions', self.complete, methods=['POST']),
-            Route('/v1/chat/completions', self.complete, methods=['POST'])]))
+            Route('/v1/chat/completions', self.complete, methods=['POST'])])
 
-    def counted(self, app):
-        """The application, with each response to the API counted."""
-        async def outer(scope, receive, send):
-            async def noticed(message):
-                if message['type'] == 'http.response.start' and scope['path'].startswith('/v1/'):
-                    path = scope['path'] if scope['path'] in PATHS else 'other'
-                    self.metrics[f'flatgpt_requests_total{{path="{path}",status="{message["status"]}"}}'] += 1
-                await send(message)
-
-            await app(scope, receive, noticed if scope['type'] == 'http' else send)
-
-        return outer
+    def count(self, request, status: int):
+        """Count a response, if it is one of the API."""
+        if request.url.path in PATHS:
+            self.metrics[f'flatgpt_requests_total{{path="{request.url.path}",status="{status}"}}'] += 1
 
     def authorize(self, request):
         """ApiError unless the client has sent the key."""
@@ -345,19 +323,20 @@ class Server:
         number = sum(map(len, prompts))
         self.metrics['flatgpt_tokens_total{kind="prompt"}'] += number
         if options['stream']:
+            self.count(request, 200)
             return StreamingResponse(self.stream(forms, jobs, number, options), media_type='text/event-stream',
                                      headers={'Cache-Control': 'no-cache'})
         whole = await self.collect(request, jobs)
+        self.count(request, 200)
         choices = [forms.choice(index, piece, stream=False) for index, piece in enumerate(whole)]
-        return JSONResponse(forms.response(choices, False, (number, tokens_of(jobs))))
+        return JSONResponse(forms.response(choices, False, (number, sum(len(job.answer.ids) for job in jobs))))
 
     def jobs(self, forms: Forms, prompts: list[torch.Tensor], options: dict) -> list[Job]:
         """The jobs of a request, n for each prompt. ApiError for a prompt that is too long or empty."""
-        asked = [options[name] for name in ('max_tokens', 'max_completion_tokens') if options[name] is not None]
-        asked = asked[0] if asked else self.limits.tokens
+        wanted = options['max_tokens'], options['max_completion_tokens'], self.limits.tokens
+        asked = next(number for number in wanted if number is not None)
         loop = asyncio.get_running_loop()
         pieces = asyncio.Queue()
-        deadline = time.monotonic() + self.limits.seconds
         jobs = []
         for prompt in prompts:
             room = self.context - len(prompt)
@@ -370,7 +349,7 @@ class Server:
                     prompt, number, options['temperature'], options['top_k'], options['top_p'], options['min_p'],
                     options['repetition_penalty'], options['seed'], row, forms.needed)
                 answer = engine.Answer(self.tok, prompt.numpy(), number, options['stop'])
-                jobs.append(Job(len(jobs), made, answer, options.get('echo', False), deadline, pieces, loop))
+                jobs.append(Job(len(jobs), made, answer, options.get('echo', False), pieces, loop))
         return jobs
 
     async def collect(self, request, jobs: list[Job]) -> list[Piece]:
@@ -414,12 +393,7 @@ class Server:
                 if piece.finish:
                     running -= 1
             if options['stream_options'].get('include_usage'):
-                yield event([], (prompt_tokens, tokens_of(jobs)))
+                yield event([], (prompt_tokens, sum(len(job.answer.ids) for job in jobs)))
             yield 'data: [DONE]\n\n'
         finally:
             self.worker.cancel(jobs)
-
-
-def tokens_of(jobs: list[Job]) -> int:
-    """The number of tokens made for jobs."""
-    return sum(len(job.answer.ids) for job in jobs)

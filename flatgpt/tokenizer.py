@@ -33,7 +33,7 @@ from flatgpt.errors import UsageError, UserError
 EOT = '<|endoftext|>'
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 PROBE = ("It's 12,345 o'clock:\n\n    don't  __init__(self) -> naïve café, Größe 你好，世界 😀\t!!\r\n"
-         'A line\n2 more x1\n世界\nend.\nÉ')
+         'A line\n2 more x1\n世界\nend.\nÉ 1234567')
 BORDER = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S\n)(?=[^\W_])')   # no encoding in use has a token that goes across
 BLANK = re.compile(r'(?<=[^\W_])(?= [^\W_])')   # the same for tokenizers that look at more than a word
 CONTEXT = 8   # how many tokens back the text of a token can depend on others

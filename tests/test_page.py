@@ -20,6 +20,10 @@ HOSTILE = """# Title
 
 - **bold** and *italic* and `code`
 - [link](https://example.com/) and [trick](javascript:document.title='broken')
+  1. first
+  2. second
+     - deep
+- last
 
 ```python
 print("<b>")
@@ -186,6 +190,8 @@ def test_what_a_model_writes_is_shown_and_never_run(page):
     marked = find(page, '.text strong, .text em, .text li code')
     assert [element.text for element in marked] == ['bold', 'italic', 'code']
     assert find(page, '.text h3')[0].text == 'Title'
+    lists = ['.text > ul > li', '.text > ul > li > ol > li', '.text > ul > li > ol > li > ul > li']
+    assert [len(find(page, items)) for items in lists] == [3, 2, 1]
     assert find(page, '.text pre code')[0].text == 'print("<b>")'
     assert [link.get_attribute('href') for link in find(page, '.text a')] == ['https://example.com/']
 

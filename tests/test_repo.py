@@ -342,7 +342,7 @@ def commands(name):
     text, found = text_of(name), []
     if name.endswith('.py') and not name.startswith('config/'):
         text = ast.get_docstring(tree(name))
-    for line in text.replace('\\\n', ' ').replace('$(OUT)', 'out').splitlines():
+    for line in text.replace('\\\n', ' ').replace('$(OUT)', 'out').replace('$(MINUTES)', '10').splitlines():
         for piece in re.split(r'`', line) if name.endswith('.md') else [line]:
             match = COMMAND.search(piece)
             if match:

@@ -242,6 +242,7 @@ USER = [{'role': 'user', 'content': 'abc'}]
     ('chat/completions', {'messages': USER, 'response_format': {'type': 'json_object'}}, 'response_format',
      'not supported'),
     ('chat/completions', {'messages': USER, 'logprobs': 5}, 'logprobs', 'wrong type'),
+    ('chat/completions', {'messages': USER, 'top_logprobs': 5}, 'top_logprobs', 'needs logprobs'),
 ])
 def test_a_bad_request_is_refused_in_openai_s_form(running, path, body, param, message):
     response = running.post(f'/v1/{path}', body)
