@@ -110,9 +110,11 @@ def export_folder(new):
 
 
 def export_gguf(new):
-    """Write the GGUF file. Returns what one reads about it."""
+    """Write the GGUF file, read it back and compare. Returns what one reads about it."""
     llama_cpp.write(header, new, model, gguf_dtype)
-    return f'{gguf_dtype}, not compared'
+    if not llama_cpp.same(new, model):
+        raise UserError(f'the file that was read back is not {path}: nothing was exported')
+    return f'{gguf_dtype}, read back and compared'
 
 
 # write into a temporary folder beside it, and only what is complete appears

@@ -139,6 +139,26 @@ def write(writer, path: Path, model: GPT, dtype: str):
         writer.close()
 
 
+def same(path: Path, model: GPT) -> bool:
+    """Whether a file, read by the gguf library, has a token for each id and all tensors of a model: their names
+    and shapes, and their numbers as they are when they are quantized."""
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    if len(reader.fields['tokenizer.ggml.tokens'].data) != model.config.vocab_size:
+        return False
+    for name, tensor in tensors_of(model):
+        other = found.pop(name, None)
+        if other is None or other.shape.tolist() != [*reversed(tensor.shape)]:
+            return False
+        expected = gguf.quantize(tensor.float().contiguous().numpy(), other.tensor_type)
+        if not np.array_equal(other.data.view(np.uint8), expected.view(np.uint8)):
+            return False
+    return not found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the tokenizer
 

@@ -1,5 +1,6 @@
 """GGUF files: what the gguf library reads back is the model, and llama.cpp splits and continues texts as we do."""
 
+import copy
 import json
 import re
 import subprocess
@@ -326,7 +327,8 @@ def test_the_script_writes_a_file_alone_or_besides_a_folder(out_dir, tmp_path):
     gguf = pytest.importorskip('gguf')
     alone, both = tmp_path / 'new' / 'alone.gguf', tmp_path / 'both.gguf'
     done = call('export.py', f'--out_dir={out_dir}', f'--gguf={alone}')
-    assert done.returncode == 0 and done.stdout == f'{alone}\n' and 'F16, not compared' in done.stderr, done.stderr
+    assert done.returncode == 0 and done.stdout == f'{alone}\n', done.stderr
+    assert 'F16, read back and compared' in done.stderr
     assert fields_of(gguf.GGUFReader(alone))['general.name'] == 'alone' and [*alone.parent.iterdir()] == [alone]
     done = call('export.py', f'--out_dir={out_dir}', f'--to={tmp_path / "hf"}', f'--gguf={both}', '--gguf_dtype=F32')
     assert done.returncode == 0 and done.stdout == f'{tmp_path / "hf"}\n{both}\n', done.stderr
@@ -365,6 +367,30 @@ def test_a_write_that_fails_leaves_nothing(out_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(pytest.importorskip('gguf'), 'quantize', full)
     done = call('export.py', f'--out_dir={out_dir}', f'--gguf={tmp_path / "x.gguf"}')
     assert_one_line(done, 1, 'cannot write', 'No space left on device')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('dtype', llama_cpp.DTYPES)
+def test_a_file_that_is_not_the_model_is_told(tmp_path, trained, dtype):
+    model = model_of('llama', trained)
+    written(tmp_path / 'm', model, trained, dtype)
+    assert llama_cpp.same(tmp_path / 'm', model)
+    weight = model.lm_head.weight
+    with torch.no_grad():
+        weight[-1, -1] += 1
+    assert not llama_cpp.same(tmp_path / 'm', model)
+    deeper = model_of('llama', trained)
+    deeper.transformer.h.append(copy.deepcopy(deeper.transformer.h[0]))
+    deeper.config.n_layer += 1
+    assert not llama_cpp.same(tmp_path / 'm', deeper)
+    assert not llama_cpp.same(tmp_path / 'm', model_of('llama', trained, padding=32))
+
+
+def test_a_file_that_is_not_what_was_written_does_not_appear(out_dir, tmp_path, monkeypatch):
+    pytest.importorskip('gguf')
+    monkeypatch.setattr(llama_cpp, 'same', lambda *args: False)
+    done = call('export.py', f'--out_dir={out_dir}', f'--gguf={tmp_path / "x.gguf"}')
+    assert_one_line(done, 1, 'that was read back is not', 'nothing was exported')
     assert not list(tmp_path.iterdir())
 
 
