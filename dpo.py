@@ -108,7 +108,8 @@ for split, of_split in rows.items():
 
 model = checkpoint.build(ckpt, start_path, merged=not resuming, dropout=0.0)
 adapted = start.adapt(model, config, saved, start_path)
-start.require_memory(model, config, rt)
+longest = max(of_split.longest for of_split in rows.values())
+start.require_memory(model, {**config, 'batch_size': 2 * batch_size, 'block_size': longest}, rt)
 model.to(rt.device)
 log_probs = alignment.LogProbs(model)
 wrapped = rt.wrap(log_probs)   # the module to call in training: it averages the gradients
@@ -125,28 +126,42 @@ def answers_of(log_probs_of, split, numbers):
 
 
 @torch.no_grad()
-def reference_of(split):
-    """Return the log-probabilities of all chosen and rejected answers of a split, (N, 2), before any training."""
-    numbers = np.arange(len(rows[split]))
-    result = torch.zeros(len(numbers), 2)
+def compute_reference(split, numbers):
+    """Fill in the log-probabilities of the chosen and rejected answers of pairs by the reference: the model before any
+    training, or without its adapters."""
+    numbers = numbers[np.argsort(rows[split].lengths[numbers], kind='stable')]   # equal lengths need little padding
+    found = torch.zeros(len(rows[split]), 2)
     parts = np.split(numbers, range(batch_size, len(numbers), batch_size))[rt.rank::rt.world_size]
-    for part in tqdm(parts, desc=f'reference, {split}', leave=False, disable=None):
-        sums, _ = answers_of(log_probs, split, part)
-        result[part] = sums.view(2, -1).T.cpu()
-    return rt.sum(result)   # each process has computed its share
+    model.eval()
+    with alignment.adapters_off(model):
+        for part in tqdm(parts, desc=f'reference, {split}', leave=False, disable=None):
+            sums, _ = answers_of(log_probs, split, part)
+            found[part] = sums.view(2, -1).T.cpu()
+    reference[split][numbers] = rt.sum(found)[numbers]   # each process has computed its share
 
 
-# the reference: computed once, kept in the checkpoints of the run
+# the reference: of the pairs that the run needs, computed once and kept in its checkpoints
 
 measured = rows['val'].checksum()
-reference = saved.get('reference')   # {split: (N, 2)} and the checksum of the pairs that it is of
 checksum = rows['train'].checksum()
+reference = saved.get('reference')   # {split: (N, 2), NaN where it is not known} and the checksum of the pairs
 if reference is None:
-    model.eval()
-    reference = {'checksum': checksum, **{split: reference_of(split) for split in rows}}
+    reference = {'checksum': checksum, **{split: torch.full((len(rows[split]), 2), math.nan) for split in rows}}
 elif reference['checksum'] != checksum or len(reference['val']) != len(rows['val']):
     raise UserError(f'{start_path} was trained on other pairs than those of {pairs} now: give --init_from={start_path} '
                     f'to start a new run')
+needed = {split: rows[split].spread(eval_pairs) for split in rows}
+in_steps = rows['train'].of_steps(max_iters, seed, gradient_accumulation_steps, batch_size)
+needed['train'] = np.union1d(needed['train'], in_steps)
+unknown = {split: some[reference[split][some, 0].isnan().numpy()] for split, some in needed.items()}
+num_unknown = sum(map(len, unknown.values()))
+if num_unknown and resuming and not lora_rank:
+    raise UserError(f'{start_path} has no reference for {num_unknown:,} pairs that the run needs now: '
+                    f'keep max_iters, eval_pairs and seed, or give --init_from={start_path} to start a new run')
+for split, some in unknown.items():
+    if len(some):
+        rt.notice(f'{split}: computing the reference of {len(some):,} pairs')
+        compute_reference(split, some)
 
 # progress: of a new run, or of the one that goes on
 
@@ -176,7 +191,7 @@ def evaluate():
     results = {}
     for split, of_split in rows.items():
         budget.start()
-        numbers = np.linspace(0, len(of_split) - 1, min(eval_pairs, len(of_split))).astype(int)   # spread evenly
+        numbers = of_split.spread(eval_pairs)
         totals = torch.zeros(len(NAMES), device=rt.device)
         parts = np.split(numbers, range(batch_size, len(numbers), batch_size))[rt.rank::rt.world_size]
         for part in parts:

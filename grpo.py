@@ -106,7 +106,7 @@ per_step = gradient_accumulation_steps * batch_size   # questions, over all proc
 model = checkpoint.build(ckpt, start_path, merged=not resuming, dropout=0.0)
 start.fit_context(model, block_size)
 adapted = start.adapt(model, config, saved, start_path)
-start.require_memory(model, {**config, 'batch_size': batch_size * group_size}, rt)
+start.require_memory(model, {**config, 'batch_size': batch_size * group_size, 'block_size': max_new_tokens}, rt)
 model.to(rt.device)
 reference = None   # a copy of the first model; an adapter needs none
 if kl and not lora_rank:

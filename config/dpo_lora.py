@@ -6,7 +6,8 @@
 #   python chat.py --out_dir=out-dpo-lora
 #   python export.py --out_dir=out-dpo-lora --to=my-model
 #
-# hardware: 2 CPU cores, or any GPU | time: not yet measured | result: not yet measured
+# hardware: 2 CPU cores, AVX512-BF16, float32 | time: 2.0 s per step of 4 pairs, 680 tokens
+# result: tried for 4 steps on made-up pairs that are easy to rank, loss 0.693 to 0.450 | 2026-11-26
 
 out_dir = 'out-dpo-lora'
 init_from = 'smollm2-instruct'

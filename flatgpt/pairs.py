@@ -91,7 +91,7 @@ def row_of(prompt: str | list[Message], answer: str, tok, template) -> tuple[np.
         raise UserError('these pairs have messages and the model has no chat template: give prompts as texts, or use '
                         'an instruct model')
     if template is None:
-        start = tok.encode(prompt)
+        start = tok.after_begin(tok.encode(prompt))
         return np.concatenate((start, tok.encode(answer), tok.ends[:1])).astype(np.int64), max(len(start), 1)
     messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
     ids, learned = template.training_ids(tok, [*messages, {'role': 'assistant', 'content': answer}])
@@ -119,6 +119,7 @@ class Rows:
                 self.num_cut += 1
             self.pairs.append([(ids[excess:], start - excess) for ids, start in rows])
         self.lengths = np.array([len(chosen) + len(rejected) - 2 for (chosen, _), (rejected, _) in self.pairs])
+        self.longest = max((len(ids) - 1 for pair in self.pairs for ids, _ in pair), default=0)   # tokens of a row
         if not self.pairs:
             raise UserError(f'no pair of {name} has answers that differ and fit into block_size={block_size}')
 
@@ -133,18 +134,30 @@ class Rows:
                 number = zlib.crc32(np.append(ids, start).tobytes(), number)
         return number
 
+    def spread(self, count: int) -> np.ndarray:
+        """Return the numbers of at most `count` pairs, spread evenly over all."""
+        return np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+
     def of_step(self, step: int, seed: int, micro_batches: int, batch_size: int) -> np.ndarray:
         """Return the numbers of the pairs of a step, (micro_batches, batch_size), a pure function of (seed, step):
         each epoch has all pairs once, in an order of its own."""
         count = micro_batches * batch_size
+        return self.in_order(step * count, (step + 1) * count, seed).reshape(micro_batches, batch_size)
+
+    def of_steps(self, steps: int, seed: int, micro_batches: int, batch_size: int) -> np.ndarray:
+        """Return the numbers of the pairs that the first steps learn from, each once."""
+        return np.unique(self.in_order(0, min(steps * micro_batches * batch_size, len(self)), seed))
+
+    def in_order(self, first: int, end: int, seed: int) -> np.ndarray:
+        """Return the numbers of the pairs at positions first to end - 1 of the epochs one after another."""
         found = []
-        for position in range(step * count, (step + 1) * count):
-            epoch, place = divmod(position, len(self.pairs))
+        for position in range(first, end):
+            epoch, place = divmod(position, len(self))
             if place == 0 or not found:
-                raw = np.random.Philox(key=seed % 2**64, counter=[0, epoch, 0, 0]).random_raw(len(self.pairs))
+                raw = np.random.Philox(key=seed % 2**64, counter=[0, epoch, 0, 0]).random_raw(len(self))
                 order = np.argsort(raw, kind='stable')
             found.append(order[place])
-        return np.array(found).reshape(micro_batches, batch_size)
+        return np.array(found, dtype=int)
 
     def batch(self, numbers: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the inputs and targets, (2 B, T) each, of B pairs: the chosen answers, then the rejected ones. Targets

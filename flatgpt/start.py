@@ -281,12 +281,15 @@ def require_memory(model, options: dict, rt: runtime.Runtime):
     per_layer = (4 if options.get('activation_checkpointing') else 12) * c.n_embd
     if options.get('freeze'):
         per_layer = 0   # nothing is kept below the first layer that is trained
-    per_token = c.n_layer * per_layer + 4 * c.vocab_size // c.loss_chunks   # logits in float32
+    per_token = c.n_layer * per_layer
+    advice = ['lower batch_size and raise gradient_accumulation_steps']
+    if 'dataset' in options:   # train.py; the other scripts compute logits in pieces
+        per_token += 4 * c.vocab_size // c.loss_chunks   # logits in float32
+        advice += ['give --activation_checkpointing, --loss_chunks=8', 'a smaller model']
     needed = state + per_token * options['batch_size'] * options['block_size']
     if free is not None and needed > free:
         raise UserError(f'training needs {needed / 2**30:.1f} GiB of memory or more, {free / 2**30:.1f} GiB are free: '
-                        f'lower batch_size and raise gradient_accumulation_steps, or give --activation_checkpointing, '
-                        f'--loss_chunks=8, a smaller model, or --lora_rank=8 when finetuning')
+                        f'{", or ".join(advice)}, or --lora_rank=8 when finetuning')
 
 
 def describe_perplexity(data, loss: float) -> str:

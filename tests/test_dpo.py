@@ -94,11 +94,12 @@ def test_the_reference_is_the_starting_model_and_never_changes(whole, base):
     assert 'reference' not in checkpoint.load(whole / 'best.pt')
     state = torch.load(whole / 'ckpt.pt', weights_only=True)
     assert state['iter_num'] == 10 and reference['train'].shape[1] == 2
-    again = call('dpo.py', *arguments(base, state['config']['pairs'], whole.parent / 'again', '--max_iters=0'))
+    again = call('dpo.py', *arguments(base, state['config']['pairs'], whole.parent / 'again', '--max_iters=0',
+                                      '--eval_pairs=999'))
     assert again.returncode == 0, again.stderr
     fresh = checkpoint.load(whole.parent / 'again' / 'ckpt.pt')['reference']
     for split in ('train', 'val'):
-        assert torch.equal(fresh[split], reference[split])
+        assert reference[split].isfinite().all() and torch.equal(fresh[split], reference[split])
 
 
 def test_the_weights_change_and_a_run_can_be_sampled_and_exported(whole, base, tmp_path):
@@ -142,6 +143,26 @@ def test_only_adapters_change_and_the_base_is_the_reference(base, pairs, tmp_pat
     assert torch.equal(found, alignment.token_log_probs(original, idx, idx))
     done = call('dpo.py', f'--out_dir={out_dir}', '--init_from=resume', '--max_iters=12')
     assert done.returncode == 0, done.stderr
+
+
+def test_the_reference_is_of_the_pairs_that_the_run_needs(base, pairs, tmp_path):
+    few = '--max_iters=1', '--eval_pairs=2', '--batch_size=3', '--gradient_accumulation_steps=1'
+
+    def known(out_dir):
+        return (~checkpoint.load(out_dir / 'ckpt.pt')['reference']['train'].isnan().any(dim=1)).sum()
+
+    for rank in (0, 4):
+        out_dir = tmp_path / f'{rank}'
+        assert call('dpo.py', *arguments(base, pairs, out_dir, *few, f'--lora_rank={rank}')).returncode == 0
+        assert 3 <= known(out_dir) <= 5
+        longer = call('dpo.py', f'--out_dir={out_dir}', '--init_from=resume', '--max_iters=3')
+        if not rank:   # the first model is gone
+            assert_one_line(longer, 1, 'no reference', '--init_from=')
+    assert longer.returncode == 0 and known(out_dir) > 5
+    whole = tmp_path / 'whole'
+    assert call('dpo.py', *arguments(base, pairs, whole, *few, '--max_iters=3', '--lora_rank=4')).returncode == 0
+    one, two = (checkpoint.load(folder / 'ckpt.pt')['reference']['train'] for folder in (out_dir, whole))
+    torch.testing.assert_close(one, two, equal_nan=True, rtol=1e-5, atol=1e-4)   # by the base, without its adapters
 
 
 @pytest.mark.parametrize('loss', ['ipo', 'simpo'])

@@ -132,7 +132,7 @@ def test_a_batch_has_chosen_rows_above_rejected_ones_and_targets_of_answers_alon
     shown = [''.join('_' if t < 0 else CHARS.decode([t]) for t in row) for row in targets.tolist()]
     assert shown == ['gh__', '_cde', 'ijkl', '_f__']
     assert [CHARS.decode(row) for row in idx.tolist()] == ['ag  ', 'abcd', 'aijk', 'ab  ']   # padded with id 0
-    assert rows.lengths.tolist() == [4 + 2, 2 + 4]
+    assert rows.lengths.tolist() == [4 + 2, 2 + 4] and rows.longest == 4
 
 
 def test_a_long_prompt_loses_its_beginning_and_a_long_answer_is_left_out():
@@ -171,6 +171,9 @@ def test_each_epoch_has_all_pairs_once_in_its_own_order(n, micro_batches, batch_
     taken = np.concatenate([rows.of_step(step, seed, micro_batches, batch_size).flatten() for step in range(steps)])
     for epoch in range(3):
         assert sorted(taken[epoch * n:(epoch + 1) * n]) == list(range(n))
+    for step in range(steps):
+        first = taken[:step * micro_batches * batch_size]
+        assert rows.of_steps(step, seed, micro_batches, batch_size).tolist() == sorted(set(first))
     assert rows.of_step(1, seed, micro_batches, batch_size).shape == (micro_batches, batch_size)
 
 

@@ -231,6 +231,10 @@ def test_a_run_that_cannot_fit_into_memory_is_refused_before_it_starts():
     assert needed(free=10_000)                            # gradients and moments
     size = 65536
     assert needed('--batch_size=8', free=gib, vocab_size=size)   # logits: 8 * 1,024 * 65,536 * 4 bytes
+    model = GPT(GPTConfig(**{**SMALL, 'vocab_size': size}))
+    pairs = options('dpo.py', '--batch_size=8', '--block_size=1024')   # whose logits are computed in pieces
+    rt = SimpleNamespace(device=torch.device('cpu'), world_size=1, free_memory=lambda: gib)
+    start.require_memory(model, pairs, rt)
     model = GPT(GPTConfig(**SMALL))
     lora.put(model, 2, 4.0, 0.0, 'attn|mlp')
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
