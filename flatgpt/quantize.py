@@ -3,7 +3,8 @@ How the matrices of a built model are stored for decoding, where reading them ta
 in the order of a kernel of torch that is fast for few rows.
 
 On a CPU a matrix has at most two forms: one for many rows, such as those of a prompt, and one for few. Which one is
-faster depends on the CPU and on the shape: prepare() measures it. A kernel is used after a trial on this machine.
+faster depends on the CPU and on the shape: prepare() measures it. Both hold the same numbers, so the text does not
+depend on the measurement. A kernel is used after a trial on this machine.
 """
 
 import collections
@@ -25,6 +26,7 @@ KERNEL_ROWS = 32   # up to so many rows torch's 8-bit kernel for CPUs is faster 
 SMALL = 2**16      # numbers of a matrix that stays as it is
 CACHED = 2**24     # bytes of the matrices of a model that stays as it is: caches hold it
 PIECE = 8192       # outputs that are packed together: more are packed slower, because caches do not hold them
+NOTICED = 2**31    # bytes of second forms that are worth a notice
 WAIT = 8           # tokens that are decoded before matrices are packed: short answers need not wait for it
 BANDWIDTH = 16e9   # bytes per second from memory, as of most laptops; not measured, so that the choice is steady
 
@@ -151,56 +153,52 @@ def int8(model: nn.Module) -> nn.Module:
 def pack(model: nn.Module) -> nn.Module:
     """Store the matrices of a model in bfloat16 on a CPU in the order of oneDNN's kernels, in place, if they work on
     this machine; else change nothing."""
-    return replace_linears(model, packed_if_possible) if runs(PackedLinear, torch.bfloat16) else model
-
-
-def packed_if_possible(linear: nn.Linear) -> nn.Module:
-    """A PackedLinear, or the Linear itself if oneDNN refuses it."""
-    try:
-        return PackedLinear(linear)
-    except RuntimeError:
-        return linear
+    return replace_linears(model, PackedLinear) if runs(PackedLinear, torch.bfloat16) else model
 
 
 def prepare(model: nn.Module, rt, quantize: str | None = None, dtype: str = 'auto', rows: int = 1,
             gradually: bool = False) -> None:
     """Move a model to the device and the dtype of a Runtime, and store its matrices for decoding, in place.
 
-    quantize: 'int8' stores them in 8 bits. dtype: the option that rt was made with. 'float32' changes no number; 'auto'
-    on a CPU rounds large matrices to float16, if its kernel works here, and computes in float32. rows: how many are
-    decoded together, at most. gradually: pack one block per token to float16 after the first WAIT tokens, so that a
-    short text need not wait for it.
+    quantize: 'int8' stores them in 8 bits, once, so that they need the least memory. dtype: the option that rt was made
+    with. 'float32' changes no number; 'auto' on a CPU rounds large matrices to float16, if its kernel works here, and
+    computes in float32. Which numbers they have, and in 8 bits the kernel too, follows from the options alone, not from
+    what is measured or from free memory. rows: how many are decoded together, at most. gradually: pack one block per
+    token to float16 after the first WAIT tokens, so that a short text need not wait for it.
     """
     model.to(rt.device, rt.dtype)
     on_cpu = rt.device.type == 'cpu' and not rt.compile   # a compiled step takes the matrices as they are
-    if on_cpu and rt.dtype == torch.float32 and (quantize or dtype == 'auto'):
-        forms = [Int8Linear, Float16Linear] if quantize else [Float16Linear]
-        give_second_form(model, rt, [form for form in forms if runs(form)], rows, gradually and not quantize)
-    elif quantize:
+    if quantize:
         int8(model)
+    elif on_cpu and rt.dtype == torch.float32 and dtype == 'auto' and runs(Float16Linear):
+        give_second_form(model, rt, rows, gradually)
     elif on_cpu and rt.dtype == torch.bfloat16:
         pack(model)
 
 
-def give_second_form(model: nn.Module, rt, forms: Sequence[type], rows: int, gradually: bool) -> None:
-    """Give the large matrices of a model a second form, the fastest of some for its shape and for so many rows, block
-    by block, in place. The first form is dropped if the memory does not hold both."""
+def give_second_form(model: nn.Module, rt, rows: int, gradually: bool) -> None:
+    """Round the large matrices of a model to float16, and give those a Float16Linear beside their Linear for which it
+    is faster for 1 row or for so many rows, block by block, in place. The Linear is dropped if the memory does not hold
+    both."""
     parts = [[(model, 'lm_head')], *(linears(block) for block in model.transformer.h)]   # the head gains most
     parts = [[(module, name) for module, name in part if can_convert(getattr(module, name).weight)] for part in parts]
     weights = [getattr(module, name).weight for part in parts for module, name in part]
-    if not forms or sum(weight.nbytes for weight in weights) < CACHED:
+    if sum(weight.nbytes for weight in weights) < CACHED:
         return
-    if forms == [Float16Linear]:   # so that both forms give the same numbers, but for rounding in float32
-        with torch.no_grad():
-            for weight in weights:
-                weight.copy_(weight.half())
+    with torch.no_grad():   # both forms give the same numbers, but for rounding in float32
+        for weight in weights:
+            weight.copy_(weight.half())
     free = rt.free_memory()
-    drop = free is not None and 4 * sum(weight.numel() for weight in weights) > free   # twice what float16 needs
+    added = 2 * sum(weight.numel() for weight in weights)   # bytes
+    drop = free is not None and 2 * added > free
+    if added > NOTICED and not drop:
+        rt.notice(f'{added / 1e9:.1f} GB more memory for matrices in 16 bits, which are read faster; --dtype=float32 '
+                  f'and --quantize=int8 do without')
 
     def convert(part):
         old = [getattr(module, name) for module, name in part]
-        chosen = [choose_form(kernel_seconds(linear, forms, rows)) for linear in old]
-        new = map_in_threads(lambda linear, choice: second_form(linear, *choice, drop), old, chosen)
+        faster = [float16_is_faster(linear, rows) for linear in old]
+        new = map_in_threads(lambda linear, faster: with_float16(linear, *faster, drop), old, faster)
         for (module, name), linear in zip(part, new):
             setattr(module, name, linear)
 
@@ -217,12 +215,12 @@ def can_convert(weight: torch.Tensor) -> bool:
     return weight.numel() >= SMALL and bool(max(-weight.min(), weight.max()) <= torch.finfo(torch.float16).max)
 
 
-def second_form(linear: nn.Linear, form: type | None, one: bool, few: bool, drop: bool) -> nn.Module:
-    """A Linear with a second form, for a single row if `one`, and for some rows if `few`; alone if the first form is to
-    be dropped. The Linear itself if there is no form that is faster."""
-    if form is None:
+def with_float16(linear: nn.Linear, one: bool, few: bool, drop: bool) -> nn.Module:
+    """A Linear with a Float16Linear for a single row if `one`, and for some rows if `few`; the Float16Linear alone if
+    the first form is to be dropped; the Linear itself if the other is never faster."""
+    if not one and not few:
         return linear
-    second = form(linear)
+    second = Float16Linear(linear)
     if drop:
         return second
     return LinearByRows(second if one else linear, second if few else linear, linear)
@@ -267,26 +265,24 @@ def kernels(model: nn.Module, rows: int) -> collections.Counter:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# which form is the fastest
+# which form is faster
 
-measured = {}   # (shape, rows, forms): what kernel_seconds() has measured in this process
+measured = {}   # (shape, rows): what float16_is_faster() has found in this process
 
 
-def kernel_seconds(linear: nn.Linear, forms: Sequence[type], rows: int) -> dict[type | None, tuple[float, float]]:
-    """{form: (seconds for 1 row, seconds for so many rows)} of a Linear as it is, None, and in some forms: of a call
-    whose matrix is in a cache, and of reading it from memory. Only the first PIECE outputs are measured, once per
-    shape."""
+def float16_is_faster(linear: nn.Linear, rows: int) -> tuple[bool, bool]:
+    """Whether a Float16Linear is faster than a Linear for 1 row, and for so many rows: by the times of calls whose
+    matrix is in a cache, and of reading it from memory. Only the first PIECE outputs are measured, once per shape."""
     weight = linear.weight.detach()[:PIECE]
     rows = min(rows, FEW_ROWS)
-    key = (weight.shape, rows, *forms)
+    key = (weight.shape, rows)
     if key not in measured:
-        piece = nn.utils.skip_init(nn.Linear, 1, 1, bias=False)
-        piece.weight = nn.Parameter(weight, requires_grad=False)
-        measured[key] = {}
-        for form in (None, *forms):
-            module = piece if form is None else form(piece)
-            reading = weight.numel() * (weight.itemsize if form is None else form.itemsize) / BANDWIDTH
-            measured[key][form] = tuple(seconds(module, torch.ones(n, weight.size(1))) + reading for n in (1, rows))
+        plain = nn.utils.skip_init(nn.Linear, 1, 1, bias=False)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        half = Float16Linear(plain)
+        gain = weight.numel() * (weight.itemsize - half.itemsize) / BANDWIDTH   # seconds of reading less
+        inputs = [torch.ones(n, weight.size(1)) for n in (1, rows)]
+        measured[key] = tuple(seconds(half, x) < seconds(plain, x) + gain for x in inputs)
     return measured[key]
 
 
@@ -299,14 +295,6 @@ def seconds(module: nn.Module, x: torch.Tensor) -> float:
         module(x)
         times.append(time.perf_counter() - t0)
     return min(times)
-
-
-def choose_form(times: dict[type | None, tuple[float, float]]) -> tuple[type | None, bool, bool]:
-    """(the form to use, whether for 1 row, whether for some rows), from what kernel_seconds() gives: the form that is
-    the fastest for some rows. It is None if the Linear is faster as it is."""
-    best = min((form for form in times if form is not None), key=lambda form: times[form][1])
-    one, few = (times[best][i] < times[None][i] for i in range(2))
-    return (best, one, few) if (one or few) else (None, False, False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -204,8 +204,11 @@ class Runtime:
             return None
         with open('/proc/meminfo') as f:
             free = sum(int(kb) * 1024 for kb in re.findall(r'(?:MemAvailable|SwapFree):\s*(\d+) kB', f.read()))
-        with contextlib.suppress(OSError, ValueError), open('/sys/fs/cgroup/memory.max') as f:
-            free = min(free, int(f.read()))   # of a container; 'max': no limit
+        container = '/sys/fs/cgroup/memory.'
+        with contextlib.suppress(OSError, ValueError), open(container + 'max') as f, open(container + 'stat') as stat:
+            limit = int(f.read())   # 'max': none
+            used = sum(int(n) for n in re.findall(r'^anon (\d+)', stat.read(), re.MULTILINE))   # without files' caches
+            free = min(free, max(limit - used, 0))
         return free
 
     def peak_flops(self) -> float | None:

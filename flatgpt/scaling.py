@@ -191,11 +191,13 @@ def time_size(config, data, rt, n_layer: int, n_embd: int, clock) -> tuple[int, 
         with rt.autocast():
             loss = model(x[0], y[0])[1]
         loss.backward()
+        rt.sync()
         backward = clock()
         rt.clip_gradients(model, 1.0)
         opt.step()
         opt.zero_grad()
         rt.sync()
         per_step = clock() - begun
-        times.append(per_step + (backward - begun) * (config['gradient_accumulation_steps'] - 1))
+        micro_batches = config['gradient_accumulation_steps'] // rt.world_size   # of this process
+        times.append(per_step + (backward - begun) * (micro_batches - 1))
     return model.get_num_params(), rt.mean_number(min(times[1:]))

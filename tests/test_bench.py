@@ -174,10 +174,7 @@ def test_attention_compares_the_ways_to_compute_it(bench):
 
 
 @pytest.mark.parametrize('quantize', [None, 'int8'])
-def test_decode_measures_tokens_and_names_the_kernel_of_each_shape(bench, monkeypatch, quantize):
-    monkeypatch.setattr('flatgpt.quantize.SMALL', 0)
-    monkeypatch.setattr('flatgpt.quantize.CACHED', 0)
-    monkeypatch.setattr('flatgpt.quantize.choose_form', lambda times: (list(times)[1], True, True))
+def test_decode_measures_tokens_and_names_the_kernel_of_each_shape(bench, quantize):
     options = [f'--quantize={quantize}'] if quantize else []
     done = bench(*TINY_MODEL, '--mode=decode', '--batch_size=2', '--prompt_tokens=5', *options)
     result, table = result_of(done), table_of(done)

@@ -100,13 +100,6 @@ def test_a_kernel_that_fails_is_not_used_whatever_oneDNN_says(monkeypatch, untri
     assert packed(linear) is linear
 
 
-def test_a_matrix_that_oneDNN_refuses_is_not_packed_after_a_good_trial(monkeypatch):
-    monkeypatch.setattr(quantize, 'runs', fails())
-    monkeypatch.setattr(torch.ops.mkldnn, '_reorder_linear_weight', refuse)
-    linear = a_linear(64, 48, True)
-    assert packed(linear) is linear
-
-
 def test_a_linear_is_not_packed_if_the_trial_fails(monkeypatch):
     monkeypatch.setattr(quantize, 'runs', fails(PackedLinear))
     linear = a_linear(64, 48, True)
@@ -195,15 +188,15 @@ def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes,
         assert len(list(generate(model, idx, 5))) == 5
 
 
-@pytest.mark.parametrize(('forms', 'most'), [([Float16Linear], 0.0005), ([Int8Linear], 0.01)])
-def test_16_and_8_bits_cost_little_of_the_loss_of_a_trained_model(everything, trained, char_dataset, forms, most):
-    """docs/results.md has the cost for a larger model."""
+@pytest.mark.parametrize(('bits', 'most'), [(None, 0.0005), ('int8', 0.01)])
+def test_16_and_8_bits_cost_little_of_the_loss_of_a_trained_model(everything, trained, char_dataset, bits, most):
+    """docs/sampling.md has the cost for a larger model."""
     data = Dataset(str(char_dataset))
     x, y = data.eval_batch('val', 0, 1, 150, 16, torch.device('cpu'))
     model, _, _ = checkpoint.load_model(trained)
     with torch.inference_mode():
         before = model(x, y)[1].item()
-        quantize.give_second_form(model, machine_with(0), forms, 1, False)   # without memory for the first form
+        quantize.prepare(model, machine_with(0), bits)   # without memory for the first form
         assert len(quantize.kernels(model, 1)) > 2
         assert model(x, y)[1].item() == pytest.approx(before, rel=most)
 
@@ -223,9 +216,9 @@ def machine_with(memory, dtype=torch.float32):
 
 @pytest.fixture
 def everything(monkeypatch):
-    """No matrix is too small, and nothing is measured: each form needs a tenth of the time that the one before it in
-    this list needs, or what a test says in the dictionary that is returned."""
-    times = {nn.Linear: 1.0, Int8Linear: 0.1, Float16Linear: 0.01}
+    """No matrix is too small, and nothing is measured: float16 is faster, unless a test says something else in the
+    dictionary of seconds that is returned."""
+    times = {nn.Linear: 1.0, Float16Linear: 0.01}
     monkeypatch.setattr(quantize, 'SMALL', 0)
     monkeypatch.setattr(quantize, 'CACHED', 0)
     monkeypatch.setattr(quantize, 'measured', {})
@@ -259,14 +252,26 @@ def test_float16_gives_the_numbers_of_rounded_weights(monkeypatch, shape, rows, 
 @fbgemm
 def test_by_default_the_text_is_that_of_rounded_weights_whatever_form_is_used(everything):
     texts = []
-    for forms, rows in (([], 1), ([Float16Linear], 1), ([Float16Linear], 3)):
+    for half, rows, memory in ((2.0, 1, None), (0.01, 1, None), (0.01, 3, None), (0.01, 1, 0)):
+        everything[Float16Linear] = half   # seconds
+        quantize.measured.clear()
         model = make(torch.float32, n_embd=32)
-        with torch.no_grad():
-            for module, name in quantize.linears(model):
-                getattr(module, name).weight.copy_(getattr(module, name).weight.half())
-        quantize.give_second_form(model, machine_with(None), forms, rows, False)
+        quantize.prepare(model, machine_with(memory), rows=rows)
+        assert used(model, 1) == {'FBGEMM float16' if half < 1 else 'torch float32': 9}
         texts.append(torch.stack([token for token, _ in generate(model, tokens(), 8, temperature=0)]))
-    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+@fbgemm
+def test_matrices_are_rounded_also_where_the_kernel_is_slower(everything):
+    everything[Float16Linear] = 2.0
+    plain, model = make(torch.float32, n_embd=32), make(torch.float32, n_embd=32)
+    quantize.prepare(model, machine_with(None))
+    assert used(model, 1) == {'torch float32': 9}
+    for module, name in quantize.linears(plain):
+        getattr(module, name).weight.data.copy_(getattr(module, name).weight.half())
+    with torch.inference_mode():
+        assert torch.equal(model(tokens())[0], plain(tokens())[0])
 
 
 @fbgemm
@@ -303,56 +308,64 @@ def test_without_the_kernel_for_float16_the_plain_path_is_used(everything, monke
     assert used(model, 1) == {'torch float32': 9}
 
 
-@pytest.mark.parametrize('missing', [[], [Float16Linear], [Float16Linear, quantize.INT8_KERNEL]], ids=len)
-def test_int8_asked_for_is_used_with_any_kernel(everything, monkeypatch, missing):
-    monkeypatch.setattr(quantize, 'runs', fails(*missing))
-    everything[Float16Linear] = 0.2
-    model, idx = make(torch.float32, spread=0.02, n_embd=32), tokens()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('memory', [0, 2**40])
+def test_int8_asked_for_is_one_form_whatever_is_fast_or_free(everything, monkeypatch, memory, dtype):
+    everything[Int8Linear] = 100.0
+    monkeypatch.setattr(quantize, 'CACHED', 2**40)
+    expected, model, idx = make(dtype, spread=0.02, n_embd=32), make(dtype, spread=0.02, n_embd=32), tokens()
+    quantize.int8(expected)
+    quantize.prepare(model, machine_with(memory, dtype), 'int8', rows=8)
+    assert used(model, 1) == used(model, 8) == used(model, 100) == {'torch int8': 9}
+    assert not [module for module in model.modules() if type(module) is nn.Linear]   # which would need memory
     with torch.inference_mode():
-        before = model(idx)[0]
-        quantize.prepare(model, machine_with(0), 'int8')
-        assert used(model, 1) == {'torch int8': 9}
-        torch.testing.assert_close(model(idx)[0], before, atol=0.03, rtol=0.05)
+        assert torch.equal(model(idx)[0], expected(idx)[0])
 
 
 @fbgemm
-def test_int8_is_not_used_where_float16_is_faster(everything):
-    model = make(torch.float32, n_embd=32)
-    quantize.prepare(model, machine_with(None), 'int8', rows=8)
-    assert used(model, 8) == {'FBGEMM float16': 9}
+@pytest.mark.parametrize(('memory', 'notices'), [(2**40, 1), (0, 0)])
+def test_second_forms_of_a_large_model_are_announced_if_they_need_more_memory(
+        everything, monkeypatch, capsys, memory, notices):
+    for limit, expected in ((0, notices), (2**40, 0)):
+        monkeypatch.setattr(quantize, 'NOTICED', limit)
+        quantize.prepare(make(torch.float32, n_embd=32), machine_with(memory))
+        assert capsys.readouterr().err.count('more memory') == expected
 
 
-PLAIN, HALF, EIGHT = None, Float16Linear, Int8Linear
-
-
-@pytest.mark.parametrize(('times', 'choice'), [
-    ({PLAIN: (8, 8), HALF: (4, 4)}, (HALF, True, True)),
-    ({PLAIN: (8, 8), HALF: (4, 16)}, (HALF, True, False)),      # good for one row only
-    ({PLAIN: (8, 8), HALF: (16, 4)}, (HALF, False, True)),
-    ({PLAIN: (8, 8), HALF: (16, 16)}, (None, False, False)),
-    ({PLAIN: (8, 8), EIGHT: (2, 6), HALF: (4, 4)}, (HALF, True, True)),   # the rows that are asked for decide
-    ({PLAIN: (8, 8), EIGHT: (2, 3), HALF: (4, 4)}, (EIGHT, True, True)),
+@fbgemm
+@pytest.mark.parametrize(('plain', 'half', 'faster'), [
+    ({1: 8, 4: 8}, {1: 4, 4: 4}, (True, True)), ({1: 8, 4: 8}, {1: 4, 4: 16}, (True, False)),
+    ({1: 8, 4: 8}, {1: 16, 4: 4}, (False, True)), ({1: 8, 4: 8}, {1: 16, 4: 16}, (False, False)),
 ])
-def test_the_choice_follows_from_the_times(times, choice):
-    assert quantize.choose_form(times) == choice
+def test_float16_is_used_for_the_numbers_of_rows_for_which_it_is_faster(everything, monkeypatch, plain, half, faster):
+    times = {nn.Linear: plain, Float16Linear: half}
+    monkeypatch.setattr(quantize, 'seconds', lambda module, x: times[type(module)][len(x)])
+    model = make(torch.float32, n_embd=32)
+    quantize.prepare(model, machine_with(None), rows=4)
+    names = {True: 'FBGEMM float16', False: 'torch float32'}
+    assert (used(model, 1), used(model, 4)) == tuple({names[is_faster]: 9} for is_faster in faster)
 
 
+@fbgemm
 def test_each_shape_is_measured_once_for_one_row_and_for_several(everything, monkeypatch):
     calls = []
     monkeypatch.setattr(quantize, 'seconds', lambda module, x: calls.append((type(module), len(x))) or 1.0)
-    monkeypatch.setattr(quantize, 'runs', fails(Float16Linear))
     for _ in range(2):
-        quantize.prepare(make(torch.float32, n_embd=32), machine_with(None), 'int8', rows=40)
+        quantize.prepare(make(torch.float32, n_embd=32), machine_with(None), rows=40)
     shapes = 5   # four of a block, and the head
     assert sorted(calls, key=str) == sorted(
-        [(form, n) for form in (nn.Linear, Int8Linear) for n in (1, quantize.FEW_ROWS)] * shapes, key=str)
+        [(form, n) for form in (nn.Linear, Float16Linear) for n in (1, quantize.FEW_ROWS)] * shapes, key=str)
 
 
+@fbgemm
 def test_the_time_is_that_of_the_fastest_call_and_of_reading_the_bytes(everything, monkeypatch):
     monkeypatch.setattr(quantize, 'BANDWIDTH', 4.0)
+    everything[Float16Linear] = 1 + 3 * 8 * 2 / 4   # two bytes less for each number
     linear = a_linear(3, 8, True, torch.float32)
-    times = quantize.kernel_seconds(linear, [Int8Linear], 5)
-    assert times == {None: (1 + 3 * 8 * 4 / 4, 1 + 3 * 8 * 4 / 4), Int8Linear: (0.1 + 3 * 8 / 4, 0.1 + 3 * 8 / 4)}
+    assert quantize.float16_is_faster(linear, 5) == (False, False)
+    everything[Float16Linear] -= 0.01
+    quantize.measured.clear()
+    assert quantize.float16_is_faster(linear, 5) == (True, True)
 
 
 def test_seconds_are_those_of_the_fastest_call(monkeypatch):
@@ -361,15 +374,18 @@ def test_seconds_are_those_of_the_fastest_call(monkeypatch):
     assert quantize.seconds(lambda x: x, torch.ones(1, 4)) == 1
 
 
+@fbgemm
 def test_a_model_that_caches_hold_stays_as_it_is(everything, monkeypatch):
     model = make(torch.float32, n_embd=32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
     weights = sum(getattr(module, name).weight.nbytes for module, name in quantize.linears(model))
     monkeypatch.setattr(quantize, 'CACHED', weights + 1)
     quantize.prepare(model, machine_with(None))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert used(model, 1) == {'torch float32': 9}
     monkeypatch.setattr(quantize, 'CACHED', weights)
-    quantize.prepare(model, machine_with(None), 'int8')
-    assert used(model, 1) != {'torch float32': 9}
+    quantize.prepare(model, machine_with(None))
+    assert used(model, 1) == {'FBGEMM float16': 9}
 
 
 @fbgemm

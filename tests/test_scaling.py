@@ -195,6 +195,19 @@ def test_measuring_ends_after_a_tenth_of_the_time(monkeypatch):
     assert len(timed) == 4   # of 30 s, more than 3 are over
 
 
+@pytest.mark.parametrize(('processes', 'seconds'), [(1, 2 + 3 * 1), (2, 2 + 1 * 1)])
+def test_a_step_is_timed_with_its_micro_batches_when_the_device_has_finished(monkeypatch, processes, seconds):
+    now = [0]
+    monkeypatch.setattr(runtime.Runtime, 'sync', lambda self: now.append(now[-1] + 1))   # what takes the time
+    monkeypatch.setattr(runtime.Runtime, 'mean_number', lambda self, number: number)
+    rt = runtime.Runtime(torch.device('cpu'), torch.float32, False, 0, processes)
+    batch = torch.zeros(1, 2, 8, dtype=torch.long)
+    data = SimpleNamespace(padded_vocab_size=8, begins={}, train_batch=lambda *args: (batch, batch))
+    config = options('train.py', 'config/train_my_text.py', '--gradient_accumulation_steps=4', '--block_size=8')
+    params, per_step = scaling.time_size(config, data, rt, 1, 32, lambda: now[-1])
+    assert per_step == seconds and params > 12 * 32**2
+
+
 @pytest.mark.parametrize('args, word', [
     (['--n_layer=2'], 'n_layer'), (['--learning_rate=1e-3', '--n_embd=64'], 'learning_rate, n_embd'),
     (['--max_minutes=None'], '--max_minutes=10')])

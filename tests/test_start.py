@@ -1,5 +1,6 @@
 """What a run starts from, what has changed since it was saved, and what a user is told before it starts."""
 
+import io
 import math
 import os
 from types import SimpleNamespace
@@ -245,6 +246,24 @@ def test_a_run_that_cannot_fit_into_memory_is_refused_before_it_starts():
 def test_the_free_memory_of_this_machine_is_known_on_linux():
     free = RT.free_memory()
     assert free is None or 2**20 < free < 2**50
+
+
+@pytest.mark.parametrize(('limit', 'free'), [('max', 10_240_000), (3_000_000, 1_000_000), (1_000_000, 0),
+                                               (None, 10_240_000)])
+def test_what_a_container_uses_already_is_not_free(monkeypatch, limit, free):
+    files = {'/proc/meminfo': 'MemAvailable: 9000 kB\nSwapFree: 1000 kB\n', '/sys/fs/cgroup/memory.max': f'{limit}\n',
+             '/sys/fs/cgroup/memory.stat': 'anon 2000000\nfile 500000\nanon_thp 7\n'}
+    if limit is None:
+        del files['/sys/fs/cgroup/memory.max']
+
+    def open_made_up(path):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return io.StringIO(files[path])
+
+    monkeypatch.setattr(runtime.sys, 'platform', 'linux')
+    monkeypatch.setattr(runtime, 'open', open_made_up, raising=False)
+    assert RT.free_memory() == free
 
 
 def test_weights_without_a_tokenizer_are_told_and_a_larger_or_another_one_is_refused(tmp_path, capsys):
