@@ -193,7 +193,7 @@ def loss_of(rollout):
 
 # the number of steps: max_iters, or what fits into max_minutes once the first steps are timed
 
-budget = Budget(None if run.planned else max_minutes, STARTED - run.seconds, rt.mean_number)
+budget = Budget(None if run.planned else max_minutes, STARTED - run.seconds, rt.mean_number, splits=1)
 end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
 
 # ---------------------------------------------------------------------------------------------------------------------

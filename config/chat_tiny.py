@@ -6,7 +6,8 @@
 #   python chat.py --out_dir=out-chat-tiny --temperature=0 --max_new_tokens=60
 #   python eval.py --out_dir=out-chat-tiny --questions=data/chat/questions.jsonl
 #
-# hardware: 2 cores | time: 10 minutes, by max_minutes | result: not yet measured
+# hardware: 2 CPU cores | time: 10 minutes, by max_minutes | result: after 4,200 steps 94 % of held-out questions of
+# arithmetic and 86 % of lookups are answered right, docs/chat.md says more | 2026-11-26
 
 out_dir = 'out-chat-tiny'
 dataset = 'chat'
@@ -20,13 +21,13 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 192      # the longest of the conversations
-batch_size = 16       # small, for many steps
+batch_size = 8        # small: copying out of a table takes many steps to learn, whatever their size
 gradient_accumulation_steps = 1
 
 optimizer = 'muon'
-max_iters = 20000
+max_iters = 5000
 max_minutes = 10
-learning_rate = 5e-3
+learning_rate = 4e-3
 schedule = 'linear'
 warmup_iters = 50
 min_lr = 2.5e-4

@@ -2,7 +2,7 @@
 # but many results are wrong. The reward is 1 if the last number of an answer is right, else 0.
 #
 #   python data/chat/prepare.py
-#   python train.py config/chat_tiny.py --max_iters=500 --out_dir=out-chat-short
+#   python train.py config/chat_tiny.py --max_iters=1200 --out_dir=out-chat-short
 #   python grpo.py config/grpo_arithmetic.py
 #   python eval.py --out_dir=out-grpo-arithmetic --check=arithmetic
 #

@@ -8,7 +8,7 @@
 # size is the one that has the lowest loss after max_minutes, by the law that is fitted in scaling_laws.ipynb; one line
 # says which and why. A run that is resumed keeps it.
 #
-# hardware: any | time: max_minutes | result: see "The size for some minutes" in docs/results.md
+# hardware: any | time: max_minutes | result: see "The size for some minutes" in docs/training.md
 
 out_dir = 'out-my-text'
 dataset = 'my_text'

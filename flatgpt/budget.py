@@ -25,13 +25,15 @@ class Budget:
     minutes: for the whole run, with the start of the process, evaluations and saves. None: no limit. begun: what the
     clock showed when the run began; for a resumed run, earlier by what its first part took. mean: a function that
     returns the mean of a number over the processes, so that all set the same number of steps. clock: returns seconds.
+    splits: how many splits are evaluated each time.
     """
 
-    def __init__(self, minutes, begun, mean=float, clock=time.perf_counter):
+    def __init__(self, minutes, begun, mean=float, clock=time.perf_counter, splits=2):
         self.seconds = None if minutes is None else 60 * minutes
         self.begun = begun
         self.mean = mean
         self.clock = clock
+        self.splits = splits
         self.started = begun
         self.times = {'step': [], 'evaluation': [], 'save': []}   # seconds of each
 
@@ -65,7 +67,7 @@ class Budget:
             return None
         counted = counted or steps[1:] or steps   # the first step compiles
         per_step = self.mean(sum(counted) / len(counted))
-        evaluation = 2 * self.mean(min(self.times['evaluation'], default=0.0))   # of two splits
+        evaluation = self.splits * self.mean(min(self.times['evaluation'], default=0.0))
         evaluation += self.mean(min(self.times['save'], default=0.0))
         left = (1 - MARGIN) * self.seconds - used - self.mean(seconds_to_write) - AT_EXIT
 

@@ -97,10 +97,11 @@ def save_peft(folder: Path, model: nn.Module, architecture: str, description: di
     tensors, targets = {}, []
     for name, p in adapters(model).items():   # a module of ours that is several of theirs: they share A
         module, _, part = name.rpartition('.')
-        pieces = hf_parts(f'{module}.weight', p.detach(), model.config, architecture)
         if part == 'lora_A':
             pieces = [(other, p.detach()) for other in hf_names(f'{module}.weight', architecture)]
             targets += [other.removesuffix('.weight') for other, _ in pieces]
+        else:
+            pieces = hf_parts(f'{module}.weight', p.detach(), model.config, architecture)
         tensors |= {f'base_model.model.{other.removesuffix("weight")}{part}.weight': piece.float().clone().contiguous()
                     for other, piece in pieces}
     folder.mkdir(parents=True)

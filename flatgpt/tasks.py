@@ -207,7 +207,7 @@ def lookup(generator: random.Random, language: str, earlier: Question | None = N
         table = LOOKUPS[language][sort][0] + between.join(entry.format(*pair) for pair in pairs) + end
     _, statement, by_name, by_value = LOOKUPS[language][sort]
     name, value = generator.choice(pairs)
-    backwards = generator.random() < 0.3
+    backwards = generator.random() < 0.15
     question = (by_value if backwards else by_name).format(name=name, value=value)
     return Question('lookup', language, question if earlier else table + question,
                     statement.format(name=name, value=value), name if backwards else value, table + question)
@@ -308,7 +308,7 @@ def unknown(generator: random.Random, language: str) -> Question:
 
 KINDS = {'arithmetic': arithmetic, 'dates': dates, 'units': units, 'lookup': lookup, 'sql': sql, 'talk': talk,
          'unknown': unknown}
-SHARES = (6, 1, 2, 7, 2, 3, 1)   # of the kinds, in conversations
+SHARES = (5, 1, 2, 9, 2, 2, 1)   # of the kinds, in conversations
 NEVER_HELD_OUT = ('talk',)   # there is nothing to generalise to
 
 

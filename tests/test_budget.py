@@ -22,11 +22,12 @@ class Clock:
         return self.now
 
 
-def simulate(minutes, step_seconds, evaluation=0.0, save=0.0, write=0.0, start_up=0.0, eval_interval=10**9, most=10**6):
+def simulate(minutes, step_seconds, evaluation=0.0, save=0.0, write=0.0, start_up=0.0, eval_interval=10**9, most=10**6,
+             splits=2):
     """(number of steps that were set, step at which they were set, seconds of the whole run) of a run whose parts take
     so many seconds; step_seconds is a list, whose last value all later steps take."""
     clock = Clock()
-    budget = Budget(minutes, clock.now, clock=clock)
+    budget = Budget(minutes, clock.now, clock=clock, splits=splits)
     clock.now += start_up
     total, set_at, step = most, None, 0
 
@@ -37,8 +38,8 @@ def simulate(minutes, step_seconds, evaluation=0.0, save=0.0, write=0.0, start_u
 
     while True:
         if step >= total or step % eval_interval == 0:
-            for _ in range(2):   # splits
-                spend('evaluation', evaluation / 2)
+            for _ in range(splits):
+                spend('evaluation', evaluation / splits)
             spend('save', save)
         if step >= total:
             break
@@ -49,6 +50,11 @@ def simulate(minutes, step_seconds, evaluation=0.0, save=0.0, write=0.0, start_u
             if fit is not None:
                 total, set_at = fit, step
     return total, set_at, clock.now + write - 100.0
+
+
+def test_evaluations_are_counted_once_for_each_split():
+    runs = [simulate(2, [0.125], evaluation=2.0, eval_interval=100, splits=splits) for splits in (1, 2)]
+    assert runs[0] == runs[1]
 
 
 def test_a_run_ends_within_its_minutes_and_uses_most_of_them():
