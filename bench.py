@@ -52,6 +52,7 @@ peak_flops: float | None = None    # FLOP/s of the device at most, for the mfu f
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
 
+import atexit
 import itertools
 import json
 import re
@@ -180,6 +181,7 @@ def decode(o, rt, rows):
     model, prompt, work = for_decoding(o, rt, rows, o.prompt_tokens + o.warmup_steps + o.steps, rows)
     tokens = 1 + o.warmup_steps + o.steps + 3   # of the prompt's pass; to trace
     stream = generate(model, prompt, tokens, top_k=200, static_cache=rt.compile)
+    atexit.register(stream.close)   # while torch is still there
     work.run = lambda: next(stream)
     c = model.config
     length = min(o.prompt_tokens + o.warmup_steps + o.steps // 2, c.window or c.block_size)   # on average
