@@ -274,12 +274,7 @@ while True:
     run.step += 1
 
     # time this step for max_minutes, and set the number of steps once enough are timed
-    if budget.measuring:
-        rt.sync()
-        budget.stop('step')
-        run.planned = budget.steps_that_fit(run.step, max_iters, eval_interval, folder.writer.seconds)
-        if run.planned is not None:
-            end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
-            rt.notice(f'max_minutes={max_minutes:g}: {run.planned:,} steps fit')
+    if budget.measuring and start.plan_steps(run, budget, config, folder.writer.seconds, rt):
+        end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
 
 rt.close(folder.end(end, interrupted, f'reward of held-out questions {-run.best_val_loss:.4f} at best'))

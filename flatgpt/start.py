@@ -148,6 +148,18 @@ class Progress:
             self.best_val_loss = val_loss
 
 
+def plan_steps(run: Progress, budget, options: dict, seconds_to_write: float, rt) -> bool:
+    """Count a step that has just ended in a flatgpt.budget.Budget. Return whether the number of steps of the run,
+    run.planned, is set now, which is told. seconds_to_write: of the last checkpoint."""
+    rt.sync()
+    budget.stop('step')
+    run.planned = budget.steps_that_fit(run.step, options['max_iters'], options['eval_interval'], seconds_to_write)
+    if run.planned is None:
+        return False
+    rt.notice(f'max_minutes={options["max_minutes"]:g}: {run.planned:,} steps fit')
+    return True
+
+
 def go_on(run: Progress, saved: dict, path, options, opt, scaler, flops_per_token: int, rt: runtime.Runtime):
     """Load the state of the run that goes on, if there is one: its progress, its optimizer, its scaler. UserError if
     the processes of a run are at different steps. saved: the checkpoint at path; empty for a new run."""

@@ -190,7 +190,7 @@ def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes,
 
 @pytest.mark.parametrize(('bits', 'most'), [(None, 0.0005), ('int8', 0.01)])
 def test_16_and_8_bits_cost_little_of_the_loss_of_a_trained_model(everything, trained, char_dataset, bits, most):
-    """docs/sampling.md has the cost for a larger model."""
+    """What docs/sampling.md says of the cost."""
     data = Dataset(str(char_dataset))
     x, y = data.eval_batch('val', 0, 1, 150, 16, torch.device('cpu'))
     model, _, _ = checkpoint.load_model(trained)
