@@ -68,7 +68,7 @@ from tqdm import tqdm
 
 from flatgpt import checkpoint, lora, optim, runtime
 from flatgpt.dataset import Dataset
-from flatgpt.engine import cache_bytes, generate
+from flatgpt.engine import cache_bytes, compile_step, generate
 from flatgpt.errors import UsageError
 from flatgpt.quantize import kernels, prepare
 from flatgpt.validate import at_least, one_of
@@ -169,7 +169,7 @@ def for_decoding(o, rt, rows, longest, tokens):
     work = Work(None, tokens, 2 * model.get_num_params() * tokens, 0, model.get_num_params(non_embedding=False))
     prepare(model, rt, o.quantize, o.dtype, rows)
     if rt.compile:
-        rt.compile_step(model)
+        compile_step(model)
     for (shape, kernel, nbytes), n in kernels(model, tokens).items():
         work.traffic += n * nbytes
         work.kernels.append([f'{shape[0]} x {shape[1]}', kernel, nbytes, n])

@@ -100,7 +100,7 @@ report = {}   # {measurement: {figure: value}}; figure_stderr is the standard er
 model.to(rt.device, rt.dtype)
 del ckpt   # its memory
 if rt.compile:
-    rt.compile_step(model)
+    engine.compile_step(model)
 
 # loss of a text
 

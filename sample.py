@@ -125,7 +125,7 @@ for text in filter(None, notices):
 rows = 1 if stream or interactive else min(batch_size, len(samples))
 prepare(model, rt, quantize, dtype, rows, gradually=True)
 if rt.compile:
-    rt.compile_step(model)
+    engine.compile_step(model)
 
 
 def grow(samples, first_row):

@@ -4,7 +4,8 @@
 #   python train.py config/train_shakespeare_char.py
 #   python sample.py --out_dir=out-shakespeare-char
 #
-# hardware: one GPU | time: not yet measured | result: not yet measured; nanoGPT reports a val loss of 1.4697
+# hardware: one GPU | time: 10 to 13 ms per step on an H100 | result: not yet measured; nanoGPT reports a val loss of
+# 1.4697 | 2026-11-27
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'

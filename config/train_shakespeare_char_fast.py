@@ -6,6 +6,7 @@
 #   python sample.py --out_dir=out-shakespeare-char-fast --start="ROMEO:"
 #
 # hardware: 2 cores, AVX512-BF16 | time: 24 minutes | result: val loss 1.459 (over all of val.bin) | 2026-11-20
+# hardware: H100 | time: 26 s | result: val loss 1.449 | 2026-11-27
 
 out_dir = 'out-shakespeare-char-fast'
 dataset = 'shakespeare_char'

@@ -10,6 +10,7 @@ B rows · T new tokens · S tokens to attend to · K heads of keys and values ·
 """
 
 import contextlib
+import functools
 import json
 import weakref
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from flatgpt.errors import UserError
+from flatgpt.machine import works
 
 SORTED_FIRST = 2048   # ids that are sorted first: nearly always enough for top_p
 
@@ -129,6 +131,13 @@ class KVCache:
         # tensors, because a compiled step is compiled again for each value of a number
         self.next_column = torch.zeros(1, dtype=torch.long, device=device)            # length
         self.evicted = torch.zeros(1, dtype=torch.long, device=device)                # columns dropped before the first
+        self.fix_addresses(self.columns, self.padding, self.next_column, self.evicted)
+
+    def fix_addresses(self, *tensors: torch.Tensor) -> None:
+        """Tell CUDA graphs that tensors of a static cache stay where they are; they would copy them at each step."""
+        if self.static:
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor)
 
     def reset(self, lengths: Sequence[int]) -> None:
         """Make the cache empty, for rows of these lengths. A static one is set to zero: attention multiplies columns
@@ -157,9 +166,7 @@ class KVCache:
             shape = self.rows, k.size(1), self.capacity, k.size(3)
             self.keys[layer] = k.new_zeros(shape)
             self.values[layer] = k.new_zeros(shape)
-            if self.static:   # otherwise CUDA graphs would copy them at each step
-                torch._dynamo.mark_static_address(self.keys[layer])
-                torch._dynamo.mark_static_address(self.values[layer])
+            self.fix_addresses(self.keys[layer], self.values[layer])
         keys, values = self.keys[layer], self.values[layer]
         if self.static and T == 1:
             return keys.index_copy_(2, self.next_column, k), values.index_copy_(2, self.next_column, v)
@@ -216,6 +223,36 @@ def take_cache(model, rows: int, num_tokens: int, static: bool) -> KVCache:
 # ---------------------------------------------------------------------------------------------------------------------
 # generation
 
+def decode_step(model, idx: torch.Tensor, kv_cache: KVCache, uniform: torch.Tensor, vocab_size: int | None,
+                temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
+                repetition_penalty: float, seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, (B, V) in float32, of the tokens that follow token ids idx, (1 or B, T), which continue those in the
+    kv_cache; and the tokens, (B,), that random numbers, (B,), and the controls take of them."""
+    logits = model.next_logits(idx, kv_cache).expand(len(uniform), -1)[:, :vocab_size].float()
+    penalized = logits
+    if repetition_penalty != 1:
+        penalized = penalize_repetition(logits, seen[:, :vocab_size], repetition_penalty)
+    return logits, sample_token(penalized, uniform, temperature, top_k, top_p, min_p)
+
+
+def compile_step(model) -> None:
+    """Compile decode_step() for one token after another: into a CUDA graph on a GPU, with packed weights on a CPU.
+    Prompts are not compiled. If the first call fails, decoding continues without compilation."""
+    eager = functools.partial(decode_step, model)
+    gpu = model.transformer.wte.weight.device.type == 'cuda'
+    fast = torch.compile(eager, **{'mode': 'reduce-overhead'} if gpu else {'options': {'freezing': True}})
+    trials = []   # the result of the first call, which is repeated: the token goes into the same column again
+
+    def step(idx, kv_cache, *rest):
+        if kv_cache.length == 0 or idx.size(1) > 1:
+            return eager(idx, kv_cache, *rest)
+        if not trials:
+            trials.append(works(lambda: fast(idx, kv_cache, *rest) is not None, 'torch.compile'))
+        return fast(idx, kv_cache, *rest) if trials[0] else eager(idx, kv_cache, *rest)
+
+    model.decode_step = step
+
+
 @torch.inference_mode()
 def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
@@ -238,7 +275,8 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
     Call model.eval() first. Raises ValueError for an empty prompt or a control out of range, UserError for logits that
     are not finite.
     """
-    check_controls(temperature, top_k, top_p, min_p, repetition_penalty)
+    controls = (temperature, top_k, top_p, min_p, repetition_penalty)
+    check_controls(*controls)
     if not all(len(ids) for ids in prompts):
         raise ValueError('an empty prompt: expected at least one token id')
     config, device, B = model.config, model.transformer.wte.weight.device, len(prompts)
@@ -246,12 +284,17 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
     start = max(len(ids) for ids in prompts)
     end = start + max_new_tokens
     text = torch.zeros(B, end, dtype=torch.long, device=device)                       # padded on the left
-    seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)
+    seen = None
+    if repetition_penalty != 1:
+        seen = torch.zeros(B, config.vocab_size, dtype=torch.bool, device=device)
     for row, ids in enumerate(prompts):
         text[row, start - len(ids):start] = ids
-        seen[row, ids.long()] = True
-    uniform = torch.stack([random_uniform(seed, first_row + row, max_new_tokens) for row in range(B)]).to(device)
+        if seen is not None:
+            seen[row, ids.long()] = True
+    uniform = [random_uniform(seed, first_row + row, max_new_tokens) for row in range(B)]
+    uniform = torch.stack(uniform, dim=1).to(device)                                  # (max_new_tokens, B)
 
+    step = getattr(model, 'decode_step', None) or functools.partial(decode_step, model)   # compiled, or not
     equal_prompts = all(torch.equal(ids, prompts[0]) for ids in prompts)
     contexts = [min(len(ids), block_size) for ids in prompts]   # how many tokens each row sees
     shortened = block_size if exact_window else max(block_size // 2, 1)   # of a context that has become too long
@@ -276,22 +319,18 @@ def generate(model, prompts: Sequence[torch.Tensor], max_new_tokens: int, temper
                         idx[row, first:first + len(begin)] = torch.tensor(begin, device=device)
             elif full:
                 kv_cache.evict(config.window - 1)
-            logits = model.next_logits(idx.contiguous(), kv_cache)                    # (rows, V)
-            logits = logits.expand(B, -1)[:, :vocab_size].float()                     # (B, V)
+            logits, token = step(idx.contiguous(), kv_cache, uniform[now - start], vocab_size, *controls, seen)
             kv_cache.advance(T)
             # not after each token, because a GPU would have to finish its work for it
             if device.type == 'cpu' or now % 32 == 0 or now in (start, end - 1):
                 if not all_finite(logits):
                     raise UserError('the model gives NaN or infinite logits: its training went wrong')
-            penalized = logits
-            if repetition_penalty != 1:
-                penalized = penalize_repetition(logits, seen[:, :vocab_size], repetition_penalty)
-            token = sample_token(penalized, uniform[:, now - start], temperature, top_k, top_p, min_p)  # (B,)
             log_prob = logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0] if log_probs else None
             text[:, now] = token
-            seen.scatter_(1, token[:, None], True)
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
             contexts = [n + 1 for n in contexts]
-            yield token, log_prob
+            yield text[:, now], log_prob   # a CUDA graph overwrites its result in the next step
     finally:
         if static_cache:
             spare_caches[model] = kv_cache

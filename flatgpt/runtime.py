@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flatgpt import machine
 from flatgpt.errors import UsageError, UserError, exit_now
-from flatgpt.machine import first_line, works
+from flatgpt.machine import first_line
 
 PARALLEL = ('ddp', 'fsdp')
 DEEP = 24       # models of more layers are compiled block by block
@@ -81,23 +81,6 @@ class Runtime:
             block.compile()
         # so that the logits of all positions need no memory in float32
         model.logits_and_loss = torch.compile(model.logits_and_loss)
-
-    def compile_step(self, model: nn.Module):
-        """Compile the decoding of one token: into a CUDA graph on a GPU, with packed weights on a CPU. Prompts are not
-        compiled. If the first call fails, decoding continues without compilation."""
-        eager = model.next_logits
-        gpu = self.device.type == 'cuda'
-        fast = torch.compile(eager, **{'mode': 'reduce-overhead'} if gpu else {'options': {'freezing': True}})
-        trials = []   # the result of the first call, which is repeated: the token goes into the same column again
-
-        def next_logits(idx, kv_cache):
-            if kv_cache.length == 0 or idx.size(1) > 1:
-                return eager(idx, kv_cache)
-            if not trials:
-                trials.append(works(lambda: fast(idx, kv_cache) is not None, 'torch.compile'))
-            return fast(idx, kv_cache) if trials[0] else eager(idx, kv_cache)
-
-        model.next_logits = next_logits
 
     def wrap(self, model: nn.Module, parallel='ddp', changing=False) -> nn.Module:
         """The module to call in training: with several processes, one that averages gradients over them.

@@ -55,6 +55,8 @@ def ask(number, leave=False):
     text = ''
     finish = None
     with session.post(f'{url}/v1/completions', json=body_of(number), stream=True, timeout=600) as response:
+        if response.status_code == 400:   # such as a prompt longer than a small model's context
+            raise SystemExit(response.json()['error']['message'])
         for line in response.iter_lines():
             if line.startswith(b'data: {'):
                 first = first or time.monotonic() - begun

@@ -2,12 +2,14 @@
 numbers, nothing meets what was left on the CPU, and the host does not wait more often than it must; and what
 torch.compile will make one graph of is one graph."""
 
+import functools
+
 import pytest
 import torch
 from one_device import OneDevice, no_fused_adamw
 
 from flatgpt import optim
-from flatgpt.engine import generate
+from flatgpt.engine import decode_step, generate
 from flatgpt.runtime import Runtime
 from model import ARCHS, GPT, GPTConfig
 
@@ -92,9 +94,10 @@ def test_a_training_step_is_one_graph(graphs, name):
 @with_each_way
 def test_all_steps_of_decoding_are_one_graph(graphs, name):
     model = GPT(GPTConfig(**{**SHAPE, **SWITCHES[name]})).eval()
-    eager = model.next_logits
+    eager = functools.partial(decode_step, model)
     fast = torch.compile(eager, backend='eager', fullgraph=True)
-    model.next_logits = lambda idx, cache: (fast if cache.length and idx.size(1) == 1 else eager)(idx, cache)
+    model.decode_step = lambda idx, cache, *rest: (fast if cache.length and idx.size(1) == 1 else eager)(
+        idx, cache, *rest)
     for seed in range(2):
         prompts = [torch.full((n,), seed) for n in (3, 7, 1)]
         assert len(list(generate(model, prompts, 20, seed=seed, static_cache=True))) == 20

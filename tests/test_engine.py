@@ -9,7 +9,7 @@ import torch
 from conftest import needs
 from test_model import ALL, CASES, FEW, METHODS, full, logits_of, make, tokens, with_each
 
-from flatgpt import engine, machine, runtime
+from flatgpt import engine, machine
 from flatgpt.engine import (
     KVCache,
     cache_bytes,
@@ -402,7 +402,7 @@ def test_a_compiled_step_serves_all_prompts_of_a_size(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     model, plain = (make(torch.float32, block_size=1024, pos='rope', n_kv_head=2) for _ in range(2))
-    runtime.Runtime(torch.device('cpu'), torch.float32, True, 0, 1).compile_step(model)
+    engine.compile_step(model)
     graphs = []
     for lengths, n in (([5, 9], 20), ([30, 3], 9), ([60, 61], 67), ([100, 90], 60), ([40, 130], 9), ([300, 2], 9)):
         prompts = prompts_of(lengths)

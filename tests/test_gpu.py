@@ -6,12 +6,15 @@ import os
 import sys
 
 import pytest
+import test_dpo
+import test_grpo
 import torch
 import torch.distributed as dist
 from conftest import log_of, needs, run
 from in_process import call
 
-from flatgpt import checkpoint, lora, machine, optim, quantize, runtime
+from flatgpt import alignment, checkpoint, engine, lora, machine, optim, quantize, runtime
+from flatgpt.batching import Batch, Request, Session
 from flatgpt.dataset import Dataset
 from flatgpt.engine import generate
 from model import ARCHS, GPT, GPTConfig
@@ -219,7 +222,7 @@ def test_a_wrapped_model_makes_the_steps_of_a_plain_one(several, exact, parallel
     for name, weight in plain.items():
         assert (wrapped[name] - weight).abs().mean() < 1e-5, name   # a hundredth of a learning rate
     assert several.mean(torch.full((2,), 6.0, device=GPU)).tolist() == [3.0, 3.0]   # a sum over one, for two
-    assert several.any(True) and several.same(4.0)   # between CPUs
+    assert several.any_process(True) and several.same_everywhere(4.0)   # between CPUs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,13 +252,30 @@ def test_greedy_text_is_that_of_the_cpu(exact, name):
     assert greedy(model, [PROMPTS[1]]) == [expected[1]]
 
 
+def test_requests_that_are_decoded_together_get_the_text_of_the_cpu(exact):
+    model, n = random_model('llama', GPU), 20
+    expected = greedy(random_model('llama', CPU), n=n)
+    requests = [Request(prompt, n, temperature=0) for prompt in PROMPTS]
+    batch, texts = Batch(model, rows=3), {}
+    waiting = list(requests)
+    while waiting or batch.requests:
+        steps = [batch.add(waiting.pop(0))] if waiting and len(batch.requests) < 3 else batch.step()
+        for step in steps:
+            texts.setdefault(step.request, []).append(step.token)
+            if batch.finished(step.request):
+                batch.remove(step.request)
+    assert [texts[request] for request in requests] == expected
+    session = Session(model)
+    assert [[token for token, _ in session.generate(request)] for request in requests] == expected
+
+
 def test_greedy_text_by_cuda_graphs_is_that_of_the_cpu(exact, compiler, capsys):
     from torch._dynamo.utils import counters
     from torch._inductor import cudagraph_trees
 
-    model, rt = random_model('llama', GPU), runtime.Runtime(GPU, torch.float32, True, 0, 1)
+    model = random_model('llama', GPU)
     counters.clear()
-    rt.compile_step(model)
+    engine.compile_step(model)
     texts = [PROMPTS, PROMPTS[::-1]]
     expected = [greedy(random_model('llama', CPU), prompts) for prompts in texts]
     assert greedy(model, static_cache=True) == expected[0]
@@ -312,6 +332,59 @@ def test_an_adapter_is_trained_merged_and_exported(exact, gpu_run, tiny, tmp_pat
     again = checkpoint.load_model(tmp_path / 'exported')[0].to(GPU)
     with torch.inference_mode():
         torch.testing.assert_close(again(x, x)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preferences and rewards
+
+base, pairs, letters = test_dpo.base, test_dpo.pairs, test_grpo.letters   # fixtures
+
+
+def test_log_probabilities_and_their_gradients_are_those_of_the_cpu(exact):
+    idx = ids_of(6, 20)
+    targets = torch.where(ids_of(6, 20, vocab=3, seed=1) > 0, ids_of(6, 20, seed=2), -1)
+    found, gradients = [], []
+    for device in (CPU, GPU):
+        model = a_model(**MODELS['llama']).to(device)
+        log_probs = alignment.token_log_probs(model, idx.to(device), targets.to(device), 0.8)
+        log_probs.sum().backward()
+        found.append(log_probs.detach().cpu())
+        gradients.append([p.grad.cpu() for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(params=['dpo.py', 'dpo.py --lora_rank=2', 'grpo.py --kl=0.01 --updates=2'])
+def aligned(request, base, pairs, letters):
+    """A function of a folder and options, which runs a script with them and returns what it has logged."""
+    script, *more = request.param.split()
+
+    def execute(out_dir, *options):
+        arguments = test_dpo.arguments(base, pairs, out_dir) if script == 'dpo.py' else \
+            test_grpo.arguments(letters, out_dir)
+        done = call(script, *arguments, *more, '--max_iters=8', '--eval_interval=4', *options)
+        assert done.returncode == 0, done.stderr
+        return [{k: v for k, v in record.items() if k != 'seconds_drawing'} for record in log_of(out_dir)]
+
+    return execute
+
+
+def test_preferences_and_rewards_are_learned_as_on_the_cpu(aligned, tmp_path):
+    first, last = ([records[0], records[-1]] for records in (
+        aligned(tmp_path / name, f'--device={name}') for name in ('cpu', 'cuda')))
+    for expected, found in zip(first, last):
+        for key in ('val_loss', 'val_reward'):   # TensorFloat-32 has 10 bits
+            assert found.get(key) == pytest.approx(expected.get(key), abs=0.05), (expected, found)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_an_interrupted_alignment_goes_on_bit_for_bit(aligned, tmp_path, dtype):
+    on = ('--device=cuda', f'--dtype={dtype}')
+    whole = aligned(tmp_path / 'whole', *on)
+    aligned(tmp_path / 'parts', *on, '--max_iters=4', '--lr_decay_iters=8')
+    assert aligned(tmp_path / 'parts', *on, '--init_from=resume', '--lr_decay_iters=8') == whole
+    one, other = (checkpoint.load(tmp_path / name / 'ckpt.pt')['model'] for name in ('whole', 'parts'))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -405,7 +405,8 @@ def test_every_phony_target_exists():
 
 # --help, --key=val, the options of torchrun, pip, hf, tensorboard, lm_eval and llama.cpp, and one in a sample of text
 OTHER_OPTIONS = {'help', 'key', 'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port',
-                 'max-restarts', 'index-url', 'local-dir', 'logdir', 'model', 'model_args', 'tasks', 'outfile', 'user'}
+                 'max-restarts', 'index-url', 'local-dir', 'logdir', 'model', 'model_args', 'tasks', 'outfile', 'user',
+                 'real_data'}
 
 
 @pytest.mark.parametrize('name', PAGES)
