@@ -160,16 +160,15 @@ def read_json(text, where):
 
 def command(line):
     """Carry out a line that begins with '/'."""
-    global messages, system
+    global messages, system, turns
     word, _, argument = line.partition(' ')
     argument = argument.strip()
     if word == '/quit':
         raise EOFError
-    if word == '/reset':
+    if word in ('/reset', '/system'):
+        system = argument if word == '/system' else system
         messages = first_messages()
-    elif word == '/system':
-        system = argument
-        messages = first_messages()
+        turns = 0
     elif word in ('/save', '/load') and not argument:
         notice(f'{word}: name a file, as in {word} talk.json')
     elif word == '/save':
@@ -177,6 +176,7 @@ def command(line):
         notice(f'{len(messages)} messages in {argument}')
     elif word == '/load':
         messages = messages_of(read_json(Path(argument).read_text(encoding='utf-8'), argument), argument)
+        turns = sum(message['role'] == 'assistant' for message in messages)
         for message in messages:
             notice(f'{message["role"]}: {message["content"]}')
     else:

@@ -16,12 +16,12 @@ eval_interval = 500
 eval_iters = 10
 log_interval = 50
 
-arch = 'llama'
+arch = 'qwen3'       # with one matrix for embedding and head, copying out of a table is learned sooner
 n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 192      # the longest of the conversations
-batch_size = 8        # small: copying out of a table takes many steps to learn, whatever their size
+batch_size = 8        # small: that takes many steps, whatever their size
 gradient_accumulation_steps = 1
 
 optimizer = 'muon'

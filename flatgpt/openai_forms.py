@@ -3,6 +3,7 @@ What requests to OpenAI's API may ask of one model, and how responses, streams a
 https://platform.openai.com/docs/api-reference
 """
 
+import collections
 import dataclasses
 import itertools
 import secrets
@@ -117,6 +118,7 @@ class Forms:
         self.top = options['top_logprobs'] if chat else options['logprobs']   # likeliest tokens that are shown
         self.logprobs = options['logprobs'] not in (None, False)   # 0 of completions wants those of the tokens
         self.needed = max(self.top, 1) if self.logprobs else 0                # likeliest tokens to compute
+        self.lengths = collections.Counter()   # characters of the tokens of each answer so far
 
     def response(self, choices: list[dict], stream: bool, usage: tuple[int, int] | None = None) -> dict:
         """A response, or a chunk of a stream. usage: numbers of tokens, read and made."""
@@ -137,17 +139,18 @@ class Forms:
             content = {'delta': {'role': 'assistant', 'content': ''}}
         elif self.chat:
             content = {'delta': {'content': piece.text} if piece.text else {}}
-        return {'index': index, **content, 'logprobs': self.log_probs(piece.tokens), 'finish_reason': piece.finish}
+        return {'index': index, **content, 'logprobs': self.log_probs(index, piece.tokens),
+                'finish_reason': piece.finish}
 
-    def log_probs(self, tokens: list[tuple]) -> dict | None:
-        """The log-probabilities of tokens in the form of the endpoint."""
+    def log_probs(self, index: int, tokens: list[tuple]) -> dict | None:
+        """The log-probabilities of the next tokens of an answer in the form of the endpoint."""
         if not self.logprobs:
             return None
         if self.chat:
             return {'content': [{**self.entry(i, log_prob), 'top_logprobs': [
                 self.entry(*pair) for pair in top[:self.top]]} for i, log_prob, top in tokens], 'refusal': None}
         texts = [self.entry(i)['token'] for i, _, _ in tokens]
-        offsets = list(itertools.accumulate(map(len, texts), initial=0))[:-1]
+        *offsets, self.lengths[index] = itertools.accumulate(map(len, texts), initial=self.lengths[index])
         return {'tokens': texts, 'token_logprobs': [log_prob for _, log_prob, _ in tokens], 'top_logprobs': [
             None if top is None else {self.entry(i)['token']: p for i, p in top[:self.top]}
             for _, _, top in tokens], 'text_offset': offsets}

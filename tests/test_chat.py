@@ -112,14 +112,16 @@ def test_commands_in_a_terminal(talker, tmp_path):
     import pty
 
     master, slave = pty.openpty()
-    command = [sys.executable, ROOT / 'chat.py', f'--out_dir={talker}', '--max_new_tokens=5', *FAST]
-    lines = ['red', '/save talk.json', '/system kind', '/load talk.json', '/load missing.json', '/help', '/save',
+    command = [sys.executable, ROOT / 'chat.py', f'--out_dir={talker}', '--max_new_tokens=5', '--temperature=2', *FAST]
+    lines = ['red', '/reset', 'red', '/save talk.json', '/system kind', '/load talk.json', '/load missing.json', '/help', '/save',
              '/quit']
     os.write(master, '\n'.join([*lines, '']).encode())
     done = subprocess.run(command, stdin=slave, capture_output=True, text=True, cwd=tmp_path, timeout=100)
     os.close(master)
     os.close(slave)
     assert done.returncode == 0, done.stderr
+    first, again, *_ = done.stdout.replace('> ', '').splitlines()
+    assert first == again   # a conversation that begins anew has the random numbers of the first
     saved = json.loads((tmp_path / 'talk.json').read_text(encoding='utf-8'))['messages']
     assert [message['role'] for message in saved] == ['user', 'assistant'] and saved[0]['content'] == 'red'
     for words in ('2 messages in talk.json', 'user: red', 'missing.json', '/system TEXT', '/save: name a file'):

@@ -150,6 +150,17 @@ def test_an_echo_has_the_log_probabilities_of_the_prompt(running):
     assert nothing['usage']['completion_tokens'] == 0
 
 
+def test_the_offsets_of_a_stream_go_on_from_piece_to_piece(running):
+    body = {'prompt': 'abcabc', 'max_tokens': 9, 'echo': True, 'logprobs': 1, 'n': 2, 'seed': 1}
+    whole = running.post('/v1/completions', body).json()['choices']
+    offsets = {0: [], 1: []}
+    for chunk in events_of(running.post('/v1/completions', {**body, 'stream': True})):
+        [choice] = chunk['choices']
+        offsets[choice['index']] += choice['logprobs']['text_offset']
+    assert [offsets[0], offsets[1]] == [choice['logprobs']['text_offset'] for choice in whole]
+    assert len(offsets[0]) > 8 and offsets[0] == sorted(offsets[0]) and offsets[0][0] == 0
+
+
 def events_of(response):
     lines = response.content.decode().split('\n\n')
     assert lines.pop() == ''
