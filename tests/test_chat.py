@@ -113,8 +113,8 @@ def test_commands_in_a_terminal(talker, tmp_path):
 
     master, slave = pty.openpty()
     command = [sys.executable, ROOT / 'chat.py', f'--out_dir={talker}', '--max_new_tokens=5', '--temperature=2', *FAST]
-    lines = ['red', '/reset', 'red', '/save talk.json', '/system kind', '/load talk.json', '/load missing.json', '/help', '/save',
-             '/quit']
+    lines = ['red', '/reset', 'red', '/save talk.json', '/system kind', '/load talk.json', '/load missing.json',
+             '/help', '/save', '/quit']
     os.write(master, '\n'.join([*lines, '']).encode())
     done = subprocess.run(command, stdin=slave, capture_output=True, text=True, cwd=tmp_path, timeout=100)
     os.close(master)
