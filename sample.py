@@ -136,6 +136,8 @@ def grow(samples, first_row):
 
 
 def show(text):
+    if sys.stdout.isatty():   # where tabs of eight columns would move code out of sight
+        text = text.replace('\t', '    ')
     print(text, end='', flush=True)
 
 

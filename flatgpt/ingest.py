@@ -324,7 +324,8 @@ def snippets(writer) -> list[str]:
 def report_lines(report: dict, tok) -> Iterator[str]:
     """A report as lines of text."""
     for split in SPLITS:
-        documents = f'{report["documents"][split]:,} documents, ' if report['documents'][split] else ''
+        n = report['documents'][split]
+        documents = f'{n:,} document{"s" if n > 1 else ""}, ' if n else ''
         yield (f'{split}: {documents}{report["bytes"][split]:,} bytes, {report["characters"][split]:,} characters, '
                f'{report["tokens"][split]:,} tokens')
     yield (f'vocabulary of {tok.vocab_size:,}, {report["bytes_per_token"]:.3f} bytes per token; validation is '

@@ -226,8 +226,9 @@ def chart(runs: list[Run], by: str = 'step', panel: str = 'loss', smooth: int | 
                 legend += f'\n  {marker.replace("braille", "⠒")} {name}{label}'.removesuffix(': ')
     for axis, span, log in (('x', spans[0], log_x), ('y', spans[1], log_y)):
         low, high = min(span), max(span)
-        if low == high:
-            high += abs(high) / 10 or 1
+        if low == high:   # a single point lies in the middle
+            margin = abs(high) / 10 or 1
+            low, high = low - margin, high + margin
         marks = np.linspace(low, high, 5)
         drawn.ruler(axis).lim(low, high)
         drawn.ruler(axis).ticks(marks.tolist(), [short(mark) for mark in (np.exp(marks) if log else marks)])

@@ -132,7 +132,8 @@ def test_commands_in_a_terminal(talker, tmp_path):
 # serve.py
 
 @needs('linux')
-def test_a_server_answers_and_ends_with_status_0_when_it_is_told_to(talker):
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
+def test_a_server_answers_and_ends_with_status_0_when_it_is_told_to(talker, number):
     pytest.importorskip('uvicorn')
     with started(ROOT / 'serve.py', f'--out_dir={talker}', '--port=0', '--api_key=secret', *FAST) as process:
         log = []
@@ -147,7 +148,7 @@ def test_a_server_answers_and_ends_with_status_0_when_it_is_told_to(talker):
         answer = requests.post(f'{url}/v1/chat/completions', json=body, headers=headers, timeout=60).json()
         assert answer['usage']['completion_tokens'] <= 5 and answer['model'] == 'out'
         assert '<html' in requests.get(url, timeout=60).text
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(60) == 0
 
 

@@ -407,7 +407,7 @@ def test_a_longer_context_needs_positions_that_are_relative(saved, pos):
 @pytest.mark.full
 def test_in_a_terminal_it_asks_for_prompts_and_streams_answers(says):
     pty = pytest.importorskip('pty')   # which Unix has
-    args, _, _ = says('你好 there')
+    args, _, _ = says('你好\tthere')   # a tab is four columns there
     terminal, inside = pty.openpty()
     environ = {**os.environ, 'PYTHONIOENCODING': 'utf-8', 'TERM': 'dumb'}
     command = [sys.executable, ROOT / 'sample.py', '--device=cpu', '--dtype=float32', *args[:2]]
@@ -426,7 +426,7 @@ def test_in_a_terminal_it_asks_for_prompts_and_streams_answers(says):
     assert process.returncode == 0
     notices, shown = seen.decode().replace('\r\n', '\n').split('> |', 1)
     assert 'Ctrl-D' in notices
-    assert shown == 'who?\nwho?你好 there\n> |\n你好 there\n> |'
+    assert shown == 'who?\nwho?你好    there\n> |\n你好    there\n> |'
 
 
 @pytest.mark.parametrize('args', [['--quantize=int8'], ['--dtype=bfloat16'], ['--top_p=0.9', '--min_p=0.02'],
