@@ -2,7 +2,7 @@
 # gives the same rows as the right one on a small database in memory, which it can only read, else 0.
 #
 #   python data/chat/prepare.py
-#   python train.py config/chat_tiny.py --max_iters=1200 --out_dir=out-chat-short
+#   python train.py config/chat_tiny.py --max_iters=1300 --out_dir=out-chat-short
 #   python grpo.py config/grpo_sql.py
 #   python eval.py --out_dir=out-grpo-sql --check=sql
 #
