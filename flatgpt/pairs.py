@@ -86,13 +86,16 @@ def hold_out(pairs: Sequence[Pair], fraction: float) -> tuple[list[Pair], list[P
 
 def row_of(prompt: str | list[Message], answer: str, tok, template) -> tuple[np.ndarray, int]:
     """Return the token ids of a prompt with its answer, (T,), and where the answer begins; they end with what ends an
-    answer. template: the ChatTemplate of the model, or None: then the prompt must be a text."""
+    answer. template: the ChatTemplate of the model, or None: then the prompt must be a text. Its ids and those of the
+    answer are those of the whole text: a blank between them may belong to the first word of the answer."""
     if template is None and not isinstance(prompt, str):
         raise UserError('these pairs have messages and the model has no chat template: give prompts as texts, or use '
                         'an instruct model')
     if template is None:
-        start = tok.after_begin(tok.encode(prompt))
-        return np.concatenate((start, tok.encode(answer), tok.ends[:1])).astype(np.int64), max(len(start), 1)
+        before, whole = (tok.encode_texts([text], end=False) for text in (prompt, prompt + answer))
+        n = min(len(before), len(whole))
+        start = int((before[:n] == whole[:n]).cumprod().sum())
+        return np.concatenate((whole, tok.ends[:1])).astype(np.int64), max(start, 1)
     messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
     ids, learned = template.training_ids(tok, [*messages, {'role': 'assistant', 'content': answer}])
     before = np.flatnonzero(~learned)   # the answer is the last run of what is learned

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import quick
+from test_tokenizer import KINDS
 
 from flatgpt.conversation import add_chatml
 from flatgpt.errors import UserError
 from flatgpt.pairs import Pair, Rows, hold_out, pair_of, read, row_of
-from flatgpt.tokenizer import CharTokenizer, load
+from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, load
 
 CPU = torch.device('cpu')
 CHARS = CharTokenizer.of('abcdefghijklmnopqrstuvwxyz ?.')
@@ -120,10 +121,21 @@ def test_without_a_template_a_text_goes_on_and_messages_are_refused(chat):
     assert (CHARS.decode(ids), start) == ('why? because', 5)
     tok, _ = chat
     ids, start = row_of('why? ', 'because', tok, None)
-    assert ids[-1] == tok.ends[0] and tok.decode(ids[start:-1]) == 'because'
+    assert ids[-1] == tok.ends[0] and tok.decode(ids[start:-1]).lstrip() == 'because'
     assert row_of('', 'ab', CHARS, None)[1] == 1   # nothing comes before the first token
     with pytest.raises(UserError, match='no chat template'):
         row_of([USER], 'because', CHARS, None)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('prompt, answer', [('hello', ' hello'), ('hello ', 'hello'), ('<s>hello', 'llo'), ('', 'he')])
+def test_without_a_template_a_row_has_the_ids_that_training_data_and_prompts_have(kind, prompt, answer):
+    tok = BpeTokenizer(KINDS[kind][0]())
+    ids, start = row_of(prompt, answer, tok, None)
+    assert ids.tolist() == tok.encode_document(prompt + answer).tolist()
+    if prompt:
+        assert ids[:start].tolist() == tok.encode_prompt(prompt).tolist()[:start]
+        assert tok.decode_after(ids[:start], ids[start:len(ids) - len(tok.ends)]).endswith(answer)
 
 
 def test_a_batch_has_chosen_rows_above_rejected_ones_and_targets_of_answers_alone():
