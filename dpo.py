@@ -72,7 +72,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flatgpt import alignment, checkpoint, optim, outdir, runtime, start, tokenizer, validate
+from flatgpt import alignment, checkpoint, optim, outdir, runtime, start, validate
 from flatgpt.budget import Budget
 from flatgpt.conversation import chat_template_of
 from flatgpt.errors import UserError
@@ -93,7 +93,7 @@ outdir.claim_for_all(out_dir, rt)   # one run per folder, until this process end
 # pairs as token ids, by the tokenizer and the chat template of the model
 
 description = checkpoint.describe_tokenizer(ckpt, start_path, None)
-tok = tokenizer.from_dict(description)
+tok = checkpoint.make_tokenizer(description, ckpt, start_path)
 found = {'train': read(pairs)}
 if val_pairs:
     found['val'] = read(val_pairs)

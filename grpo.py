@@ -77,7 +77,7 @@ import math
 
 import torch
 
-from flatgpt import alignment, checkpoint, optim, outdir, rewards, rollouts, runtime, start, tokenizer, validate
+from flatgpt import alignment, checkpoint, optim, outdir, rewards, rollouts, runtime, start, validate
 from flatgpt.budget import Budget, duration
 from flatgpt.evaluation import generate_until
 
@@ -94,7 +94,7 @@ outdir.claim_for_all(out_dir, rt)   # one run per folder, until this process end
 # questions and rewards: records, and a function (question, answer) -> float
 
 description = checkpoint.describe_tokenizer(ckpt, start_path, None)
-tok = tokenizer.from_dict(description)
+tok = checkpoint.make_tokenizer(description, ckpt, start_path)
 reward_of = rewards.load(reward)
 source = rollouts.Questions(reward, questions, val_questions, num_val, tok, block_size - max_new_tokens)
 for line in source.notes:

@@ -283,11 +283,18 @@ def load_model(path, tokenizer_of=None, merged=True, **overrides) -> tuple:
     path = resolve(path)
     ckpt = load(path)
     model = build(ckpt, path, merged, **overrides).eval()
-    tok = tokenizer.from_dict(describe_tokenizer(ckpt, path, tokenizer_of))
-    if tok.vocab_size > model.config.vocab_size:
-        raise UserError(f'{path} knows {model.config.vocab_size:,} tokens and its tokenizer {tok.vocab_size:,}: '
-                        f'they do not belong together')
-    return model, tok, ckpt
+    return model, make_tokenizer(describe_tokenizer(ckpt, path, tokenizer_of), ckpt, path), ckpt
+
+
+def make_tokenizer(description: dict, ckpt: dict, path) -> tokenizer.Tokenizer:
+    """Return the tokenizer that describe_tokenizer() has described for the checkpoint at path. UserError if the model
+    has fewer tokens."""
+    tok = tokenizer.from_dict(description)
+    vocab_size = ckpt['model_args']['vocab_size']
+    if tok.vocab_size > vocab_size:
+        raise UserError(f'{path} knows {vocab_size:,} tokens and its tokenizer {tok.vocab_size:,}: they do not belong '
+                        f'together')
+    return tok
 
 
 def describe_tokenizer(ckpt: dict, path, tokenizer_of: str | None) -> dict:

@@ -208,6 +208,16 @@ def test_wrong_options_are_one_line(words, args, base):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize('script', ['dpo.py', 'grpo.py'])
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(script, base, pairs, tmp_path):
+    larger = load('bpe:400', [' '.join(WORDS)], special=('<|im_start|>', '<|im_end|>', *map('<{}>'.format, range(60))))
+    add_chatml(larger)
+    checkpoint.save(tmp_path / 'best.pt', {**checkpoint.load(base / 'best.pt'), 'tokenizer': larger.to_dict()})
+    more = [f'--pairs={pairs}'] if script == 'dpo.py' else ['--max_new_tokens=8']
+    done = call(script, f'--init_from={tmp_path}', f'--out_dir={tmp_path / "out"}', '--device=cpu', *more)
+    assert_one_line(done, 1, 'do not belong together')
+
+
 def test_other_pairs_or_another_script_cannot_resume(whole, pairs, tmp_path):
     fewer = tmp_path / 'fewer.jsonl'
     fewer.write_text('\n'.join(pairs.read_text().splitlines()[:20]))
