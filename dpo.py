@@ -107,6 +107,8 @@ for split, of_split in rows.items():
 # the model, and what of it is trained
 
 model = checkpoint.build(ckpt, start_path, merged=not resuming, dropout=0.0)
+if model.config.pos != 'learned':
+    start.fit_context(model, block_size)   # it grows if the rows are longer
 adapted = start.adapt(model, config, saved, start_path)
 longest = max(of_split.longest for of_split in rows.values())
 start.require_memory(model, {**config, 'batch_size': 2 * batch_size, 'block_size': longest}, rt)

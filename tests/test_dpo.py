@@ -165,6 +165,15 @@ def test_the_reference_is_of_the_pairs_that_the_run_needs(base, pairs, tmp_path)
     torch.testing.assert_close(one, two, equal_nan=True, rtol=1e-5, atol=1e-4)   # by the base, without its adapters
 
 
+def test_rows_may_be_longer_than_the_context_without_learned_positions(base, tmp_path):
+    path = tmp_path / 'long.jsonl'
+    path.write_text(''.join(json.dumps({'prompt': f'{"red " * 60}{word}?', 'chosen': 'yes', 'rejected': 'no'}) + '\n'
+                            for word in WORDS))
+    done = call('dpo.py', *arguments(base, path, tmp_path / 'out', '--block_size=200', '--max_iters=1'))
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['model_args']['block_size'] == 200
+
+
 @pytest.mark.parametrize('loss', ['ipo', 'simpo'])
 def test_the_other_losses_learn_too(loss, base, pairs, tmp_path):
     done = call('dpo.py', *arguments(base, pairs, tmp_path / 'out', f'--loss={loss}', '--beta=0.5',
