@@ -144,7 +144,6 @@ def compute_reference(split, numbers):
 
 # the reference: of the pairs that the run needs, computed once and kept in its checkpoints
 
-measured = rows['val'].checksum()
 checksum = rows['train'].checksum()
 reference = saved.get('reference')   # {split: (N, 2), NaN where it is not known} and the checksum of the pairs
 if reference is None:
@@ -167,7 +166,8 @@ for split, some in unknown.items():
 
 # progress: of a new run, or of the one that goes on
 
-run = start.Progress(measured=measured)
+run = start.Progress(measured=start.number_of(rows['val'].checksum(), len(needed['val']), loss, beta, gamma, nll_weight,
+                                              label_smoothing))
 start.go_on(run, saved, start_path, config, opt, scaler, model.flops_per_token(block_size), rt)
 ckpt = saved = None   # frees memory
 folder = outdir.RunFolder(config, rt, run, resuming, start_path, model=model, optimizer=opt, scaler=scaler,

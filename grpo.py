@@ -119,7 +119,7 @@ scaler = rt.grad_scaler()
 
 # progress: of a new run, or of the one that goes on
 
-run = start.Progress(measured=source.checksum())
+run = start.Progress(measured=start.number_of(source.checksum(), reward, max_new_tokens))
 start.go_on(run, saved, start_path, config, opt, scaler, model.flops_per_token(block_size), rt)
 ckpt = saved = None   # frees memory
 folder = outdir.RunFolder(config, rt, run, resuming, start_path, model=model, optimizer=opt, scaler=scaler,

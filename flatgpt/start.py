@@ -111,7 +111,7 @@ class Progress:
     evaluated: int = -1                # step of the last evaluation
     bad_evals: int = 0                 # evaluations since the best one
     planned: int | None = None         # steps that fit into max_minutes, once known
-    measured: int = 0                  # what evaluation_id() returns for this run
+    measured: int = 0                  # what evaluation_id() or number_of() returns for this run
     wandb_id: str | None = None        # of the run in Weights & Biases
 
     def resume(self, saved: dict, path, options, flops_per_token: int) -> list[str]:
@@ -134,8 +134,8 @@ class Progress:
             self.best_val_loss = saved['best_val_loss']
             self.evaluated = saved.get('evaluated', -1)
             self.bad_evals = saved.get('bad_evals', 0)
-        elif not options['eval_only']:
-            lines.append(f'evaluations measure other text than before: the best val loss and patience begin anew; '
+        elif not options.get('eval_only'):
+            lines.append(f'evaluations measure something else than before: the best val loss and patience begin anew; '
                          f'the best weights until now stay in best-{self.step}.pt')
         return lines
 
@@ -192,6 +192,11 @@ def planned_rate(options: dict, step: int) -> float:
         'max_iters', 'warmup_iters', 'lr_decay_iters')))
     return optim.learning_rate_at(step, options['schedule'], options['learning_rate'], options['min_lr'], warmup,
                                   decay_iters, options['cooldown_iters'])
+
+
+def number_of(*values) -> int:
+    """Return a number that stands for what an evaluation measures, given as plain values: the CRC-32 of their text."""
+    return zlib.crc32(repr(values).encode(errors='surrogatepass'))
 
 
 def evaluation_id(data, eval_iters: int, batch_size: int, block_size: int) -> int:

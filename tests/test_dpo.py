@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 
 import pytest
@@ -122,6 +123,19 @@ def test_a_resumed_run_is_the_whole_run(whole, base, pairs, tmp_path):
     whole_again = tmp_path / 'whole'
     assert call('dpo.py', *arguments(base, pairs, whole_again, '--lr_decay_iters=10')).returncode == 0
     assert_same_run(out_dir, whole_again)
+
+
+@pytest.mark.parametrize('arg, told', [
+    ('--max_iters=11', False), ('--eval_pairs=99', False), ('--eval_pairs=3', True), ('--loss=ipo', True),
+    ('--beta=0.7', True), ('--nll_weight=1', True), ('--label_smoothing=0.1', True)])
+def test_the_best_loss_begins_anew_when_another_loss_is_measured(whole, tmp_path, arg, told):
+    out_dir = shutil.copytree(whole, tmp_path / 'out')
+    done = call('dpo.py', f'--out_dir={out_dir}', '--init_from=resume', '--max_iters=11', arg)
+    assert done.returncode == 0, done.stderr
+    assert ('the best val loss and patience begin anew' in done.stderr) == told
+    assert (out_dir / 'best-10.pt').exists() == told
+    last = [record for record in log_of(out_dir) if 'step' in record][-1]
+    assert not told or last['best_val_loss'] <= last['val_loss'] and last['step'] == 11
 
 
 def test_only_adapters_change_and_the_base_is_the_reference(base, pairs, tmp_path):

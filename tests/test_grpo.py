@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -402,6 +403,14 @@ def test_a_reward_that_fails_ends_the_run_in_one_line(letters, tmp_path):
     (tmp_path / 'bad.py').write_text('def reward(question, answer):\n    return 1 / 0\n')
     done = call('grpo.py', *arguments(letters, tmp_path / 'out', f'--reward={tmp_path / "bad.py"}:reward'))
     assert_one_line(done, 1, 'fails: ZeroDivisionError', 'question', 'answer')
+
+
+@pytest.mark.parametrize('arg, told', [
+    ('--learning_rate=1e-3', False), ('--max_new_tokens=2', True), ('--num_val=3', True)])
+def test_the_best_reward_begins_anew_when_something_else_is_measured(whole, tmp_path, arg, told):
+    out_dir = shutil.copytree(whole, tmp_path / 'out')
+    done = grpo(f'--out_dir={out_dir}', '--init_from=resume', arg)
+    assert ('begin anew' in done.stderr) == told
 
 
 def test_another_script_cannot_resume(whole):

@@ -550,7 +550,7 @@ def test_a_run_that_goes_on_with_another_text_begins_its_best_loss_anew_and_keep
     args = (f'--dataset={other}', '--batch_size=2', '--max_iters=22', '--learning_rate=0', '--min_lr=0')
     done = call('train.py', f'--out_dir={again}', '--init_from=resume', *args, *HERE)
     assert done.returncode == 0, done.stderr
-    assert 'evaluations measure other text than before' in done.stderr
+    assert 'evaluations measure something else than before' in done.stderr
     last = records(again, 'step')[-1]
     ckpt, replaced = load(again / 'ckpt.pt'), load(again / 'best.pt')
     assert ckpt['best_val_loss'] == replaced['best_val_loss'] == last['val_loss'] > best['best_val_loss'] + 0.5
