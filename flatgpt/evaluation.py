@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from flatgpt import corpus, engine
 from flatgpt.errors import UserError
+from flatgpt.tokenizer import EOT, id_type
 
 SEPARATOR = '\n\n'      # between the examples of a few-shot prompt
 LOGITS = 2**27          # so many are computed at once: 512 MB
@@ -93,17 +94,26 @@ def windows(n: int, size: int, stride: int) -> list[tuple[int, int, int]]:
 
 def encode_documents(path: str, tok, limit: int | None = None, template: str = '') -> np.ndarray:
     """Token ids of the documents in a file, as training data has them, after the end of another text: all but the first
-    are to be scored. limit: if given, how many; not much more of the file is read. template: see corpus.Corpus."""
+    are to be scored. Names of the end of a text in a .txt end documents; a line break is between documents if the
+    tokenizer has no token for it. limit: if given, how many ids; not much more of the file is read. template: see
+    corpus.Corpus."""
     parts = [tok.encode_prompt('')] if tok.eot is not None and not tok.begin else []
     whole = True
-    documents = corpus.Corpus([path], template=template, options=False, border=tok.border)
+    between = ''
+    documents = corpus.Corpus([path], template=template, options=False, border=tok.border, separator=EOT)
     for piece in documents.pieces(0):
+        text = piece.text
+        if piece.start == 0:
+            if piece.last and not text:   # it is empty
+                continue
+            text = between + text
+            between = '\n' if tok.eot is None and not tok.unknown('\n') else ''
         with naming(path):
-            parts.append(tok.encode_texts([piece.text], end=piece.last, begin=piece.start == 0))
+            parts.append(tok.encode_texts([text], end=piece.last, begin=piece.start == 0))
         if limit is not None and sum(map(len, parts)) > limit:
             whole = False
             break
-    ids = np.concatenate(parts)
+    ids = np.concatenate([np.empty(0, id_type(tok.vocab_size)), *parts])
     return ids[:-1] if whole and tok.eot is not None else ids   # what follows the last document is not known
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT, assert_one_line, needs, run, torchrun
 from in_process import call
 from test_checkpoint import state_of
 
-from flatgpt import checkpoint, evaluation
+from flatgpt import checkpoint, corpus, evaluation, ingest
 from flatgpt.dataset import write
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer
 from model import GPT, GPTConfig
@@ -106,10 +106,26 @@ def test_documents_begin_after_the_end_of_another_and_the_last_end_is_not_scored
     assert found['bits_per_character'] == pytest.approx(loss * n / n_chars / math.log(2), rel=1e-6)
 
 
+@pytest.mark.parametrize('name, content', [
+    ('a.txt', 'one<|endoftext|>\ntwo two<|endoftext|><|endoftext|>three'),
+    ('a.jsonl', '{"text": "one"}\n{"text": ""}\n{"text": "two two"}\n"three"\n')], ids=['text', 'jsonl'])
+def test_documents_are_divided_as_in_training_data(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    for tok in (BpeTokenizer.train(['two two'], 258), CharTokenizer.of('one two three\n<|x>df')):
+        options = ingest.Options(val_fraction=0.1)
+        writer = SimpleNamespace(tok=tok, ids=[], num_tokens={}, commit=lambda state: None)
+        writer.append = lambda split, ids, writer=writer: writer.ids.append(ids)
+        documents = corpus.Corpus([tmp_path / name], separator='<|endoftext|>')
+        ingest.write_documents(documents, writer, ingest.State(by_hash=False), options)
+        ids = np.concatenate(writer.ids)
+        expected = ids if tok.eot is None else [tok.eot, *ids[:-1]]
+        assert evaluation.encode_documents(str(tmp_path / name), tok).tolist() == list(expected)
+
+
 def test_a_template_makes_texts_of_records(trained, tmp_path):
     path = lines(tmp_path / 'a.jsonl', *({'q': f'{i} times 3', 'a': i * 3} for i in range(9)))
-    (tmp_path / 'a.txt').write_text('\n'.join(f'{i} times 3 makes {i * 3}' for i in range(9)) + '\n')
-    by_record = evaluate(f'--out_dir={trained}', f'--data={path}', r'--template={q} makes {a}\n')[0]['data']
+    (tmp_path / 'a.txt').write_text('\n'.join(f'{i} times 3 makes {i * 3}' for i in range(9)))
+    by_record = evaluate(f'--out_dir={trained}', f'--data={path}', '--template={q} makes {a}')[0]['data']
     assert by_record == {**evaluate(f'--out_dir={trained}', f'--data={tmp_path}/a.txt')[0]['data'], 'of': str(path)}
 
 
