@@ -27,7 +27,7 @@ from flatgpt.errors import UsageError, on_interrupt, show_error
 # name, annotation and comment of an option: `top_k: int | None = None   # sample among the k most likely tokens`
 OPTION = re.compile(r'([a-z][a-z0-9_]*)(?:\s*:([^=]+))?\s*=(?!=).*?(?:  # (.*))?', re.ASCII)
 # options that hold a text; in all others that are strings, a leading ~/ is the home folder
-TEXTS = {'start', 'stop', 'separator', 'template', 'inspect', 'special', 'versus'}
+TEXTS = {'start', 'stop', 'separator', 'delimiter', 'system', 'template', 'inspect', 'special', 'versus'}
 BOOLS = {'true': True, 'false': False}
 PARSERS = {NoneType: {'None': None}.__getitem__, bool: lambda text: BOOLS[text.lower()],
            int: lambda text: float(text) if 'e' in text else int(text), float: float, str: str}   # 1e3 is whole
@@ -70,7 +70,7 @@ class Config(dict):
         if type(value) is float and int in types and value.is_integer():
             value = int(value)
         if type(value) is str and (name not in TEXTS or value.startswith('FILE:')):   # a path, or some with commas
-            value = re.sub('(^|,|^FILE:)~(?=[/,]|$)', lambda found: found[1] + os.path.expanduser('~'), value)
+            value = re.sub('(^|,|^FILE:|^auto:)~(?=[/,]|$)', lambda found: found[1] + os.path.expanduser('~'), value)
         if type(value) not in types:
             raise UsageError(f'{source}: {name}={value!r:.100}: {expected(types)}')
         self[name] = self.namespace[name] = value
@@ -135,11 +135,12 @@ def apply_words(words, config):
 def readable(name, text):
     """A text from the command line without bytes that are invalid UTF-8; a shell hands over \\n as two characters."""
     text = text.encode(errors='surrogateescape').decode(errors='backslashreplace')
-    if name in ('stop', 'separator') and not text.startswith('['):   # a JSON list has its own escapes
+    json_list = name == 'stop' and text.startswith('[')   # which has its own escapes
+    if name in ('stop', 'separator', 'delimiter') and not json_list:
         return text.replace('\\n', '\n').replace('\\t', '\t').replace('\\r', '\r')
-    if name == 'start' and '\\n' in text:
-        print(r"--start has a backslash and an n; for a line break give --start=$'a\nb' or --start=FILE:prompt.txt",
-              file=sys.stderr)
+    if name in ('start', 'system') and '\\n' in text:
+        or_file = ' or --start=FILE:prompt.txt' if name == 'start' else ''
+        print(rf"--{name} has a backslash and an n; for a line break give --{name}=$'a\nb'{or_file}", file=sys.stderr)
     return text
 
 

@@ -251,7 +251,8 @@ def test_a_whole_float_of_a_config_file_is_an_int_where_one_is_expected(folder):
 def sampler(tmp_path, monkeypatch):
     """A function of arguments: the options of a script that has paths and texts; its home is a name with a blank."""
     monkeypatch.setenv('HOME', '/home/张 三')
-    options = {'out_dir': 'out', 'runs': '', 'start': '', 'stop': '', 'separator': '', 'template': '', 'inspect': ''}
+    options = {'out_dir': 'out', 'init_from': '', 'runs': '', 'start': '', 'stop': '', 'separator': '', 'delimiter': '',
+               'system': '', 'template': '', 'inspect': ''}
     lines = [f'{name} = {value!r}' for name, value in options.items()]
     (tmp_path / 'options.py').write_text('\n'.join([*lines, 'configure(globals())']))
     return lambda *argv: configure({'__file__': str(tmp_path / 'options.py'), **options}, argv)
@@ -260,7 +261,9 @@ def sampler(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name, text, expected', [
     ('out_dir', '~/x', '/home/张 三/x'), ('out_dir', '~', '/home/张 三'), ('out_dir', 'a~/x', 'a~/x'),
     ('out_dir', './~/x', './~/x'), ('out_dir', '~x', '~x'), ('runs', '~/a,b,~/c', '/home/张 三/a,b,/home/张 三/c'),
-    ('start', 'FILE:~/x', 'FILE:/home/张 三/x'), ('start', '~/x', '~/x'), ('inspect', '~/x', '~/x')])
+    ('init_from', 'auto:~/x', 'auto:/home/张 三/x'), ('init_from', '~/a,~/b', '/home/张 三/a,/home/张 三/b'),
+    ('start', 'FILE:~/x', 'FILE:/home/张 三/x'), ('start', '~/x', '~/x'), ('system', '~/x', '~/x'),
+    ('inspect', '~/x', '~/x')])
 def test_the_home_folder_stands_for_a_tilde_in_every_path(sampler, tmp_path, name, text, expected):
     assert sampler(f'--{name}={text}')[name] == expected
     assert sampler(write(tmp_path, f'{name} = {text!r}'))[name] == expected
@@ -268,12 +271,13 @@ def test_the_home_folder_stands_for_a_tilde_in_every_path(sampler, tmp_path, nam
 
 @pytest.mark.parametrize('name, text, expected', [
     ('stop', r'\n', '\n'), ('stop', r'\n\n', '\n\n'), ('stop', r'\nQ:\t', '\nQ:\t'), ('separator', r'\r\n', '\r\n'),
+    ('separator', r'[end]\n', '[end]\n'), ('delimiter', r'\n', '\n'), ('delimiter', r'\nA:\t', '\nA:\t'),
     ('stop', r'["\n"]', r'["\n"]'),   # which JSON reads
-    ('start', r'a\nb', r'a\nb'), ('inspect', r'\n', r'\n'), ('out_dir', r'a\n', r'a\n'),
+    ('start', r'a\nb', r'a\nb'), ('system', r'a\nb', r'a\nb'), ('inspect', r'\n', r'\n'), ('out_dir', r'a\n', r'a\n'),
     ('start', 'caf\udce9', r'caf\xe9'), ('stop', '\udcff', r'\xff'), ('out_dir', 'caf\udce9', 'caf\udce9')])
 def test_escapes_that_a_shell_hands_over_and_invalid_bytes_of_a_text_are_read(sampler, capsys, name, text, expected):
     assert sampler(f'--{name}={text}')[name] == expected
-    assert capsys.readouterr().err.count('line break') == (name == 'start' and 'n' in text)
+    assert capsys.readouterr().err.count('line break') == (name in ('start', 'system') and 'n' in text)
 
 
 def test_given_holds_what_was_set_and_nothing_else(folder):
