@@ -26,7 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from flatgpt import tokenizer
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, nearest_to
 
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl', '.ndjson', '.parquet')   # of the files that are read in a folder
 TABLES = ('.json', '.csv', '.tsv')                                   # are read if they are named
@@ -60,6 +60,8 @@ def find_files(paths: str) -> list[Path]:
         else:
             files = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
         files = sorted(Path(file) for file in files if os.path.isfile(file))
+        if not files and (near := nearest_to(path)) and not glob.has_magic(path):
+            raise UserError(f'no file {path}{near}')
         if not files:
             raise UserError(f'no file {path}: expected comma-separated files (no pipes), globs such as "x/*.json", or '
                             f'folders with {" ".join(SUFFIXES)} files, which may end in {" or ".join(COMPRESSED)} too')
@@ -83,7 +85,7 @@ def reading(path, *exceptions):
         yield
     except (OSError, EOFError, zlib.error, *exceptions) as error:
         reason = ' '.join(str(getattr(error, 'strerror', None) or error).split())
-        raise UserError(f'cannot read {path}: {reason[:100]}') from None
+        raise UserError(f'cannot read {path}: {reason[:100]}{nearest_to(path)}') from None
 
 
 @contextlib.contextmanager

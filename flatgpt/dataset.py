@@ -18,7 +18,7 @@ import filelock
 import numpy as np
 
 from flatgpt import tokenizer
-from flatgpt.errors import UserError, do_you_mean
+from flatgpt.errors import UserError, do_you_mean, nearest_to
 
 FORMAT = 1
 SPLITS = ('train', 'val')
@@ -201,7 +201,8 @@ def find(name: str) -> Path:
     if os.path.exists(folder / RESUME):
         raise UserError(f'the dataset {name!r} is unfinished: run the command that makes it again, it will continue')
     known = {path.parent.name for path in [*root.glob('data/*/prepare.py'), *root.glob('data/*/meta.json')]} - {'text'}
-    raise UserError(f'no dataset {name!r} in {folder}{do_you_mean(name, known)}; there are '
+    near = do_you_mean(name, known) or nearest_to(folder)
+    raise UserError(f'no dataset {name!r} in {folder}{near}; there are '
                     f'{", ".join(sorted(known))}, or give the path of a folder; to make it: python '
                     f'data/text/prepare.py --input=PATHS --name={name}')
 

@@ -26,10 +26,17 @@ def do_you_mean(name: str, names) -> str:
 
 def nothing_at(path: str | os.PathLike) -> str:
     """'there is no X' for a path that does not exist, with the nearest name in its folder: an error's message."""
+    return f'there is no {path}{nearest_to(path)}'
+
+
+def nearest_to(path: str | os.PathLike) -> str:
+    """'; do you mean X?' with the nearest name in the folder of a path, '' if none is near or the path exists."""
+    if os.path.exists(path):
+        return ''
     folder, name = os.path.split(os.path.normpath(path))
     names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
     near = difflib.get_close_matches(name, names, n=1)
-    return f'there is no {path}' + (f'; do you mean {os.path.join(folder, near[0])}?' if near else '')
+    return f'; do you mean {os.path.join(folder, near[0])}?' if near else ''
 
 
 def on_interrupt(number, frame):

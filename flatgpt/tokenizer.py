@@ -28,7 +28,7 @@ from unittest import mock
 
 import numpy as np
 
-from flatgpt.errors import UsageError, UserError
+from flatgpt.errors import UsageError, UserError, nearest_to
 
 EOT = '<|endoftext|>'
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -565,4 +565,5 @@ def read_text(path):
             line = error.object.count(b'\n', 0, error.start) + 1
             raise UserError(f'{path}, line {line:,}: not UTF-8 text, byte {error.start:,} of the file is '
                             f'0x{error.object[error.start]:02x}; convert it, for instance with iconv') from None
-        raise UserError(f'cannot read {path}: {getattr(error, "strerror", None) or error}') from None
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'cannot read {path}: {reason}{nearest_to(path)}') from None

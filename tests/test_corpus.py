@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import quick
 
-from flatgpt import corpus, tokenizer
+from flatgpt import corpus, dataset, tokenizer
 from flatgpt.corpus import Corpus, find_files, in_pieces, read_records, text_suffix
 from flatgpt.errors import UserError
 
@@ -92,6 +92,16 @@ def test_paths_name_files_folders_and_globs(tree, paths, found):
 def test_paths_that_name_nothing_are_refused(tree, paths, words):
     with pytest.raises(UserError, match=words):
         find_files(paths)
+
+
+@pytest.mark.parametrize('name', ['bok.txt', 'book.tx', 'boook.txt'])
+def test_a_mistyped_path_is_named_with_the_nearest_that_is_there(tmp_path, name):
+    (tmp_path / 'book.txt').write_text('x')
+    for read in (find_files, lambda path: list(read_records(path)), tokenizer.read_text, dataset.find):
+        with pytest.raises(UserError) as error:
+            read(str(tmp_path / name))
+        assert str(tmp_path / name) in str(error.value)
+        assert f'; do you mean {tmp_path / "book.txt"}?' in str(error.value)
 
 
 def test_a_folder_without_a_known_file_is_refused(tmp_path):
