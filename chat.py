@@ -33,6 +33,7 @@ dtype = 'auto'                        # 'float32', 'bfloat16', 'float16', 'auto'
 config = configure(globals())
 
 import contextlib
+import os
 import sys
 from json import dumps, loads  # the name json is an option
 from pathlib import Path
@@ -44,6 +45,7 @@ from flatgpt.conversation import chat_template_of, messages_of
 from flatgpt.conversation import validate as validate_messages
 from flatgpt.errors import UserError
 from flatgpt.quantize import prepare
+from flatgpt.tokenizer import read_text
 
 HELP = """\
 /reset          begin a new conversation
@@ -163,6 +165,7 @@ def command(line):
     global messages, system, turns
     word, _, argument = line.partition(' ')
     argument = argument.strip()
+    path = Path(os.path.expanduser(argument))
     if word == '/quit':
         raise EOFError
     if word in ('/reset', '/system'):
@@ -172,10 +175,10 @@ def command(line):
     elif word in ('/save', '/load') and not argument:
         notice(f'{word}: name a file, as in {word} talk.json')
     elif word == '/save':
-        Path(argument).write_text(dumps({'messages': messages}, ensure_ascii=False, indent=1), encoding='utf-8')
+        path.write_text(dumps({'messages': messages}, ensure_ascii=False, indent=1), encoding='utf-8')
         notice(f'{len(messages)} messages in {argument}')
     elif word == '/load':
-        messages = messages_of(read_json(Path(argument).read_text(encoding='utf-8'), argument), argument)
+        messages = messages_of(read_json(read_text(path), argument), argument)
         turns = sum(message['role'] == 'assistant' for message in messages)
         for message in messages:
             notice(f'{message["role"]}: {message["content"]}')

@@ -113,10 +113,13 @@ def test_commands_in_a_terminal(talker, tmp_path):
 
     master, slave = pty.openpty()
     command = [sys.executable, ROOT / 'chat.py', f'--out_dir={talker}', '--max_new_tokens=5', '--temperature=2', *FAST]
-    lines = ['red', '/reset', 'red', '/save talk.json', '/system kind', '/load talk.json', '/load missing.json',
-             '/help', '/save', '/quit']
+    lines = ['red', '/reset', 'red', '/save talk.json', '/save ~/at home.json', '/system kind', '/load talk.json',
+             '/load ~/marked.json', '/load missing.json', '/help', '/save', '/quit']
+    marked = [{'role': 'user', 'content': 'marked'}, {'role': 'assistant', 'content': 'red'}]
+    (tmp_path / 'marked.json').write_text('\ufeff' + json.dumps({'messages': marked}), encoding='utf-8')
     os.write(master, '\n'.join([*lines, '']).encode())
-    done = subprocess.run(command, stdin=slave, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    done = subprocess.run(command, stdin=slave, capture_output=True, text=True, cwd=tmp_path, timeout=100,
+                          env={**os.environ, 'HOME': str(tmp_path)})
     os.close(master)
     os.close(slave)
     assert done.returncode == 0, done.stderr
@@ -124,7 +127,9 @@ def test_commands_in_a_terminal(talker, tmp_path):
     assert first == again   # a conversation that begins anew has the random numbers of the first
     saved = json.loads((tmp_path / 'talk.json').read_text(encoding='utf-8'))['messages']
     assert [message['role'] for message in saved] == ['user', 'assistant'] and saved[0]['content'] == 'red'
-    for words in ('2 messages in talk.json', 'user: red', 'missing.json', '/system TEXT', '/save: name a file'):
+    assert (tmp_path / 'at home.json').read_bytes() == (tmp_path / 'talk.json').read_bytes()
+    for words in ('2 messages in talk.json', 'user: red', 'user: marked', 'missing.json', '/system TEXT',
+                  '/save: name a file'):
         assert words in done.stderr
 
 
