@@ -26,7 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from flatgpt import tokenizer
-from flatgpt.errors import UserError, nearest_to
+from flatgpt.errors import UserError, nearest_to, refuse_pointer
 
 SUFFIXES = ('.txt', '.md', '.py', '.jsonl', '.ndjson', '.parquet')   # of the files that are read in a folder
 TABLES = ('.json', '.csv', '.tsv')                                   # are read if they are named
@@ -97,6 +97,7 @@ def open_text(path):
                         f'markup itself, let its name end in .txt, or use data/my_code')
     suffix = Path(path).suffix.lower()
     with reading(path), open(path, 'rb') as raw:
+        refuse_pointer(path, raw.peek(64))
         f = raw
         if suffix == '.gz':
             f = gzip.GzipFile(fileobj=raw)
@@ -334,6 +335,8 @@ class Corpus:
         """The rows of a .parquet as records, with these columns."""
         pa = import_pyarrow(path)
         number = 0
+        with reading(path), open(path, 'rb') as f:
+            refuse_pointer(path, f.read(64))
         with reading(path, pa.ArrowException), pa.parquet.ParquetFile(path, pre_buffer=False) as table:
             has = table.schema_arrow.names
             missing = [name for name in names or () if name not in has]

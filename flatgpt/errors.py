@@ -39,6 +39,13 @@ def nearest_to(path: str | os.PathLike) -> str:
     return f'; do you mean {os.path.join(folder, near[0])}?' if near else ''
 
 
+def refuse_pointer(path: str | os.PathLike, start: bytes):
+    """Raise UserError if a file with these first bytes is a pointer of Git LFS, which a clone without it has instead of
+    a large file."""
+    if start.startswith(b'version https://git-lfs'):
+        raise UserError(f'cannot read {path}: it is a pointer of Git LFS: run `git lfs pull` in its folder')
+
+
 def on_interrupt(number, frame):
     """Raise KeyboardInterrupt, as Python does at Ctrl-C; while something is imported, end at once, because libraries
     lose the exception there. The handler of SIGINT until a script sets another."""

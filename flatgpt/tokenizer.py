@@ -28,7 +28,7 @@ from unittest import mock
 
 import numpy as np
 
-from flatgpt.errors import UsageError, UserError, nearest_to
+from flatgpt.errors import UsageError, UserError, nearest_to, refuse_pointer
 
 EOT = '<|endoftext|>'
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -559,7 +559,9 @@ def read_text(path):
     """The text of a UTF-8 file, without a byte order mark and with \\n as line ends; UserError when it cannot be read
     or is something else."""
     try:
-        return Path(path).read_bytes().decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n')
+        content = Path(path).read_bytes()
+        refuse_pointer(path, content)
+        return content.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n')
     except (OSError, ValueError) as error:
         if isinstance(error, UnicodeDecodeError):
             line = error.object.count(b'\n', 0, error.start) + 1

@@ -297,6 +297,20 @@ def test_bytes_that_are_no_text_in_a_parquet_are_refused_by_row(tmp_path):
     assert 'row 2 is not UTF-8: byte 1 is 0xff' in refusal(path)
 
 
+@pytest.mark.parametrize('name', ['x.txt', 'x.md', 'x.jsonl', 'x.json', 'x.csv', 'x.parquet', 'x.txt.gz', 'x.jsonl.zst',
+                                  'tokenizer.json'])
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n')
+    expected = f'cannot read {path}: it is a pointer of Git LFS: run `git lfs pull` in its folder'
+    if name == 'tokenizer.json':
+        with pytest.raises(UserError) as error:
+            tokenizer.load(str(path))
+        assert str(error.value) == expected
+    else:
+        assert refusal(path) == expected
+
+
 def test_a_damaged_parquet_is_read_or_refused_in_one_line(tmp_path):
     good = parquet(tmp_path / 'good.parquet', {'text': ['some words ' * 9] * 20}, compression='none').read_bytes()
     generator, refused, path = random.Random(0), 0, tmp_path / 'x.parquet'
