@@ -154,8 +154,11 @@ def in_folder(path) -> Path:
     path = Path(path)
     if not os.path.exists(path):
         raise UserError(f'{nothing_at(path)}; train into it first, or give --out_dir or --init_from')
-    if path.suffix in ('.safetensors', '.bin', '.json') and (path.parent / 'config.json').exists():
-        return path.parent   # a file of a Hugging Face folder
+    described = any((path.parent / name).exists() for name in ('config.json', 'adapter_config.json'))
+    if path.suffix in ('.safetensors', '.bin', '.json') and described:
+        return path.parent   # a file of a folder of Hugging Face or PEFT
+    if path.suffix == '.safetensors':
+        raise UserError(f'{path} has weights alone: get the config.json of its model, too, and give their folder')
     if not os.path.isdir(path):
         return path
     for name in ('best.pt', 'ckpt.pt'):

@@ -110,6 +110,8 @@ def read_tensors(path: Path) -> dict:
         raise UserError(f'{path.parent} has no {path.name}: it is not complete') from None
     except Exception as error:   # a damaged or hostile file may raise anything
         raise UserError(f'cannot read {path}: {describe_file(path, error)}') from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f'cannot read {path}: it is no state_dict, names of parameters with their tensors')
     wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()
              and not re.search(BUFFERS, name)]
     if wrong:

@@ -110,6 +110,25 @@ def test_a_file_of_a_folder_means_the_folder(copy, name):  # noqa: F811
     assert checkpoint.in_folder(folder / 'ckpt.pt') == folder / 'ckpt.pt'
 
 
+def test_a_file_of_an_adapter_means_its_folder_and_weights_alone_are_named(adapter, tmp_path):
+    folder, _ = adapter('llama', ['q_proj'])
+    for path in (folder / 'adapter_model.safetensors', folder / 'adapter_config.json'):
+        assert checkpoint.in_folder(path) == folder
+    save_file({'x': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    with pytest.raises(UserError, match=r'model\.safetensors has weights alone: get the config\.json of its model'):
+        checkpoint.in_folder(tmp_path / 'model.safetensors')
+
+
+@pytest.mark.parametrize('content', [[torch.zeros(1)], {'model': {'x': torch.zeros(1)}}, {'epoch': 3}, 7],
+                         ids=['list', 'nested', 'number', 'alone'])
+def test_a_pickle_that_is_no_state_dict_is_named(copy, content):  # noqa: F811
+    folder = copy('llama')
+    (folder / 'model.safetensors').unlink()
+    torch.save(content, folder / 'pytorch_model.bin')
+    with pytest.raises(UserError, match=r'cannot read .*pytorch_model\.bin: it is no state_dict'):
+        checkpoint.load(folder)
+
+
 @pytest.mark.parametrize(('content', 'words'), [
     (b'version https://git-lfs.github.com/spec/v1\n', 'git lfs pull'), (b'GGUF\3', 'a GGUF file'),
     ((20240326).to_bytes(4, 'little') + b'0' * 999, 'a model of llm.c')])
