@@ -144,11 +144,13 @@ def compute_reference(split, numbers):
 
 # the reference: of the pairs that the run needs, computed once and kept in its checkpoints
 
-checksum = rows['train'].checksum()
-reference = saved.get('reference')   # {split: (N, 2), NaN where it is not known} and the checksum of the pairs
+checksum, val_checksum = (rows[split].checksum() for split in ('train', 'val'))
+reference = saved.get('reference')   # {split: (N, 2), NaN where it is not known} and the checksums of the pairs
 if reference is None:
-    reference = {'checksum': checksum, **{split: torch.full((len(rows[split]), 2), math.nan) for split in rows}}
-elif reference['checksum'] != checksum or len(reference['val']) != len(rows['val']):
+    reference = {'checksum': checksum, 'val_checksum': val_checksum,
+                 **{split: torch.full((len(rows[split]), 2), math.nan) for split in rows}}
+elif (reference['checksum'] != checksum or len(reference['val']) != len(rows['val'])
+      or reference.get('val_checksum', val_checksum) != val_checksum):   # earlier versions do not have it
     raise UserError(f'{start_path} was trained on other pairs than those of {pairs} now: give --init_from={start_path} '
                     f'to start a new run')
 needed = {split: rows[split].spread(eval_pairs) for split in rows}
@@ -166,7 +168,7 @@ for split, some in unknown.items():
 
 # progress: of a new run, or of the one that goes on
 
-run = start.Progress(measured=start.number_of(rows['val'].checksum(), len(needed['val']), loss, beta, gamma, nll_weight,
+run = start.Progress(measured=start.number_of(val_checksum, len(needed['val']), loss, beta, gamma, nll_weight,
                                               label_smoothing))
 start.go_on(run, saved, start_path, config, opt, scaler, model.flops_per_token(block_size), rt)
 ckpt = saved = None   # frees memory

@@ -241,6 +241,18 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(script, base, pair
     assert_one_line(done, 1, 'do not belong together')
 
 
+def test_other_pairs_to_validate_on_cannot_resume(base, pairs, tmp_path):
+    for name in ('yes', 'please'):
+        lines = [json.dumps({'prompt': word, 'chosen': name, 'rejected': 'no'}) + '\n' for word in WORDS]
+        (tmp_path / f'{name}.jsonl').write_text(''.join(lines))
+    first = f'--val_pairs={tmp_path}/yes.jsonl', '--max_iters=1'
+    done = call('dpo.py', *arguments(base, pairs, tmp_path / 'out', *first))
+    assert done.returncode == 0, done.stderr
+    args = f'--out_dir={tmp_path / "out"}', '--init_from=resume'
+    assert call('dpo.py', *args).returncode == 0
+    assert_one_line(call('dpo.py', *args, f'--val_pairs={tmp_path}/please.jsonl'), 1, 'other pairs', '--init_from=')
+
+
 def test_other_pairs_or_another_script_cannot_resume(whole, pairs, tmp_path):
     fewer = tmp_path / 'fewer.jsonl'
     fewer.write_text('\n'.join(pairs.read_text().splitlines()[:20]))
