@@ -73,7 +73,7 @@ import torch
 from tqdm import tqdm
 
 from flatgpt import alignment, checkpoint, optim, outdir, runtime, start, validate
-from flatgpt.budget import Budget
+from flatgpt.budget import Budget, duration
 from flatgpt.conversation import chat_template_of
 from flatgpt.errors import UserError
 from flatgpt.pairs import Rows, hold_out, read
@@ -216,6 +216,7 @@ end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, l
 
 first_step = run.step
 changed = not resuming                   # whether the state differs from the saved one
+begun = time.perf_counter()
 model.train()
 while True:
     last = run.step >= end
@@ -278,8 +279,11 @@ while True:
     if run.step % log_interval == 0:
         values = dict(zip(NAMES, (rt.sum(totals) / numbers.size).tolist()))
         dt = time.perf_counter() - t0
+        left = ''
+        if run.step > first_step and not budget.measuring:
+            left = f', {duration((end - run.step - 1) * (time.perf_counter() - begun) / (run.step - first_step))} left'
         rt.say(f'iter {run.step}: loss {values["loss"]:.4f}, accuracy {values["accuracy"]:.1%}, margin '
-               f'{values["margin"]:.3f}, time {dt * 1000:.0f}ms')
+               f'{values["margin"]:.3f}, time {dt * 1000:.0f}ms{left}')
         if not math.isfinite(values['loss']):
             raise folder.diverged(f'the loss is {values["loss"]}')
         folder.log.add(iter=run.step, **values, lr=lr, grad_norm=grad_norm.item(), dt=dt, tok_per_s=num_tokens / dt)

@@ -152,7 +152,8 @@ def draw(step):
         first = micro * batch_size
         with rt.autocast():
             drawn.append(rollouts.draw(model, tok, asked[first:first + batch_size], reward_of, group_size,
-                                       max_new_tokens, temperature, seed, step, first * group_size))
+                                       max_new_tokens, temperature, seed, step, first * group_size,
+                                       must_end=':' not in reward))
     model.train()
     totals = rt.sum(sum(rollout.totals() for rollout in drawn)).tolist()
     tokens = totals.pop()

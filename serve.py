@@ -44,6 +44,7 @@ from flatgpt.conversation import chat_template_of
 from flatgpt.errors import UserError
 from flatgpt.quantize import prepare
 from flatgpt.serving import Limits, Server
+from flatgpt.tokenizer import no_surrogates
 
 validate.serve_options(config)
 try:
@@ -64,7 +65,7 @@ prepare(model, rt, quantize, dtype, rows)
 
 template = chat_template_of(tok)
 limits = Limits(rows, max_queue, max_seconds, max_tokens, max_body)
-name = name or Path(out_dir if init_from == 'resume' else init_from).resolve().name
+name = no_surrogates(name or Path(out_dir if init_from == 'resume' else init_from).resolve().name)   # JSON has none
 server = Server(model, tok, template, name, limits, api_key)
 if template is None:
     print('this model has no chat template: /v1/completions only', file=sys.stderr)

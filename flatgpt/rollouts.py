@@ -115,14 +115,16 @@ class Rollout:
 
 
 def draw(model, tok, questions: Sequence[dict], reward_of: rewards.Reward, group_size: int, max_new_tokens: int,
-         temperature: float, seed: int, step: int, first_row: int) -> Rollout:
+         temperature: float, seed: int, step: int, first_row: int, must_end: bool = False) -> Rollout:
     """Return group_size answers of a model, in eval mode, to each question, with their rewards. first_row: the number
-    of the first answer among those of the step; the random numbers of an answer depend on it, the seed and the step."""
+    of the first answer among those of the step; the random numbers of an answer depend on it, the seed and the step.
+    must_end: an answer that max_new_tokens cuts off gets nothing; else a model may learn not to end."""
     prompts = [rewards.prompt_ids(tok, question) for question in questions]
     answers = [engine.Answer(tok, ids, max_new_tokens) for ids in prompts for _ in range(group_size)]
     for _ in engine.grow(model, answers, temperature=temperature, seed=seed * 1_000_003 + step, first_row=first_row):
         pass
-    values = [reward_of(questions[i // group_size], answer.text) for i, answer in enumerate(answers)]
+    values = [0.0 if must_end and answer.finish == 'length' else reward_of(questions[i // group_size], answer.text)
+              for i, answer in enumerate(answers)]
     idx, targets = rows_of(answers)
     return Rollout(answers=[answer.text for answer in answers], idx=idx, targets=targets,
                    lengths=torch.tensor([len(answer.ids) for answer in answers]),

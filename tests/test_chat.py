@@ -140,7 +140,7 @@ def test_commands_in_a_terminal(talker, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_server_answers_and_ends_with_status_0_when_it_is_told_to(talker, number):
     pytest.importorskip('uvicorn')
-    with started(ROOT / 'serve.py', f'--out_dir={talker}', '--port=0', '--api_key=secret', *FAST) as process:
+    with started(ROOT / 'serve.py', f'--out_dir={talker}', '--port=0', '--api_key=secret', '--name=out\udcff', *FAST) as process:
         log = []
         while 'running on' not in (log or [''])[-1]:
             log.append(process.stderr.readline())
@@ -151,7 +151,7 @@ def test_a_server_answers_and_ends_with_status_0_when_it_is_told_to(talker, numb
         assert requests.post(f'{url}/v1/chat/completions', json=body, timeout=60).status_code == 401
         headers = {'Authorization': 'Bearer secret'}
         answer = requests.post(f'{url}/v1/chat/completions', json=body, headers=headers, timeout=60).json()
-        assert answer['usage']['completion_tokens'] <= 5 and answer['model'] == 'out'
+        assert answer['usage']['completion_tokens'] <= 5 and answer['model'] == 'out\ufffd'   # a byte that is no UTF-8
         assert '<html' in requests.get(url, timeout=60).text
         process.send_signal(number)
         assert process.wait(60) == 0

@@ -200,6 +200,7 @@ def test_the_other_losses_learn_too(loss, base, pairs, tmp_path):
 def test_max_minutes_plans_the_steps(base, pairs, tmp_path):
     done = call('dpo.py', *arguments(base, pairs, tmp_path / 'out', '--max_minutes=0.05', '--max_iters=1000000'))
     assert done.returncode == 0 and 'steps fit' in done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith('iter')][-1].endswith(' 0 s left')
     assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] < 10000
 
 

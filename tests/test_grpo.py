@@ -221,6 +221,17 @@ def test_answers_are_a_function_of_seed_and_step_and_not_of_who_draws_them(lette
     assert len(set(whole)) > 20   # the answers to a question differ
 
 
+def test_an_answer_that_does_not_end_gets_nothing_if_it_must(letters):
+    free, model = drawn(letters)
+    tok = CharTokenizer(LETTERS)
+    tok.ends = (7,)
+    asked = rollouts.Questions('x.py:f', str(letters / 'asked.jsonl'), '', 4, tok, 9).of_step(1, 0, 6)
+    found = rollouts.draw(model, tok, asked, lambda question, answer: 1.0, 4, 9, 1.0, 1, 0, 0, must_end=True)
+    assert found.answers == free.answers
+    ended = [row[row >= 0][-1].item() == 7 for row in found.targets]
+    assert found.rewards.flatten().tolist() == ended and 0 < sum(ended) < 24
+
+
 def test_figures_of_a_step_by_hand(letters):
     rollout, _ = drawn(letters)
     rollout.rewards = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]] * 2)
