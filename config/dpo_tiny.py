@@ -5,8 +5,8 @@
 #   python chat.py --out_dir=out-dpo-tiny --temperature=0
 #   python eval.py --out_dir=out-dpo-tiny --check=arithmetic --questions=data/preferences/held_out.jsonl
 #
-# hardware: 2 CPU cores, AVX512-BF16, float32 | time: 30 s | result: from a checkpoint of chat_tiny.py at step 1,000,
-# polite answers to held-out questions from 0 to 100 %, right ones in arithmetic from 81 to 92 % | 2026-11-26
+# hardware: one CPU core, AVX512, float32 | time: 41 s | result: polite answers to held-out questions from 0 to 99 %,
+# right ones in arithmetic 95 % before and after, docs/alignment.md has the cost | 2026-11-27
 
 out_dir = 'out-dpo-tiny'
 init_from = 'out-chat-tiny'

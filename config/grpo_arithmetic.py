@@ -6,7 +6,8 @@
 #   python grpo.py config/grpo_arithmetic.py
 #   python eval.py --out_dir=out-grpo-arithmetic --check=arithmetic
 #
-# hardware: 2 cores | time: 12 minutes, by max_minutes | result: not yet measured
+# hardware: 2 cores, AVX2 | time: 13 minutes, by max_minutes | result: right greedy answers to 500 held-out questions
+# from 47 to 85 % | 2026-11-27
 
 out_dir = 'out-grpo-arithmetic'
 init_from = 'out-chat-short'

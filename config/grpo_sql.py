@@ -6,7 +6,8 @@
 #   python grpo.py config/grpo_sql.py
 #   python eval.py --out_dir=out-grpo-sql --check=sql
 #
-# hardware: 2 cores | time: 6 minutes, by max_minutes | result: not yet measured
+# hardware: one core | time: 81 steps in 2 minutes | result: none: the model has learned nearly all queries that it is asked
+# (reward 0.98 at the start); of the held-out ones 48 % are right before and after | 2026-11-27
 
 out_dir = 'out-grpo-sql'
 init_from = 'out-chat-short'
