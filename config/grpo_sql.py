@@ -6,7 +6,7 @@
 #   python grpo.py config/grpo_sql.py
 #   python eval.py --out_dir=out-grpo-sql --check=sql
 #
-# hardware: one core | time: 81 steps in 2 minutes | result: none: the model has learned nearly all queries that it is asked
+# hardware: one core | time: 81 steps in 2 minutes | result: none: the model knows nearly all queries that it is asked
 # (reward 0.98 at the start); of the held-out ones 48 % are right before and after | 2026-11-27
 
 out_dir = 'out-grpo-sql'

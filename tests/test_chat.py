@@ -140,7 +140,8 @@ def test_commands_in_a_terminal(talker, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_server_answers_and_ends_with_status_0_when_it_is_told_to(talker, number):
     pytest.importorskip('uvicorn')
-    with started(ROOT / 'serve.py', f'--out_dir={talker}', '--port=0', '--api_key=secret', '--name=out\udcff', *FAST) as process:
+    args = f'--out_dir={talker}', '--port=0', '--api_key=secret', '--name=out\udcff', *FAST
+    with started(ROOT / 'serve.py', *args) as process:
         log = []
         while 'running on' not in (log or [''])[-1]:
             log.append(process.stderr.readline())
