@@ -226,7 +226,7 @@ def chart(runs: list[Run], by: str = 'step', panel: str = 'loss', smooth: int | 
                 legend += f'\n  {marker.replace("braille", "⠒")} {name}{label}'.removesuffix(': ')
     for axis, span, log in (('x', spans[0], log_x), ('y', spans[1], log_y)):
         low, high = min(span), max(span)
-        if low == high:   # a single point lies in the middle
+        if low == high:   # a single point is in the middle
             margin = abs(high) / 10 or 1
             low, high = low - margin, high + margin
         marks = np.linspace(low, high, 5)
