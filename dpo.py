@@ -73,7 +73,7 @@ import torch
 from tqdm import tqdm
 
 from flatgpt import alignment, checkpoint, optim, outdir, runtime, start, validate
-from flatgpt.budget import Budget, duration
+from flatgpt.budget import Budget
 from flatgpt.conversation import chat_template_of
 from flatgpt.errors import UserError
 from flatgpt.pairs import Rows, hold_out, read
@@ -210,13 +210,12 @@ def evaluate():
 
 budget = Budget(None if run.planned else max_minutes, STARTED - run.seconds, rt.mean_number)
 end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+rt.notice(*start.notices(config, end - run.step))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: one update per pass, then one more pass through the top of the loop to evaluate and save the result
 
-first_step = run.step
 changed = not resuming                   # whether the state differs from the saved one
-begun = time.perf_counter()
 model.train()
 while True:
     last = run.step >= end
@@ -279,11 +278,8 @@ while True:
     if run.step % log_interval == 0:
         values = dict(zip(NAMES, (rt.sum(totals) / numbers.size).tolist()))
         dt = time.perf_counter() - t0
-        left = ''
-        if run.step > first_step and not budget.measuring:
-            left = f', {duration((end - run.step - 1) * (time.perf_counter() - begun) / (run.step - first_step))} left'
         rt.say(f'iter {run.step}: loss {values["loss"]:.4f}, accuracy {values["accuracy"]:.1%}, margin '
-               f'{values["margin"]:.3f}, time {dt * 1000:.0f}ms{left}')
+               f'{values["margin"]:.3f}, time {dt * 1000:.0f}ms{budget.time_left(run.step, end)}')
         if not math.isfinite(values['loss']):
             raise folder.diverged(f'the loss is {values["loss"]}')
         folder.log.add(iter=run.step, **values, lr=lr, grad_norm=grad_norm.item(), dt=dt, tok_per_s=num_tokens / dt)

@@ -78,7 +78,7 @@ import math
 import torch
 
 from flatgpt import alignment, checkpoint, optim, outdir, rewards, rollouts, runtime, start, validate
-from flatgpt.budget import Budget, duration
+from flatgpt.budget import Budget
 from flatgpt.evaluation import generate_until
 
 # what the run starts from, and the machine that it runs on
@@ -97,8 +97,7 @@ description = checkpoint.describe_tokenizer(ckpt, start_path, None)
 tok = checkpoint.make_tokenizer(description, ckpt, start_path)
 reward_of = rewards.load(reward)
 source = rollouts.Questions(reward, questions, val_questions, num_val, tok, block_size - max_new_tokens)
-for line in source.notes:
-    rt.notice(line)
+rt.notice(*source.notes)
 per_step = gradient_accumulation_steps * batch_size   # questions, over all processes
 
 # the model, what of it is trained, and the reference that it is to stay near to
@@ -196,13 +195,12 @@ def loss_of(rollout):
 
 budget = Budget(None if run.planned else max_minutes, STARTED - run.seconds, rt.mean_number, splits=1)
 end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+rt.notice(*start.notices(config, end - run.step))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: one step per pass, then one more pass through the top of the loop to evaluate and save the result
 
-first_step = run.step
 changed = not resuming   # whether the state differs from the saved one
-begun = time.perf_counter()
 model.train()
 while True:
     last = run.step >= end
@@ -262,12 +260,9 @@ while True:
         loss = rt.sum(total).item()
         clipped, divergence = rt.sum(counted).tolist()
         dt = time.perf_counter() - t0
-        left = ''
-        if run.step > first_step and not budget.measuring:
-            left = f', {duration((end - run.step - 1) * (time.perf_counter() - begun) / (run.step - first_step))} left'
         rt.say(f'iter {run.step}: reward {figures["reward"]:.4f}, {figures["length"]:.1f} tokens, '
                f'{figures["no_signal"]:.0%} without signal, entropy {figures["entropy"]:.3f}, '
-               f'time {dt:.2f}s ({seconds_drawing:.2f}s to draw){left}')
+               f'time {dt:.2f}s ({seconds_drawing:.2f}s to draw){budget.time_left(run.step, end)}')
         if not math.isfinite(loss):
             raise folder.diverged(f'the loss is {loss}')
         folder.log.add(iter=run.step, loss=loss, **figures, clipped=clipped / num_tokens, kl=divergence, lr=lr,

@@ -89,7 +89,7 @@ import math
 import torch  # not above the options: --help and a misspelt option need not wait for it
 
 from flatgpt import checkpoint, optim, outdir, runtime, scaling, start, validate
-from flatgpt.budget import Budget, duration
+from flatgpt.budget import Budget
 from flatgpt.dataset import Dataset
 from flatgpt.errors import UsageError, UserError
 from model import GPT, GPTConfig, arch_fields
@@ -147,8 +147,7 @@ if not eval_only:
 model.to(rt.device)
 rt.notice(f'{model.get_num_params(non_embedding=False):,} parameters, {tokens_per_iter:,} tokens per step, '
           f'{len(data.data["train"]):,} tokens in {dataset}')
-for line in freezer.notes:
-    rt.notice(line)
+rt.notice(*freezer.notes)
 if activation_checkpointing:
     for block in model.transformer.h:
         runtime.recompute(block)
@@ -210,8 +209,7 @@ budget = Budget(minutes_to_plan, STARTED - run.seconds, rt.mean_number)
 end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
 peak = peak_flops or rt.peak_flops()                                     # FLOP/s of one device, None: unknown
 flops_per_iter = tokens_per_iter * model.flops_per_token(block_size)
-for line in start.notices(config, model, end - run.step, flops_per_iter, rt, peak):
-    rt.notice(line)
+rt.notice(*start.train_notices(config, model, end - run.step, flops_per_iter, rt, peak))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: one update per pass, then one more pass through the top of the loop to evaluate and save the result
@@ -223,7 +221,6 @@ no_progress = False                      # for so many evaluations that patience
 x, y = batch_of(run.step)                # each (micro-batches of this process, B, T)
 t0 = time.perf_counter()
 timed = 0                                # steps since t0
-after_first = t0                         # when the first step had ended
 mfu = None                               # of the steps that were logged last
 model.train()
 while True:
@@ -303,22 +300,17 @@ while True:
     if run.step % log_interval == 0:
         loss = rt.mean(mean_loss).item()   # waits for the device; nothing else in a step does
         dt = (time.perf_counter() - t0) / timed
-        left = ''
-        if run.step > first_step:   # the first step also allocates memory and compiles
-            mfu = flops_per_iter / (dt * rt.world_size * peak) if peak else None
-            seconds_left = (end - run.step - 1) * (time.perf_counter() - after_first) / (run.step - first_step)
-            left = '' if budget.measuring else f', {duration(seconds_left)} left'
+        if run.step > first_step and peak:   # the first step also allocates memory and compiles
+            mfu = flops_per_iter / (dt * rt.world_size * peak)
         mfu_text = f'{mfu:.2%}' if mfu else '-'
         rt.say(f'iter {run.step}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu_text}, '
-               f'{tokens_per_iter / dt:,.0f} tok/s{left}')
+               f'{tokens_per_iter / dt:,.0f} tok/s{budget.time_left(run.step, end)}')
         if not math.isfinite(loss):
             raise folder.diverged(f'the loss is {loss}')
         folder.log.add(iter=run.step, loss=loss, lr=lr, grad_norm=grad_norm.item(), dt=dt,
                        tok_per_s=tokens_per_iter / dt, mfu=mfu)
         t0 = time.perf_counter()
         timed = 0
-    if run.step == first_step:
-        after_first = time.perf_counter()
     run.step += 1
 
     # time this step for max_minutes, and set the number of steps once enough are timed

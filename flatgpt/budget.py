@@ -35,6 +35,7 @@ class Budget:
         self.clock = clock
         self.splits = splits
         self.started = begun
+        self.first_logged = None   # (step, what the clock showed then)
         self.times = {'step': [], 'evaluation': [], 'save': []}   # seconds of each
 
     @property
@@ -49,6 +50,17 @@ class Budget:
     def stop(self, part):
         """Count the seconds since start() as one 'step', one 'evaluation' of a split, or one 'save'."""
         self.times[part].append(self.clock() - self.started)
+
+    def time_left(self, step, end):
+        """Return ', 12 min left' for the log line of a step that has just ended, in a run of `end` steps, at the pace
+        since the first such line; '' in that line, and as long as the number of steps is still to be set."""
+        now = self.clock()
+        if self.first_logged is None:   # after the first step, which also allocates memory and compiles
+            self.first_logged = step, now
+        first_step, then = self.first_logged
+        if self.measuring or step == first_step:
+            return ''
+        return f', {duration((end - step - 1) * (now - then) / (step - first_step))} left'
 
     def steps_that_fit(self, step, most, eval_interval, seconds_to_write=0.0):
         """Return the number of steps of the whole run, of which `step` are made: at least these, at most `most`; None

@@ -58,10 +58,11 @@ class Runtime:
         if self.master:
             print(text, flush=True)
 
-    def notice(self, text: str):
-        """Print a line on stderr, in the master process only."""
+    def notice(self, *lines: str):
+        """Print lines on stderr, in the master process only."""
         if self.master:
-            print(text, file=sys.stderr, flush=True)
+            sys.stderr.writelines(f'{line}\n' for line in lines)
+            sys.stderr.flush()
 
     def autocast(self):
         """A context in which the matrix products of a forward pass run in dtype."""

@@ -167,8 +167,7 @@ def go_on(run: Progress, saved: dict, path, options, opt, scaler, flops_per_toke
         optim.load_state(opt, saved['optimizer'])
         if saved.get('scaler'):
             scaler.load_state_dict(saved['scaler'])
-        for line in run.resume(saved, path, options, flops_per_token):
-            rt.notice(line)
+        rt.notice(*run.resume(saved, path, options, flops_per_token))
     if not rt.same_everywhere(run.step):
         raise UserError(f'not all processes start at the same step, this one at {run.step:,}: start them again')
 
@@ -252,16 +251,24 @@ def fit_context(model, block_size: int):
         model.config.block_size = max(model.config.block_size, block_size)
 
 
-def notices(options: dict, model, steps: int, flops_per_iter: int, rt, peak: float | None) -> list[str]:
-    """Return lines about what may not be intended: a warmup longer than the run, a run of hours, a model that cannot be
-    exported. steps: that are to be made. rt: the Runtime. peak: FLOP/s of one device."""
-    lines = []
-    if options['eval_only'] or steps <= 0:
-        return lines
+def notices(options: dict, steps: int) -> list[str]:
+    """Return lines about what may not be intended in a run of train.py, dpo.py or grpo.py: a warmup longer than the
+    run. steps: that are to be made."""
+    if options.get('eval_only') or steps <= 0:
+        return []
     warmup, end = options['warmup_iters'], options['max_iters']
     if warmup >= end and not options['max_minutes']:
-        lines.append(f'warmup_iters={warmup:,} is not below max_iters={end:,}: the learning rate will not reach '
-                     f'{options["learning_rate"]:g}; try --warmup_iters={end // 10}')
+        return [f'warmup_iters={warmup:,} is not below max_iters={end:,}: the learning rate will not reach '
+                f'{options["learning_rate"]:g}; try --warmup_iters={end // 10}']
+    return []
+
+
+def train_notices(options: dict, model, steps: int, flops_per_iter: int, rt, peak: float | None) -> list[str]:
+    """Return the lines of notices() for a run of train.py, and others: of a run of hours, of the learning rate of
+    pretraining, of a model that cannot be exported. rt: the Runtime. peak: FLOP/s of one device."""
+    lines = notices(options, steps)
+    if options['eval_only'] or steps <= 0:
+        return lines
     if peak:
         step = flops_per_iter / (peak * rt.world_size)   # seconds at least
         batches = 2 * options['eval_iters']   # of both splits; forward passes alone, a third of the work

@@ -145,6 +145,25 @@ def test_a_duration_is_short(seconds, text):
     assert duration(seconds) == text
 
 
+def test_the_time_left_is_at_the_pace_since_the_first_line():
+    clock = Clock()
+    budget = Budget(None, clock.now, clock=clock)
+    told = []
+    for step, seconds in ((5, 60.0), (6, 2.0), (10, 14.0), (19, 9.0)):   # the first step compiles
+        clock.now += seconds
+        told.append(budget.time_left(step, 20))
+    assert told == ['', ', 26 s left', ', 29 s left', ', 0 s left']
+
+
+def test_no_time_is_left_to_tell_until_the_steps_are_planned():
+    clock = Clock()
+    budget = Budget(1, clock.now, clock=clock)
+    assert [budget.time_left(step, 20) for step in (0, 1, 2)] == [''] * 3
+    budget.seconds = None
+    clock.now += 3.0
+    assert budget.time_left(3, 20) == ', 16 s left'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # in train.py: each update takes one second of the clock
 

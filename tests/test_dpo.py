@@ -204,6 +204,11 @@ def test_max_minutes_plans_the_steps(base, pairs, tmp_path):
     assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] < 10000
 
 
+def test_a_warmup_that_is_longer_than_the_run_is_told(base, pairs, tmp_path):
+    done = call('dpo.py', *arguments(base, pairs, tmp_path / 'out', '--max_iters=2', '--warmup_iters=5'))
+    assert done.returncode == 0 and 'warmup_iters=5 is not below max_iters=2' in done.stderr
+
+
 @pytest.mark.parametrize('prefer', ['polite', 'short'])
 def test_the_made_up_preferences_hold_questions_out(prefer, tmp_path):
     done = call('data/preferences/prepare.py', f'--prefer={prefer}', f'--folder={tmp_path}', '--num_pairs=200',

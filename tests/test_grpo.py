@@ -410,6 +410,11 @@ def test_wrong_options_are_one_line(words, args):
     assert all(word in str(error.value) for word in words)
 
 
+def test_a_warmup_that_is_longer_than_the_run_is_told(letters, tmp_path):
+    done = grpo(*arguments(letters, tmp_path / 'out', '--max_iters=1', '--warmup_iters=5'))
+    assert 'warmup_iters=5 is not below max_iters=1' in done.stderr
+
+
 def test_a_reward_that_fails_ends_the_run_in_one_line(letters, tmp_path):
     (tmp_path / 'bad.py').write_text('def reward(question, answer):\n    return 1 / 0\n')
     done = call('grpo.py', *arguments(letters, tmp_path / 'out', f'--reward={tmp_path / "bad.py"}:reward'))

@@ -167,7 +167,7 @@ def told(*args, model=None, steps=100, peak=None):
     """The lines that a run with these options is told before it starts."""
     model = model or GPT(GPTConfig(**SMALL))
     flops = 480 * 1024 * model.flops_per_token()
-    return start.notices(options('train.py', *args), model, steps, flops, RT, peak)
+    return start.train_notices(options('train.py', *args), model, steps, flops, RT, peak)
 
 
 @pytest.mark.parametrize('warmup, steps, minutes, expected', [
@@ -190,10 +190,10 @@ def test_the_times_that_are_told_are_those_of_the_peak():
     """A step of 6e13 FLOPs at 1e12 FLOP/s needs 60 s; an evaluation has 2 x 200 batches of a third of the work, a step
     40 batches."""
     config = options('train.py', '--warmup_iters=1')
-    (line,) = start.notices(config, GPT(GPTConfig(**SMALL)), 100, 6 * 10**13, RT, 1e12)
+    (line,) = start.train_notices(config, GPT(GPTConfig(**SMALL)), 100, 6 * 10**13, RT, 1e12)
     assert 'an evaluation would take 3 min, a step 60 s and the run 100 min;' in line
     two = runtime.Runtime(torch.device('cpu'), torch.float32, False, 0, 2)
-    (line,) = start.notices(config, GPT(GPTConfig(**SMALL)), 100, 6 * 10**13, two, 1e12)
+    (line,) = start.train_notices(config, GPT(GPTConfig(**SMALL)), 100, 6 * 10**13, two, 1e12)
     assert 'at 2.00 TFLOP/s, ' in line and 'a step 30 s and the run 50 min;' in line
 
 
