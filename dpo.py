@@ -215,7 +215,6 @@ rt.notice(*start.notices(config, end - run.step))
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: one update per pass, then one more pass through the top of the loop to evaluate and save the result
 
-changed = not resuming                   # whether the state differs from the saved one
 model.train()
 while True:
     last = run.step >= end
@@ -229,20 +228,15 @@ while True:
                f'{val["accuracy"]:.1%}, margin {val["margin"]:.3f}, distance {val["distance"]:.4f}')
         if not math.isfinite(val['loss']):
             raise folder.diverged(f'the val loss is {val["loss"]}')
-        changed = True
-        run.evaluate(val['loss'])
-        folder.log.add(step=run.step, train_loss=results['train']['loss'], val_loss=val['loss'],
-                       best_val_loss=run.best_val_loss, **{name: val[name] for name in NAMES[1:]},
-                       tokens=run.tokens, flops=run.flops, seconds=folder.seconds())
+        folder.evaluated(val['loss'], train_loss=results['train']['loss'], **{name: val[name] for name in NAMES[1:]})
 
     # save, and end the run if this was the last step or a signal came
     interrupted = folder.interrupted()
     done = last or interrupted
-    if (results or done) and changed:
+    if (results or done) and folder.changed():
         budget.start()
         folder.save(reference=reference)
         budget.stop('save')
-        changed = False
     if done:
         break
 
@@ -269,7 +263,6 @@ while True:
     scaler.step(opt)
     scaler.update()
     opt.zero_grad(set_to_none=True)
-    changed = True
     num_tokens = int(rows['train'].lengths[numbers].sum())
     run.tokens += num_tokens
     run.flops += num_tokens * model.flops_per_token(block_size)

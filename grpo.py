@@ -200,7 +200,6 @@ rt.notice(*start.notices(config, end - run.step))
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: one step per pass, then one more pass through the top of the loop to evaluate and save the result
 
-changed = not resuming   # whether the state differs from the saved one
 model.train()
 while True:
     last = run.step >= end
@@ -210,18 +209,14 @@ while True:
     if evaluated:
         val_reward = evaluate()
         rt.say(f'step {run.step}: reward of held-out questions {val_reward:.4f}')
-        changed = True
-        run.evaluate(-val_reward)   # best.pt has the weights with the highest one
-        folder.log.add(step=run.step, val_reward=val_reward, val_loss=-val_reward, best_val_loss=run.best_val_loss,
-                       tokens=run.tokens, flops=run.flops, seconds=folder.seconds())
+        folder.evaluated(-val_reward, val_reward=val_reward)   # best.pt has the weights with the highest one
 
     # save, and end the run if this was the last step or a signal came
     interrupted = folder.interrupted()
-    if (evaluated or interrupted) and changed:
+    if (evaluated or interrupted) and folder.changed():
         budget.start()
         folder.save(reference=reference.state_dict() if reference else None)
         budget.stop('save')
-        changed = False
     if last or interrupted:
         break
 
@@ -252,7 +247,6 @@ while True:
         scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
-    changed = True
     run.tokens += int(num_tokens)
 
     # log what was drawn, and the last update

@@ -215,7 +215,6 @@ rt.notice(*start.train_notices(config, model, end - run.step, flops_per_iter, rt
 # training loop: one update per pass, then one more pass through the top of the loop to evaluate and save the result
 
 first_step = run.step
-changed = not resuming                   # whether the state differs from the saved one
 interrupted = False                      # by a signal
 no_progress = False                      # for so many evaluations that patience is exhausted
 x, y = batch_of(run.step)                # each (micro-batches of this process, B, T)
@@ -235,11 +234,7 @@ while True:
         for split, loss in losses.items():
             if not math.isfinite(loss):
                 raise folder.diverged(f'the {split} loss is {loss}')
-        changed = True
-        run.evaluate(losses['val'])
-        folder.log.add(step=run.step, train_loss=losses['train'], val_loss=losses['val'],
-                       best_val_loss=run.best_val_loss, tokens=run.tokens, flops=run.flops, seconds=folder.seconds(),
-                       **data.bits(losses['val']))
+        folder.evaluated(losses['val'], train_loss=losses['train'], **data.bits(losses['val']))
         if mfu and mfu > 0.5 and not peak_flops:   # the peak was perhaps measured on a busy machine
             peak = max(peak, rt.peak_flops())
     if eval_only:
@@ -250,11 +245,10 @@ while True:
     no_progress = 0 < patience <= run.bad_evals
     done = last or interrupted or no_progress
     save_due = losses or done or (checkpoint_interval and run.step % checkpoint_interval == 0)
-    if save_due and changed:
+    if save_due and folder.changed():
         budget.start()
         folder.save()
         budget.stop('save')
-        changed = False
         t0 = time.perf_counter()
         timed = 0
     if done:
@@ -291,7 +285,6 @@ while True:
     scaler.step(opt)   # skips the update if a gradient is not finite in float16
     scaler.update()
     opt.zero_grad(set_to_none=True)   # frees the memory of the gradients
-    changed = True
     timed += 1
     run.tokens += tokens_per_iter
     run.flops += flops_per_iter

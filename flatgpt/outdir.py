@@ -209,6 +209,7 @@ class RunFolder:
         self.signals = [] if self.eval_only else runtime.catch_signals(rt)
         self.writer = Writer(self.out_dir, options.get('keep_last', 0), progress.step if resuming else None)
         self.path = os.path.join(self.out_dir, 'ckpt.pt')
+        self.saved = (progress.step, progress.evaluated) if resuming else None   # of the state in ckpt.pt
         self.begun = time.perf_counter() - progress.seconds
 
     def seconds(self) -> float:
@@ -218,6 +219,17 @@ class RunFolder:
     def interrupted(self) -> bool:
         """Whether a signal has come, in any process; each must call this."""
         return self.rt.any_process(bool(self.signals))
+
+    def changed(self) -> bool:
+        """Whether the state of the run differs from the saved one."""
+        return self.saved != (self.progress.step, self.progress.evaluated)
+
+    def evaluated(self, val_loss: float, **values):
+        """Note an evaluation of the weights of this step, and log it with more values of it."""
+        run = self.progress
+        run.evaluate(val_loss)
+        self.log.add(step=run.step, val_loss=val_loss, best_val_loss=run.best_val_loss, **values, tokens=run.tokens,
+                     flops=run.flops, seconds=self.seconds())
 
     def diverged(self, what: str) -> UserError:
         """Return the error for a number that is not finite, once the last good state is written."""
@@ -235,6 +247,7 @@ class RunFolder:
             raise self.diverged('a weight is not finite')
         self.writer.wait()   # the previous state is freed before this one is copied
         self.progress.seconds = self.seconds()
+        self.saved = (self.progress.step, self.progress.evaluated)
         state = self.rt.gather_state({**state_of(**self.parts), **more})
         if self.rt.master:
             self.log.start()   # moves an earlier run out of the way
