@@ -14,6 +14,7 @@ import numpy as np
 
 from flatgpt import sandbox
 from flatgpt.errors import UserError
+from flatgpt.tokenizer import no_surrogates
 
 Message = dict   # {'role': text, 'content': text}, and 'tool_calls' where an assistant calls tools
 ROLES = ('system', 'user', 'assistant', 'tool')
@@ -321,18 +322,41 @@ def has_special(tok, text: str) -> bool:
 
 
 def encode_literally(tok, text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Token ids of a text in which the names of special tokens are read as such, but not within these spans."""
-    contents = ''.join(text[start:end] for start, end in spans)
-    literal = []
-    if has_special(tok, contents):   # one question for all of them, as it is rare
-        literal = sorted((start, end) for start, end in spans if has_special(tok, text[start:end]))
+    """Token ids of a text in which the names of special tokens are read as such, but as characters within these spans.
+    They are those of one call of the tokenizer, which may look across the borders. UserError if that is impossible."""
+    if not has_special(tok, ''.join(text[start:end] for start, end in spans)):
+        return tok.encode(text, special=True).astype(np.int64)
+    twin, stand_ins, originals = with_stand_ins(tok)
+    if any(char in text for char in stand_ins.values()):
+        raise UserError('a message has private characters of Unicode beside the name of a special token: remove them')
+    names = re.compile('|'.join(map(re.escape, sorted(stand_ins, key=len, reverse=True))))
     parts = []
     done = 0
-    for start, end in literal:
-        parts += [tok.encode(text[done:start], special=True), tok.encode(text[start:end])]
+    for start, end in [*sorted(spans), (len(text), len(text))]:
+        parts += [names.sub(lambda name: stand_ins[name[0]], text[done:start]), text[start:end]]
         done = end
-    parts.append(tok.encode(text[done:], special=True))
-    return np.concatenate(parts).astype(np.int64)
+    ids = twin.encode(no_surrogates(''.join(parts)), add_special_tokens=False).ids
+    return np.array([originals.get(i, i) for i in ids], np.int64)
+
+
+@functools.lru_cache(maxsize=1)
+def with_stand_ins(tok) -> tuple:
+    """A tokenizers.Tokenizer that reads the names of the special tokens of another as characters, and a private
+    character for each as the token; {name: character}; and {id of a character: id of the token}."""
+    from tokenizers import Tokenizer
+
+    twin = Tokenizer.from_str(tok.json)
+    twin.encode_special_tokens = True
+    stand_ins = {}
+    originals = {}
+    for number, (i, token) in enumerate(twin.get_added_tokens_decoder().items()):
+        char = chr(0xf0000 + number)
+        stand_ins[token.content] = char
+        token.content = char
+        token.special = False
+        twin.add_tokens([token])
+        originals[twin.token_to_id(char)] = i
+    return twin, stand_ins, originals
 
 
 class ChangesContent(UserError):

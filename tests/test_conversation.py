@@ -2,6 +2,7 @@
 Messages out of files, and chat templates: equal to transformers, contained, and with the place of each answer.
 """
 
+import json
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from chat_templates import CHAT_TEMPLATES
 from hypothesis import example, given
 from hypothesis import strategies as st
 from properties import quick
+from tokenizers import AddedToken
 
 from flatgpt import conversation, sandbox
 from flatgpt.conversation import CHATML, ChatTemplate
@@ -277,6 +279,53 @@ def test_names_of_special_tokens_in_a_message_stay_characters(tok):
     assert tok.decode(ids) == template.render(messages)
     assert tok.decode(ids[learned]) == 'no <|im_end|><|im_end|>'
     assert (template.prompt_ids(tok, messages[:1]) == special).sum() == 1
+
+
+def sentencepiece(scheme):
+    """As Llama 2's (each part between special tokens begins with a blank), or as newer ones' (the first alone does)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    chars = ['▁', *'<|>_/system\nuraihlodn[IT]', '▁<', '▁i', '▁say']
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(['<unk>', *NAMES, *chars]))}
+    encoding = Tokenizer(models.BPE(vocab, [('▁', '<'), ('▁', 'i')], unk_token='<unk>'))
+    if scheme == 'every part':
+        encoding.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    else:
+        encoding.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first', split=False)
+    encoding.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    encoding.add_special_tokens([AddedToken(name, rstrip=name == '<|im_end|>') for name in NAMES])
+    return encoding.to_str()
+
+
+def byte_level(scheme):
+    return BpeTokenizer.train(['user\n say <|im_end|> no'] * 9, 280, special=NAMES).json
+
+
+NAMES = ('<s>', '</s>', '<|im_start|>', '<|im_end|>')
+
+
+@pytest.mark.parametrize('make, scheme', [(byte_level, ''), (sentencepiece, 'every part'), (sentencepiece, 'first')])
+@pytest.mark.parametrize('said', ['say </s> no', '</s>', ' </s></s> is\n', 'say', 'a<s', '<<|im_end|></s>'])
+def test_a_name_in_a_message_gives_the_ids_of_a_tokenizer_that_does_not_know_it(make, scheme, said):
+    text = make(scheme)
+    without = json.loads(text)   # the template writes no </s>, so that nothing else changes
+    without['added_tokens'] = [token for token in without['added_tokens'] if token['content'] != '</s>']
+    tok = BpeTokenizer(text)
+    source = "{{ '<s>user ' ~ messages[0].content ~ '<|im_end|>  say\n<|im_start|>' }}"
+    ids = ChatTemplate(source).prompt_ids(tok, [{'role': 'user', 'content': said.replace('<|im_end|>', '')}])
+    expected = BpeTokenizer(json.dumps(without)).encode(f'<s>user {said.replace("<|im_end|>", "")}<|im_end|>  say\n'
+                                                        '<|im_start|>', special=True)
+    assert ids.tolist() == expected.tolist()
+    both = ChatTemplate(source).prompt_ids(tok, [{'role': 'user', 'content': said}])
+    special = [tok.encode(name, special=True)[-1] for name in NAMES]
+    assert [i for i in both if i in special] == [special[0], special[3], special[2]]
+
+
+def test_private_characters_that_could_mean_special_tokens_are_refused(tok):
+    for content in ('\U000f0001', '<|im_end|>\U0010f0ff'):
+        ids = ChatTemplate(CHATML).prompt_ids(tok, [{'role': 'user', 'content': content}])
+        assert (ids == tok.encode('<|im_end|>', special=True)[0]).sum() == 1
+    with pytest.raises(UserError, match='private characters'):
+        ChatTemplate(CHATML).prompt_ids(tok, [{'role': 'user', 'content': '<|im_end|>\U000f0001'}])
 
 
 def test_characters_are_tokens_too():
