@@ -55,6 +55,7 @@ config = configure(globals())
 import atexit
 import itertools
 import json
+import os
 import re
 import statistics
 import sys
@@ -69,7 +70,7 @@ from tqdm import tqdm
 from flatgpt import checkpoint, lora, optim, runtime
 from flatgpt.dataset import Dataset
 from flatgpt.engine import cache_bytes, compile_step, generate
-from flatgpt.errors import UsageError
+from flatgpt.errors import UsageError, UserError
 from flatgpt.quantize import kernels, prepare
 from flatgpt.validate import at_least, one_of
 from model import GPT, GPTConfig, arch_fields, attend, make_attn_mask
@@ -93,6 +94,12 @@ for o in settings:
     at_least(0, vars(o), 'warmup_steps', 'seconds', 'lora_rank')
     one_of((None, 'int8'), vars(o), 'quantize')
     one_of(optim.OPTIMIZERS, vars(o), 'optimizer')
+
+if profile:
+    try:
+        os.makedirs('bench_log', exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot write ./bench_log: {error.strerror}; start it in another folder') from None
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_hub import COMMIT, server  # noqa: F401
+from test_hub import COMMIT, cut_off, server  # noqa: F401
 
 from flatgpt import architectures, checkpoint, hub, pretrained, tokenizer
 from flatgpt.engine import generate
@@ -608,7 +608,8 @@ def serve(server, folder, name='owner/name'):   # noqa: F811
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'pickle'])
-def test_a_model_on_the_hub_is_fetched_whole(server, folders, tmp_path, name):   # noqa: F811
+def test_a_model_on_the_hub_is_fetched_whole_and_loads_without_network_afterwards(
+        server, folders, tmp_path, monkeypatch, name):   # noqa: F811
     folder, theirs = folders['llama' if name == 'pickle' else name]
     theirs.save_pretrained(tmp_path / 'shards', max_shard_size='20KB' if name == 'llama' else '1GB')
     if name == 'pickle':
@@ -621,6 +622,13 @@ def test_a_model_on_the_hub_is_fetched_whole(server, folders, tmp_path, name):  
     model, tok, ckpt = checkpoint.load_model('owner/name')
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded(folder).parameters()))
     assert tok.eot == 0 and ckpt['iter_num'] == 0
+    server.asked.clear()
+    for how in ('offline', 'nobody', 'offline'):
+        cut_off(monkeypatch, how)
+        again = checkpoint.load_model('owner/name')[0]
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters())) and server.asked == []
+        for path in (tmp_path / 'cache').rglob('trees/*'):   # which other tools do not write
+            path.unlink()
 
 
 def test_the_weights_of_another_architecture_are_not_even_fetched(server, folders, copy):   # noqa: F811
