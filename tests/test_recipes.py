@@ -78,8 +78,12 @@ def test_the_same_tree_gives_the_same_bytes_and_another_fraction_others(copy, tr
 
 def test_a_models_own_tokenizer_is_taken_and_what_it_lacks_is_left_out(copy, tree, trained):
     folder, prepare = copy('my_code')
+    before = ''.join(path.read_text() for path in tree.glob('part*/*.py'))
+    known = checkpoint.load_tokenizer(str(trained)).chars
+    lost = [char for char in before if char not in known]
     done = prepare(f'--input={tree}', f'--tokenizer={trained}', '--tabs=False')
-    assert 'characters that the tokenizer lacks, such as ' in done.stdout
+    assert len(lost) > len(set(lost)) > 0   # all are counted, not each once
+    assert f'{len(lost)} characters that the tokenizer lacks, such as ' in done.stdout
     assert Dataset(str(folder)).tokenizer == checkpoint.load(trained / 'best.pt')['tokenizer']
     assert set(text_of(folder)['train']) <= set(checkpoint.load_model(trained)[1].chars)
 

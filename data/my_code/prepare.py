@@ -77,6 +77,7 @@ if tabs is True or (tabs == 'auto' and of_characters):
 if tok is None:
     tok = CharTokenizer.of(''.join(['\n', *texts.values()]))
 unknown = tok.unknown(''.join(texts.values()))
+num_characters = sum(map(len, texts.values()))
 texts = {name: text.translate(dict.fromkeys(map(ord, unknown))) for name, text in texts.items()}
 end = tok.encode('\n\n') if tok.eot is None else []
 ids = [np.concatenate((tok.encode_document(text), end)).astype(np.uint32) for text in texts.values()]
@@ -92,9 +93,11 @@ for file_ids in ids:
     length += len(file_ids)
 
 share = sum(map(len, splits['val'])) / total
-print(f'{len(texts):,} files, {sum(map(len, texts.values())):,} characters, {share:.1%} of the tokens for validation')
-for left_out, what in ((unreadable, 'files'), (unknown, 'characters that the tokenizer lacks')):
-    if left_out:
-        print(f'left out: {len(left_out):,} {what}, such as {left_out[0]!r}')
+num_kept = sum(map(len, texts.values()))
+print(f'{len(texts):,} files, {num_kept:,} characters, {share:.1%} of the tokens for validation')
+if unreadable:
+    print(f'left out: {len(unreadable):,} files, such as {unreadable[0]!r}')
+if unknown:
+    print(f'left out: {num_characters - num_kept:,} characters that the tokenizer lacks, such as {unknown[0]!r}')
 write(Path(__file__).resolve().parent, {split: np.concatenate(parts) for split, parts in splits.items()}, tok,
       {'path': root.name, 'sha256': hashlib.sha256(os.fsencode('\0'.join([*texts, *texts.values()]))).hexdigest()})
