@@ -176,11 +176,10 @@ class Corpus:
             self.versions = self.versions or [(os.path.getsize(file), os.stat(file).st_mtime_ns) for file in self.files]
         self.sizes = [size for size, _ in self.versions]
 
-    def is_one_text(self) -> bool:
-        """Whether the corpus is a single text file without a separator, and so a single document."""
-        if len(self.files) > 1 or text_suffix(self.files[0]) in RECORDS:
-            return False
-        return sum(1 for _ in itertools.islice((piece for piece in self.pieces(0) if piece.last), 2)) == 1
+    def has_documents(self, n: int) -> bool:
+        """Whether there are n documents or more."""
+        ends = (piece for i in range(len(self.files)) for piece in self.pieces(i) if piece.last)
+        return next(itertools.islice(ends, n - 1, None), None) is not None
 
     def pieces(self, i: int, bar=None) -> Iterator[Piece]:
         """The pieces of the documents of file i. bar: a progress bar, which advances by the bytes read."""

@@ -60,14 +60,10 @@ def open_writer(folder, key: str | None = None):
             writer = Writer(folder, key)
             try:
                 yield writer
-            except UserError:
-                if not writer.committed:
-                    writer.key = None
-                raise
             finally:
-                if writer.key is None:   # nothing to continue
-                    for path in (folder / RESUME, *map(writer.path, SPLITS)):
-                        path.unlink(missing_ok=True)
+                if not (folder / RESUME).exists():   # nothing to continue
+                    for split in SPLITS:
+                        writer.path(split).unlink(missing_ok=True)
                 with contextlib.suppress(PermissionError):   # Windows
                     os.unlink(lock.lock_file)   # while it is this process's
     except filelock.Timeout:
@@ -84,7 +80,8 @@ class Writer:
 
     key: a text that stands for the input and the options. If a process was killed that wrote the same folder with the
     same key, the Writer continues at its last commit(); else, and if key is None, it starts anew. .num_tokens: {split:
-    number of ids so far}. .state: what the last commit() was given, None at the start. .tok: the tokenizer.
+    number of ids so far}; ids past it are removed at the end. .state: what the last commit() of that process was given,
+    or None. .tok: the tokenizer.
     """
 
     def __init__(self, folder, key):
@@ -92,7 +89,6 @@ class Writer:
         self.key = key
         self.num_tokens = dict.fromkeys(SPLITS, 0)
         self.state = None
-        self.committed = 0   # tokens
         try:
             saved = json.loads((folder / RESUME).read_bytes())
         except (OSError, ValueError):   # there is none
@@ -102,7 +98,6 @@ class Writer:
         else:
             self.num_tokens = saved['num_tokens']
             self.state = saved['state']
-            self.committed = sum(self.num_tokens.values())
             self.begin(tokenizer.from_dict(saved['tokenizer']))
 
     def path(self, split):
@@ -139,14 +134,10 @@ class Writer:
         return np.fromfile(self.path(split), self.dtype, n, offset=start * self.dtype.itemsize)
 
     def commit(self, state: dict):
-        """Make this the point where a later process continues, with this state: plain data. num_tokens may be less than
-        before."""
+        """Make this the point where a later process continues, with this state: plain data."""
         self.sync()
-        self.state = state
-        self.committed = sum(self.num_tokens.values())
         saved = {'key': self.key, 'num_tokens': self.num_tokens, 'state': state, 'tokenizer': self.tok.to_dict()}
         write_atomically(self.folder / RESUME, json.dumps(saved).encode())
-        self.trim()
 
     def finish(self, source: dict, n_bytes: dict, n_characters: dict, masks: dict | None = None, **more):
         """Give the files their final names, and write meta.json. n_bytes, n_characters: {split: size of the text}.
@@ -154,6 +145,7 @@ class Writer:
         meta = {'format': FORMAT, 'dtype': self.dtype.name, 'vocab_size': self.tok.vocab_size,
                 'tokens': self.num_tokens, 'bytes': n_bytes, 'characters': n_characters, 'source': source,
                 'tokenizer': self.tok.to_dict(), **more}
+        self.trim()
         self.sync()
         write_atomically(self.folder / 'meta.json', json.dumps({'format': FORMAT, 'unfinished': True}).encode())
         (self.folder / RESUME).unlink(missing_ok=True)   # from here on there is nothing to continue

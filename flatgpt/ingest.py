@@ -2,14 +2,15 @@
 Documents to a dataset of any size, encoded on all cores and written piece by piece.
 
 The bytes depend neither on the number of cores nor on interruptions: a killed process continues at its last commit.
-A document belongs to training or to validation as a whole, by the hash of its first piece. If that gives a share of
-validation far from the one that is asked for, as with few documents, the end of the whole text is for validation.
+A document belongs to training or to validation as a whole, by the hash of its first piece. Of few documents, the end of
+the whole text is for validation.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -23,13 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt import hub, tokenizer
+from flatgpt import checkpoint, hub, tokenizer
 from flatgpt.corpus import PIECE, Corpus, progress
 from flatgpt.dataset import SPLITS, open_writer
 from flatgpt.errors import UsageError, UserError
 
-FORMAT = 5   # of the state
+FORMAT = 6   # of the state
 AHEAD = 16   # batches per thread that are read before they are written
+FEW = 10     # documents: if validation may get fewer, it is the end of the text
 # Characters of Thai, Lao, Burmese, Khmer, Japanese and Chinese, which have no spaces between words: training a
 # vocabulary needs a hundred times as much memory for them, because the texts between spaces occur only once.
 UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]')
@@ -91,42 +93,30 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
     """Write a dataset of all documents of a corpus, or continue to. Returns (tokenizer, report); the report is in
     meta.json too. source: {key: value} for meta.json, where the documents came from."""
     made = options.tokenizer == 'char' or tokenizer.trained_size(options.tokenizer) is not None
-    tok = None if made else load_tokenizer(options.tokenizer)   # before anything is read: a typo is found at once
+    tok = None if made else checkpoint.load_tokenizer(options.tokenizer)   # before anything is read: a typo is found
     same = {**asdict(options), 'threads': None, 'save_mb': None}   # these two do not change the bytes
     key = json.dumps([FORMAT, same, tok and tok.to_dict(), [str(file) for file in corpus.files], corpus.versions,
                       corpus.field, corpus.column, corpus.errors, corpus.template, corpus.separator])
-    key = hashlib.sha256(key.encode()).hexdigest()
-    with open_writer(folder, key) as writer:
+    with open_writer(folder, hashlib.sha256(key.encode()).hexdigest()) as writer:
         if options.deduplicate:
             corpus.duplicates = find_duplicates(corpus)
         if writer.state is None:
-            one_text = corpus.is_one_text()
-            writer.begin(tok or make_tokenizer(corpus, options, one_text))
-            writer.commit(vars(State(by_hash=not one_text)))
+            state = State(by_hash=corpus.has_documents(math.ceil(FEW / options.val_fraction)))
+            writer.begin(tok or make_tokenizer(corpus, options))
         else:
+            state = State(**writer.state)
             print(f'{folder} is unfinished, with {sum(writer.num_tokens.values()):,} tokens: continuing',
                   file=sys.stderr)
-        state = State(**writer.state)
         write_documents(corpus, writer, state, options)
-        fraction = options.val_fraction
-        share = writer.num_tokens['val'] / max(sum(writer.num_tokens.values()), 1)
-        if state.by_hash and not fraction / 2 <= share <= min(fraction * 2, (fraction + 1) / 2):
-            if sum(state.report['documents'].values()) > 1:
-                print(f'{share:.1%} of the tokens are in the documents for validation instead of {fraction:.1%}, so '
-                      f'validation will be the end of the whole text', file=sys.stderr)
-            state = State(by_hash=False)
-            writer.num_tokens = dict.fromkeys(SPLITS, 0)
-            writer.commit(vars(state))
-            write_documents(corpus, writer, state, options)
         if not state.by_hash and not writer.num_tokens['val']:
-            move_end_to_validation(writer, state, fraction)
+            move_end_to_validation(writer, state, options.val_fraction)
         report = state.report
         if min(writer.num_tokens.values()) < 2:
-            writer.key = None   # nothing to continue
             raise UserError(f'too little text: {writer.num_tokens["train"]:,} tokens to train on and '
                             f'{writer.num_tokens["val"]:,} for validation, expected at least 2 of each; '
                             f'{report["empty"]:,} documents are empty, {report["left_out"]:,} unreadable; give more '
                             f'text or another --val_fraction')
+        writer.commit(vars(state))
         report |= {'tokens': writer.num_tokens, 'snippets': snippets(writer),
                    'bytes_per_token': sum(report['bytes'].values()) / sum(writer.num_tokens.values()),
                    'duplicates': sum(int(found.sum()) for found in corpus.duplicates or [])}
@@ -157,35 +147,22 @@ def find_duplicates(corpus: Corpus) -> list[np.ndarray]:
     return np.split(repeated & (numbers != empty), ends[:-1])
 
 
-def make_tokenizer(corpus: Corpus, options: Options, one_text: bool):
+def make_tokenizer(corpus: Corpus, options: Options):
     """A tokenizer of all characters of the documents, or one trained on at most train_mb of them, in which a character
     without spaces around counts as a hundred."""
+    if options.tokenizer == 'char':
+        texts = (piece.text for piece in corpus.all('reading the vocabulary'))
+        return tokenizer.load('char', itertools.chain(texts, ['\n']))   # which is between documents
     start = time.perf_counter()
-    share = 1
-    if options.tokenizer != 'char':
-        size = sum(len(piece.text) + 100 * len(UNSPACED.findall(piece.text))
-                   for piece in corpus.all('measuring the text'))
-        share = options.train_mb * 1e6 / max(size, 1)
+    size = sum(len(piece.text) + 100 * len(UNSPACED.findall(piece.text)) for piece in corpus.all('measuring the text'))
+    share = options.train_mb * 1e6 / max(size, 1)
     texts = sample(corpus, share, options.seed, 'reading the vocabulary')
-    separator = [] if one_text else ['\n']   # between documents, if there is no end-of-text token
-    tok = tokenizer.load(options.tokenizer, itertools.chain(texts, separator), options.min_frequency, options.special)
-    if options.tokenizer != 'char':
-        asked = tokenizer.trained_size(options.tokenizer)
-        fewer = f'; the text is too short for {asked:,}' if tok.vocab_size < asked else ''
-        print(f'{tok.vocab_size:,} tokens trained on {min(share, 1):.1%} of the text in '
-              f'{time.perf_counter() - start:.1f} s{fewer}', file=sys.stderr)
+    tok = tokenizer.load(options.tokenizer, texts, options.min_frequency, options.special)
+    asked = tokenizer.trained_size(options.tokenizer)
+    fewer = f'; the text is too short for {asked:,}' if tok.vocab_size < asked else ''
+    print(f'{tok.vocab_size:,} tokens trained on {min(share, 1):.1%} of the text in '
+          f'{time.perf_counter() - start:.1f} s{fewer}', file=sys.stderr)
     return tok
-
-
-def load_tokenizer(spec: str, *how):
-    """The tokenizer that a user names, see checkpoint.load_tokenizer(), which needs torch: here only for models."""
-    import tiktoken
-
-    if spec in ('char', *tiktoken.list_encoding_names()) or spec.endswith('.tiktoken'):
-        return tokenizer.load(spec, *how)
-    from flatgpt import checkpoint
-
-    return checkpoint.load_tokenizer(spec, *how)
 
 
 def sample(corpus: Corpus, share: float, seed: int, title: str) -> Iterator[str]:
@@ -227,7 +204,6 @@ def write_documents(corpus, writer, state, options):
                 writer.commit(vars(state))
                 saved = characters
                 check_disk_space(writer, (sum(corpus.sizes[:state.file]) + corpus.position) / sum(corpus.sizes))
-    writer.commit(vars(state))
 
 
 def check_disk_space(writer, fraction):
@@ -293,7 +269,7 @@ def split_of(text, state, options) -> str:
 
 
 def move_end_to_validation(writer, state, val_fraction):
-    """Make the last ids of the training split the validation split."""
+    """Make the last ids of the training split, in which all documents are, the validation split."""
     end = writer.num_tokens['train']
     start = position = int(end * (1 - val_fraction))
     while position < end:
@@ -303,10 +279,8 @@ def move_end_to_validation(writer, state, val_fraction):
         for unit, n in zip(('characters', 'bytes'), writer.tok.count(ids)):
             state.report[unit]['train'] -= n
             state.report[unit]['val'] += n
-    only = sum(state.report['documents'].values()) == 1
-    state.report['validation'] = 'the end of the only document' if only else 'the end of the text'
+    state.report['validation'] = 'the end of the text'
     writer.num_tokens['train'] = start
-    writer.commit(vars(state))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

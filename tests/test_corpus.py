@@ -523,7 +523,7 @@ def test_a_separator_counts_in_a_txt_alone(tmp_path):
     for name in 'x.txt', 'x.md', 'x.py':
         (tmp_path / name).write_text('a<|e|>b')
         assert len(documents(tmp_path / name, separator='<|e|>')) == (2 if name == 'x.txt' else 1)
-        assert Corpus([tmp_path / name], separator='<|e|>').is_one_text() == (name != 'x.txt')
+        assert Corpus([tmp_path / name], separator='<|e|>').has_documents(2) == (name == 'x.txt')
     assert documents(tmp_path / 'x.txt') == [('a<|e|>b', '')]
 
 

@@ -119,8 +119,8 @@ def test_poems_from_lists_in_json_end_where_poems_end(tmp_path):
 def test_separators_in_a_text_end_documents(tmp_path, spec, between):
     stories = [f'story {i} of {i * i}\n' for i in range(50)]
     (tmp_path / 'x.txt').write_text('<|endoftext|>\n'.join(stories))
-    done = call(PREPARE, '--input=x.txt', '--name=./x', f'--tokenizer={spec}', cwd=tmp_path)
-    assert done.returncode == 0 and '50' in done.stdout, done.stderr
+    done = call(PREPARE, '--input=x.txt', '--name=./x', f'--tokenizer={spec}', '--val_fraction=0.3', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     data = Dataset(f'{tmp_path}/x/')
     tok = from_dict(data.tokenizer)
     for ids in data.data.values():

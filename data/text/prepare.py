@@ -11,10 +11,9 @@ Your own text as a dataset: .txt, .md, .py, .jsonl, .ndjson, .json, .csv, .tsv a
 
 A document is a text file, or a record: a line of .jsonl, an entry of the list in a .json, a row of .csv, .tsv or
 .parquet. In a .txt, a separator ends a document too. Each document is for training or for validation as a whole, by its
-hash; if that gives a share of validation far from val_fraction, and of a single document, the end of the text is for
-validation. An end-of-text token follows each document; a tokenizer that has none puts a line break between documents.
-The same options give the same bytes. After an interruption, the same command continues. The report on stdout is in
-meta.json too.
+hash. If there are so few that fewer than ten may be for validation, it is the end of the text instead. An end-of-text
+token follows each document; a tokenizer that has none puts a line break between documents. The same options give the
+same bytes. After an interruption, the same command continues. The report on stdout is in meta.json too.
 """
 
 import sys
@@ -53,7 +52,7 @@ configure(globals())
 
 import time
 
-from flatgpt import ingest
+from flatgpt import checkpoint, ingest
 from flatgpt.corpus import Corpus, find_files
 from flatgpt.errors import UsageError
 
@@ -76,7 +75,7 @@ if inspect is not None:
     for spec in tokenizer.split(','):
         if spec.startswith('bpe:'):
             raise UsageError(f'tokenizer={spec!r}: to inspect, give the tokenizer.json of a dataset made with it')
-        tok = ingest.load_tokenizer(spec, [inspect])
+        tok = checkpoint.load_tokenizer(spec, [inspect])
         ids = tok.encode(inspect)
         size = len(inspect.encode(errors='replace'))
         print(f'{spec}: {len(ids):,} tokens, {size / max(len(ids), 1):.2f} bytes per token; vocabulary of '
@@ -104,7 +103,7 @@ if (folder / 'prepare.py').exists():
 # write the dataset
 
 corpus = Corpus(find_files(input), field=field, column=column, errors=errors, template=template, separator=separator)
-others = {spec: ingest.load_tokenizer(spec) for spec in compare.split(',') if spec}
+others = {spec: checkpoint.load_tokenizer(spec) for spec in compare.split(',') if spec}
 start = time.perf_counter()
 tok, report = ingest.build(folder, corpus, options, {'input': input})
 seconds = time.perf_counter() - start
