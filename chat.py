@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 
 from flatgpt import batching, checkpoint, engine, runtime, validate
-from flatgpt.conversation import chat_template_of, messages_of
+from flatgpt.conversation import chat_template_of, messages_of, without_oldest_turn
 from flatgpt.conversation import validate as validate_messages
 from flatgpt.errors import UserError
 from flatgpt.quantize import prepare
@@ -95,14 +95,11 @@ def prompt_ids():
     dropped = 0
     ids = template.prompt_ids(tok, messages)
     while len(ids) > room:
-        first = 1 if messages[0]['role'] == 'system' else 0
-        end = first + 1
-        while end < len(messages) and messages[end]['role'] != 'user':   # with a question its answer goes
-            end += 1
-        if end == len(messages):   # only the last question is left
+        shorter = without_oldest_turn(messages)
+        if not shorter:
             break
-        del messages[first:end]
-        dropped += end - first
+        dropped += len(messages) - len(shorter)
+        messages[:] = shorter
         ids = template.prompt_ids(tok, messages)
     if dropped:
         notice(f'the context of {context:,} tokens is full: the {dropped} oldest messages are dropped')

@@ -32,7 +32,7 @@ pairs = 'data/preferences/pairs.jsonl'   # files of records with prompt, chosen 
 val_pairs = ''                        # such files to validate on; '': the prompts of pairs whose hash is smallest
 val_fraction = 0.05                   # the share of prompts that val_pairs='' holds out
 batch_size = 8                        # pairs per micro-batch; each is two rows
-block_size = 512                      # longest prompt with its answer, in tokens; longer prompts lose their beginning
+block_size = 512                      # longest prompt with its answer, in tokens; longer prompts are cut
 gradient_accumulation_steps = 1       # micro-batches per step, over all processes
 # preference
 loss = 'dpo'                          # 'dpo', 'ipo' (stops at a margin), 'simpo' (no reference, per token)
@@ -70,13 +70,12 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from flatgpt import alignment, checkpoint, optim, outdir, runtime, start, validate
+from flatgpt import alignment, checkpoint, evaluation, optim, outdir, runtime, start, validate
 from flatgpt.budget import Budget
 from flatgpt.conversation import chat_template_of
 from flatgpt.errors import UserError
-from flatgpt.pairs import Rows, hold_out, read
+from flatgpt.pairs import Rows, hold_out, in_epochs, read
 
 NAMES = ('loss', 'accuracy', 'margin', 'chosen_reward', 'rejected_reward', 'distance')   # what is measured of pairs
 
@@ -120,29 +119,22 @@ scaler = rt.grad_scaler()
 
 
 def answers_of(log_probs_of, split, numbers):
-    """Return of the answers of pairs, by their numbers, (B,), the log-probabilities and lengths, (2 B,) each.
-    log_probs_of: log_probs, or in training wrapped."""
+    """Return the log-probabilities and the lengths of the answers of pairs, by their numbers, (2, B) each: of chosen
+    answers, then of rejected ones. log_probs_of: log_probs, or in training wrapped."""
     idx, targets = rows[split].batch(numbers, rt.device)
     with rt.autocast():
-        return alignment.sums_and_lengths(log_probs_of(idx, targets), targets)
+        found = log_probs_of(idx, targets)
+    return found.sum(dim=1).view(2, -1), (targets >= 0).sum(dim=1).view(2, -1)
 
 
-@torch.no_grad()
-def compute_reference(split, numbers):
-    """Fill in the log-probabilities of the chosen and rejected answers of pairs by the reference: the model before any
-    training, or without its adapters."""
-    numbers = numbers[np.argsort(rows[split].lengths[numbers], kind='stable')]   # equal lengths need little padding
-    found = torch.zeros(len(rows[split]), 2)
-    parts = np.split(numbers, range(batch_size, len(numbers), batch_size))[rt.rank::rt.world_size]
-    model.eval()
-    with alignment.adapters_off(model):
-        for part in tqdm(parts, desc=f'reference, {split}', leave=False, disable=None):
-            sums, _ = answers_of(log_probs, split, part)
-            found[part] = sums.view(2, -1).T.cpu()
-    reference[split][numbers] = rt.sum(found)[numbers]   # each process has computed its share
+def batches_of(split, numbers):
+    """Yield the numbers of pairs in batches of similar lengths, as many as are this process's share."""
+    for batch in evaluation.share(rt, rows[split].lengths[numbers], batch_size, split):
+        yield numbers[batch]
 
 
-# the reference: of the pairs that the run needs, computed once and kept in its checkpoints
+# the reference: the model before any training, or without its adapters. The log-probabilities of the answers of pairs
+# that the run needs are computed once and kept in its checkpoints
 
 checksum, val_checksum = (rows[split].checksum() for split in ('train', 'val'))
 reference = saved.get('reference')   # {split: (N, 2), NaN where it is not known} and the checksums of the pairs
@@ -153,22 +145,26 @@ elif (reference['checksum'] != checksum or len(reference['val']) != len(rows['va
       or reference.get('val_checksum', val_checksum) != val_checksum):   # earlier versions do not have it
     raise UserError(f'{start_path} was trained on other pairs than those of {pairs} now: give --init_from={start_path} '
                     f'to start a new run')
-needed = {split: rows[split].spread(eval_pairs) for split in rows}
-in_steps = rows['train'].of_steps(max_iters, seed, gradient_accumulation_steps, batch_size)
-needed['train'] = np.union1d(needed['train'], in_steps)
-unknown = {split: some[reference[split][some, 0].isnan().numpy()] for split, some in needed.items()}
-num_unknown = sum(map(len, unknown.values()))
-if num_unknown and resuming and not lora_rank:
-    raise UserError(f'{start_path} has no reference for {num_unknown:,} pairs that the run needs now: '
-                    f'keep max_iters, eval_pairs and seed, or give --init_from={start_path} to start a new run')
-for split, some in unknown.items():
-    if len(some):
-        rt.notice(f'{split}: computing the reference of {len(some):,} pairs')
-        compute_reference(split, some)
+in_evaluations = {split: rows[split].spread(eval_pairs) for split in rows}   # numbers of pairs
+per_step = gradient_accumulation_steps * batch_size
+in_steps = in_epochs(len(rows['train']), 0, min(max_iters * per_step, len(rows['train'])), seed)
+for split, needed in (('train', np.union1d(in_evaluations['train'], in_steps)), ('val', in_evaluations['val'])):
+    unknown = needed[reference[split][needed, 0].isnan().numpy()]
+    if not len(unknown):
+        continue
+    if resuming and not lora_rank:
+        raise UserError(f'{start_path} has no reference for {len(unknown):,} pairs that the run needs now: '
+                        f'keep max_iters, eval_pairs and seed, or give --init_from={start_path} to start a new run')
+    rt.notice(f'{split}: computing the reference of {len(unknown):,} pairs')
+    found = torch.zeros(len(rows[split]), 2)
+    with torch.no_grad(), alignment.adapters_off(model):
+        for numbers in batches_of(split, unknown):
+            found[numbers] = answers_of(log_probs, split, numbers)[0].T.cpu()
+    reference[split][unknown] = rt.sum(found)[unknown]   # each process has computed its share
 
 # progress: of a new run, or of the one that goes on
 
-run = start.Progress(measured=start.number_of(val_checksum, len(needed['val']), loss, beta, gamma, nll_weight,
+run = start.Progress(measured=start.number_of(val_checksum, len(in_evaluations['val']), loss, beta, gamma, nll_weight,
                                               label_smoothing))
 start.go_on(run, saved, start_path, config, opt, scaler, model.flops_per_token(block_size), rt)
 ckpt = saved = None   # frees memory
@@ -179,30 +175,25 @@ folder = outdir.RunFolder(config, rt, run, resuming, start_path, model=model, op
 def losses_of(log_probs_of, split, numbers):
     """Return the mean loss of pairs, and the sums over them of NAMES, (6,)."""
     sums, lengths = answers_of(log_probs_of, split, numbers)
-    before = reference[split][numbers].T.flatten().to(rt.device)                      # (2 B,)
-    each, chosen, rejected = alignment.preference_loss(
-        loss, *sums.chunk(2), *before.chunk(2), *lengths.chunk(2), beta, gamma, label_smoothing)
-    each = each - nll_weight * (sums / lengths).chunk(2)[0]   # keeps chosen answers likely, not only likelier
-    distance = ((sums - before).abs() / lengths).detach().view(2, -1).mean(dim=0)     # nats per token, of both answers
-    values = (each.detach(), (chosen > rejected).float(), chosen - rejected, chosen, rejected, distance)
-    return each.mean(), torch.stack(values).sum(dim=1)
+    before = reference[split][numbers].T.to(rt.device)                                # (2, B)
+    losses, (better, worse) = alignment.preference_loss(loss, sums, before, lengths, beta, gamma, label_smoothing)
+    losses = losses - nll_weight * sums[0] / lengths[0]   # keeps chosen answers likely, not only likelier
+    distance = ((sums - before).abs() / lengths).mean(dim=0)                          # nats per token, of both answers
+    values = torch.stack((losses, (better > worse).float(), better - worse, better, worse, distance))
+    return losses.mean(), values.detach().sum(dim=1)
 
 
 @torch.no_grad()
 def evaluate():
     """Return {split: {name: mean}} over the fixed pairs of each split, which the processes share."""
-    model.eval()
     results = {}
-    for split, of_split in rows.items():
+    for split, numbers in in_evaluations.items():
         budget.start()
-        numbers = of_split.spread(eval_pairs)
         totals = torch.zeros(len(NAMES), device=rt.device)
-        parts = np.split(numbers, range(batch_size, len(numbers), batch_size))[rt.rank::rt.world_size]
-        for part in parts:
-            totals += losses_of(log_probs, split, part)[1]
+        for batch in batches_of(split, numbers):
+            totals += losses_of(log_probs, split, batch)[1]
         results[split] = dict(zip(NAMES, (rt.sum(totals) / len(numbers)).tolist()))
         budget.stop('evaluation')
-    model.train()
     return results
 
 
@@ -215,7 +206,6 @@ rt.notice(*start.notices(config, end - run.step))
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: one update per pass, then one more pass through the top of the loop to evaluate and save the result
 
-model.train()
 while True:
     last = run.step >= end
 
@@ -248,8 +238,8 @@ while True:
         group['lr'] = lr
 
     # forward and backward: the gradients of the micro-batches of all processes are averaged
-    numbers = rows['train'].of_step(run.step, seed, gradient_accumulation_steps, batch_size)
-    mine = numbers[rt.rank::rt.world_size]   # (micro-batches of this process, B)
+    numbers = in_epochs(len(rows['train']), run.step * per_step, (run.step + 1) * per_step, seed)
+    mine = numbers.reshape(-1, batch_size)[rt.rank::rt.world_size]   # (micro-batches of this process, B)
     totals = torch.zeros(len(NAMES), device=rt.device)
     for micro in range(len(mine)):
         with rt.average_gradients(wrapped, on=micro == len(mine) - 1):   # over processes, once per step

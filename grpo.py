@@ -71,7 +71,6 @@ dtype = 'auto'                        # 'float32', 'bfloat16', 'auto' (a fast on
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())   # applies config files and --key=val to the options above; --help prints them
 
-import contextlib
 import copy
 import math
 
@@ -128,23 +127,19 @@ folder = outdir.RunFolder(config, rt, run, resuming, start_path, model=model, op
 def evaluate():
     """Return the mean reward of the likeliest answers to the held-out questions, and print two of them."""
     budget.start()
-    model.eval()
     prompts = [rewards.prompt_ids(tok, question) for question in source.val]
     with rt.autocast():
         answers = generate_until(model, tok, rt, prompts, max_new_tokens, [], batch_size * group_size)
     values = [reward_of(question, answer) for question, answer in zip(source.val, answers)]
-    for i in (run.step, run.step + 1):   # others each time
-        question, answer, value = source.val[i % len(values)], answers[i % len(values)], values[i % len(values)]
-        rt.notice(f'  {rewards.asked(question)!r} -> {answer!r}, reward {value:g}')
-    model.train()
+    for i in (run.step % len(values), (run.step + 1) % len(values)):   # others each time
+        rt.notice(f'  {rewards.asked(source.val[i])!r} -> {answers[i]!r}, reward {values[i]:g}')
     budget.stop('evaluation')
     return sum(values) / len(values)
 
 
 def draw(step):
-    """Return the answers that the model draws for the questions of a step: a rollouts.Rollout for each micro-batch of
-    this process, and {name: mean over all processes} of rollouts.FIGURES, with the number of their tokens."""
-    model.eval()
+    """Return what the model draws for the questions of a step: a rollouts.Rollout for each micro-batch of this process;
+    {name: mean over all answers of the step} of rollouts.FIGURES; and the number of tokens of all answers."""
     asked = source.of_step(seed, step, per_step)
     drawn = []
     for micro in range(rt.rank, gradient_accumulation_steps, rt.world_size):
@@ -153,32 +148,26 @@ def draw(step):
             drawn.append(rollouts.draw(model, tok, asked[first:first + batch_size], reward_of, group_size,
                                        max_new_tokens, temperature, seed, step, first * group_size,
                                        must_end=':' not in reward))
-    model.train()
-    totals = rt.sum(sum(rollout.totals() for rollout in drawn)).tolist()
-    tokens = totals.pop()
-    means = [total / (per_step * group_size) for total in totals]
-    return drawn, {**dict(zip(rollouts.FIGURES, means)), 'tokens': tokens}
+    totals = dict(zip(rollouts.FIGURES, rt.sum(sum(rollout.totals() for rollout in drawn)).tolist()))
+    return drawn, {name: total / (per_step * group_size) for name, total in totals.items()}, int(totals['length'])
 
 
-def prepare(rollout, tokens):
+def prepare(rollout, num_tokens):
     """Set what does not change in the updates of a step: the weights of a rollout's tokens in the loss, and their
-    log-probabilities by the reference. tokens: of the answers of all processes."""
-    rollout.to(rt.device)
-    rollout.advantages = alignment.group_advantages(rollout.rewards, divide_by_std).flatten()
-    each = alignment.token_weights(rollout.lengths, normalize, per_step * group_size, tokens, max_new_tokens)
-    rollout.weights = each[:, None] * (rollout.targets >= 0)
+    log-probabilities by the reference. num_tokens: of the answers of all processes."""
+    rollout.advantages = alignment.group_advantages(rollout.rewards.to(rt.device), divide_by_std).flatten()
+    rollout.weights = alignment.token_weights(rollout.targets, normalize, per_step * group_size, num_tokens,
+                                              max_new_tokens)
     if kl:
-        first = reference or model
-        off = contextlib.nullcontext() if reference else alignment.adapters_off(model)
-        with torch.no_grad(), rt.autocast(), off:
-            rollout.reference = alignment.token_log_probs(first, rollout.idx, rollout.targets, temperature)
+        with torch.no_grad(), rt.autocast(), alignment.adapters_off(model):
+            rollout.reference = alignment.token_log_probs(reference or model, rollout.idx, rollout.targets, temperature)
     else:
         rollout.drop(rollout.advantages == 0)   # which move nothing
 
 
 def loss_of(rollout):
-    """Return the loss of a rollout, of which the sum over all of a step counts, and two sums over its tokens: of those
-    that were clipped, and of the estimates of the KL divergence from the reference, times the tokens' weights."""
+    """Return the loss of a rollout, and what adds up over all rollouts of a step, (3,): the loss, the number of clipped
+    tokens, and the estimate of the KL divergence from the reference."""
     with rt.autocast():
         log_probs = wrapped(rollout.idx, rollout.targets)
     if rollout.log_probs is None:   # the first update of a step: the policy is still the one that has drawn
@@ -188,7 +177,8 @@ def loss_of(rollout):
     divergence = torch.zeros((), device=rt.device)
     if kl:
         divergence = (rollout.weights * alignment.kl_estimate(log_probs, rollout.reference)).sum()
-    return loss + kl * divergence, torch.stack((clipped.sum(), divergence.detach()))
+        loss = loss + kl * divergence
+    return loss, torch.stack((loss, clipped.sum(), divergence)).detach()
 
 
 # the number of steps: max_iters, or what fits into max_minutes once the first steps are timed
@@ -200,7 +190,6 @@ rt.notice(*start.notices(config, end - run.step))
 # ---------------------------------------------------------------------------------------------------------------------
 # training loop: one step per pass, then one more pass through the top of the loop to evaluate and save the result
 
-model.train()
 while True:
     last = run.step >= end
 
@@ -223,10 +212,10 @@ while True:
     # draw a group of answers to each question, and reward them
     t0 = time.perf_counter()
     budget.start()
-    drawn, figures = draw(run.step)
-    num_tokens = figures.pop('tokens')
+    drawn, figures, num_tokens = draw(run.step)
     for rollout in drawn:
         prepare(rollout, num_tokens)
+    num_learned = rt.sum(torch.tensor(sum(rollout.num_tokens() for rollout in drawn))).item()
     seconds_drawing = time.perf_counter() - t0
 
     # learn from them: the losses of the rollouts of all processes add up
@@ -234,25 +223,23 @@ while True:
     for group in opt.param_groups:
         group['lr'] = lr
     for _ in range(updates):
-        total = torch.zeros((), device=rt.device)
-        counted = torch.zeros(2, device=rt.device)   # clipped tokens, KL divergence
+        totals = torch.zeros(3, device=rt.device)   # loss, clipped tokens, KL divergence
         for i, rollout in enumerate(drawn):
             with rt.average_gradients(wrapped, on=i == len(drawn) - 1):   # over processes, once per update
                 loss, sums = loss_of(rollout)
                 scaler.scale(loss * rt.world_size).backward()   # the average over processes is to be a sum
-            total += loss.detach()
-            counted += sums
+            totals += sums
         scaler.unscale_(opt)
         grad_norm = rt.clip_gradients(model, grad_clip or math.inf)   # inf: only measure the norm
         scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
-    run.tokens += int(num_tokens)
+    run.tokens += num_tokens
+    run.flops += updates * num_learned * model.flops_per_token(block_size)   # without drawing, reference, evaluations
 
     # log what was drawn, and the last update
     if run.step % log_interval == 0:
-        loss = rt.sum(total).item()
-        clipped, divergence = rt.sum(counted).tolist()
+        loss, clipped, divergence = rt.sum(totals).tolist()
         dt = time.perf_counter() - t0
         rt.say(f'iter {run.step}: reward {figures["reward"]:.4f}, {figures["length"]:.1f} tokens, '
                f'{figures["no_signal"]:.0%} without signal, entropy {figures["entropy"]:.3f}, '

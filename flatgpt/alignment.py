@@ -6,10 +6,12 @@ negative. The reference is the model as it was at the start: what training moves
 """
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 
 from flatgpt import lora
@@ -21,7 +23,15 @@ MAX_LOGITS = 2**24   # numbers of one piece of logits: 64 MiB in float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# log-probabilities
+# rows and their log-probabilities
+
+def pad_rows(rows: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Return the inputs and targets, (N, T) each, of rows, each (token ids, where the answer begins). They are padded
+    on the right; targets outside the answers are -1."""
+    idx = [ids[:-1] for ids, _ in rows]
+    targets = [torch.where(torch.arange(1, len(ids)) < start, -1, ids[1:]) for ids, start in rows]
+    return pad_sequence(idx, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-1)
+
 
 def token_log_probs(model: GPT, idx: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the log-probabilities in nats of targets, (B, T) in float32, after token ids idx, (B, T); 0 where a target
@@ -71,65 +81,34 @@ def adapters_off(model: GPT):
             module.scale = scale
 
 
-def sums_and_lengths(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return of each row the log-probability of its answer, (B,), and its number of tokens, (B,), from those of its
-    tokens, (B, T)."""
-    return log_probs.sum(dim=1), (targets >= 0).sum(dim=1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # pairs of a better and a worse answer
-#
-# Each loss returns three tensors, (B,): the loss of a pair, and the implicit rewards of its chosen and its rejected
-# answer. Arguments are log-probabilities of whole answers, (B,).
 
-def dpo(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float,
-        label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of direct preference optimization (Rafailov et al., 2023): -log sigmoid(margin), where the margin
-    is the difference of the rewards beta · log(p / p of the reference). label_smoothing: the share of pairs that are
-    expected to be the wrong way round (Mitchell, 2023)."""
-    better = beta * (chosen - reference_chosen)
-    worse = beta * (rejected - reference_rejected)
-    loss = smooth_logistic(better - worse, label_smoothing)
-    return loss, better.detach(), worse.detach()
+def preference_loss(loss: str, sums: Tensor, reference: Tensor, lengths: Tensor, beta: float, gamma: float = 0.0,
+                    label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the losses of pairs, (B,), and the implicit rewards of their answers, (2, B). sums, reference, lengths,
+    (2, B) each: of the chosen answers, then of the rejected ones, the log-probabilities by the model and by the
+    reference, and the numbers of tokens. loss: one of LOSSES.
 
+    'dpo': -log sigmoid(margin), where the margin is the difference of the rewards beta · log(p / p of the reference)
+    (Rafailov et al., 2023). 'ipo': the squared distance of the margin from 1 / (2 beta), which stops its growth; the
+    margin is of log-ratios per token (Azar et al., 2023, eq. 17). 'simpo': -log sigmoid(margin - gamma), where the
+    rewards are beta times the mean log-probability of a token; there is no reference (Meng et al., 2024).
 
-def ipo(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float,
-        chosen_length: Tensor, rejected_length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of identity preference optimization (Azar et al., 2023, eq. 17): the squared distance of the
-    margin from 1 / (2 beta), which stops its growth. The margin is of log-ratios per token of each answer."""
-    better = chosen - reference_chosen
-    worse = rejected - reference_rejected
-    margin = better / chosen_length - worse / rejected_length
-    loss = (margin - 1 / (2 * beta)) ** 2
-    return loss, beta * better.detach(), beta * worse.detach()
-
-
-def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float, chosen_length: Tensor, rejected_length: Tensor,
-          label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of simple preference optimization (Meng et al., 2024): -log sigmoid(margin - gamma), where the
-    rewards are beta times the mean log-probability per token. There is no reference."""
-    better = beta * chosen / chosen_length
-    worse = beta * rejected / rejected_length
-    loss = smooth_logistic(better - worse - gamma, label_smoothing)
-    return loss, better.detach(), worse.detach()
-
-
-def smooth_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
-    """Return -log sigmoid(margin) for the share 1 - label_smoothing of labels that are right, and -log sigmoid(-margin)
-    for the others."""
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-
-
-def preference_loss(loss: str, chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor,
-                    chosen_length: Tensor, rejected_length: Tensor, beta: float, gamma: float = 0.0,
-                    label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the loss of a name, one of LOSSES, returns."""
-    if loss == 'dpo':
-        return dpo(chosen, rejected, reference_chosen, reference_rejected, beta, label_smoothing)
+    label_smoothing, for 'dpo' and 'simpo': the share of pairs that are expected to be the wrong way round (Mitchell,
+    2023)."""
+    if loss == 'simpo':
+        rewards = beta * sums / lengths
+        margin = rewards[0] - rewards[1] - gamma
+    else:
+        rewards = beta * (sums - reference)
+        margin = rewards[0] - rewards[1]
     if loss == 'ipo':
-        return ipo(chosen, rejected, reference_chosen, reference_rejected, beta, chosen_length, rejected_length)
-    return simpo(chosen, rejected, beta, gamma, chosen_length, rejected_length, label_smoothing)
+        better, worse = (sums - reference) / lengths
+        losses = (better - worse - 1 / (2 * beta)) ** 2
+    else:
+        losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return losses, rewards.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,17 +126,16 @@ def group_advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
     return centred
 
 
-def token_weights(lengths: Tensor, normalize: str, answers: int, tokens: float, longest: int) -> Tensor:
-    """Return what each token of an answer weighs in the loss of a step, (N,), for answers of `lengths` tokens, (N,).
-    answers, tokens: how many there are in the step, over all processes.
+def token_weights(targets: Tensor, normalize: str, answers: int, tokens: float, longest: int) -> Tensor:
+    """Return what each token weighs in the loss of a step, (N, T): 0 where a target, (N, T), is negative. answers,
+    tokens: how many there are in the step, over all processes.
 
     'answer': each answer counts the same, its tokens share it (GRPO, Shao et al., 2024); so the tokens of a long wrong
     answer are punished less. 'token': each token counts the same (DAPO, Yu et al., 2025). 'constant': as 'token', but
     divided by the length that answers may have, `longest`, not by the one they have (Dr. GRPO, Liu et al., 2025)."""
-    if normalize == 'answer':
-        return 1 / (answers * lengths.float())
-    divisor = tokens if normalize == 'token' else answers * longest
-    return torch.full(lengths.shape, 1 / divisor, device=lengths.device)
+    counted = (targets >= 0).float()
+    divisor = {'answer': answers * counted.sum(dim=1, keepdim=True), 'token': tokens, 'constant': answers * longest}
+    return counted / divisor[normalize]
 
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float,

@@ -135,6 +135,16 @@ def validate(messages: Sequence[Message], where: str = 'a conversation', answere
         raise UserError(f'{where}: no message is of the assistant, nothing can be learned from it')
 
 
+def without_oldest_turn(messages: Sequence[Message]) -> list[Message]:
+    """The messages without the oldest question and what answers it; a system message stays. [] if only one question is
+    left."""
+    first = 1 if messages[0]['role'] == 'system' else 0
+    for number in range(first + 1, len(messages)):
+        if messages[number]['role'] == 'user':
+            return [*messages[:first], *messages[number:]]
+    return []
+
+
 def brief(value) -> str:
     """A value in at most 60 characters, for an error."""
     shown = repr(value)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flatgpt.conversation import Message, brief, messages_from, text_of
+from flatgpt import alignment
+from flatgpt.conversation import Message, brief, messages_from, text_of, without_oldest_turn
 from flatgpt.corpus import find_files, read_records
 from flatgpt.errors import UserError
 from flatgpt.machine import to_device
@@ -103,28 +104,43 @@ def row_of(prompt: str | list[Message], answer: str, tok, template) -> tuple[np.
     return ids[:end], int(before[before < end][-1]) + 1
 
 
+def rows_that_fit(pair: Pair, tok, template, block_size: int) -> tuple[list, bool]:
+    """Return the rows of the chosen and the rejected answer of a pair, each (ids, where the answer begins), and whether
+    their prompt was cut to fit into block_size: a text at its beginning, but not the ids that begin every text; a
+    conversation by its oldest turns, but not its system message. [] instead of the rows if they cannot fit."""
+    prompt = pair.prompt
+    kept = len(tok.begin)
+    while True:
+        rows = [row_of(prompt, answer, tok, template) for answer in (pair.chosen, pair.rejected)]
+        excess = max(len(ids) for ids, _ in rows) - 1 - block_size
+        cut = prompt is not pair.prompt
+        if excess <= 0:
+            return rows, cut
+        if template is None and excess + kept < min(start for _, start in rows):
+            return [(np.delete(ids, slice(kept, kept + excess)), start - excess) for ids, start in rows], True
+        prompt = without_oldest_turn(prompt) if isinstance(prompt, list) else []
+        if not prompt:
+            return [], cut
+
+
 class Rows:
-    """Pairs as token ids: .pairs has a chosen and a rejected row of each, (ids, where the answer begins). A prompt that
-    is too long for block_size is cut at its beginning: .num_cut; pairs whose answers alone are too long, or are equal,
-    are left out: .num_left_out. UserError if none is left."""
+    """Pairs as token ids: .pairs has the rows of each, those of rows_that_fit(). .num_cut: how many prompts were cut;
+    .num_left_out: how many pairs do not fit into block_size, or have equal answers. UserError if none is left."""
 
     def __init__(self, pairs: Sequence[Pair], tok, template, block_size: int, name: str):
         self.pairs = []
         self.num_cut = 0
-        self.num_left_out = 0
         for pair in tqdm(pairs, desc=name, unit=' pairs', leave=False, disable=None):
-            rows = [row_of(pair.prompt, answer, tok, template) for answer in (pair.chosen, pair.rejected)]
-            excess = max(max(len(ids) for ids, _ in rows) - 1 - block_size, 0)
-            if excess >= min(start for _, start in rows) or pair.chosen == pair.rejected:
-                self.num_left_out += 1
-                continue
-            if excess:
-                self.num_cut += 1
-            self.pairs.append([(ids[excess:], start - excess) for ids, start in rows])
-        self.lengths = np.array([len(chosen) + len(rejected) - 2 for (chosen, _), (rejected, _) in self.pairs])
-        self.longest = max((len(ids) - 1 for pair in self.pairs for ids, _ in pair), default=0)   # tokens of a row
+            rows, cut = rows_that_fit(pair, tok, template, block_size)
+            if rows and pair.chosen != pair.rejected:
+                self.pairs.append(rows)
+                self.num_cut += int(cut)
         if not self.pairs:
             raise UserError(f'no pair of {name} has answers that differ and fit into block_size={block_size}')
+        self.num_left_out = len(pairs) - len(self.pairs)
+        lengths = np.array([[len(ids) - 1 for ids, _ in rows] for rows in self.pairs])
+        self.lengths = lengths.sum(axis=1)   # tokens of both rows of a pair
+        self.longest = int(lengths.max())    # tokens of a row
 
     def __len__(self):
         return len(self.pairs)
@@ -141,35 +157,19 @@ class Rows:
         """Return the numbers of at most `count` pairs, spread evenly over all."""
         return np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
 
-    def of_step(self, step: int, seed: int, micro_batches: int, batch_size: int) -> np.ndarray:
-        """Return the numbers of the pairs of a step, (micro_batches, batch_size), a pure function of (seed, step):
-        each epoch has all pairs once, in an order of its own."""
-        count = micro_batches * batch_size
-        return self.in_order(step * count, (step + 1) * count, seed).reshape(micro_batches, batch_size)
-
-    def of_steps(self, steps: int, seed: int, micro_batches: int, batch_size: int) -> np.ndarray:
-        """Return the numbers of the pairs that the first steps learn from, each once."""
-        return np.unique(self.in_order(0, min(steps * micro_batches * batch_size, len(self)), seed))
-
-    def in_order(self, first: int, end: int, seed: int) -> np.ndarray:
-        """Return the numbers of the pairs at positions first to end - 1 of the epochs one after another."""
-        found = []
-        for position in range(first, end):
-            epoch, place = divmod(position, len(self))
-            if place == 0 or not found:
-                raw = np.random.Philox(key=seed % 2**64, counter=[0, epoch, 0, 0]).random_raw(len(self))
-                order = np.argsort(raw, kind='stable')
-            found.append(order[place])
-        return np.array(found, dtype=int)
-
-    def batch(self, numbers: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the inputs and targets, (2 B, T) each, of B pairs: the chosen answers, then the rejected ones. Targets
-        are -1 outside the answers; rows are padded on the right."""
+    def batch(self, numbers: Sequence[int], device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the inputs and targets, (2 B, T) each, of B pairs: the chosen answers, then the rejected ones."""
         rows = [self.pairs[i][which] for which in (0, 1) for i in numbers]
-        T = max(len(ids) for ids, _ in rows) - 1
-        idx = np.zeros((len(rows), T), np.int64)
-        targets = np.full((len(rows), T), -1)
-        for row, (ids, start) in enumerate(rows):
-            idx[row, :len(ids) - 1] = ids[:-1]
-            targets[row, start - 1:len(ids) - 1] = ids[start:]
-        return tuple(to_device(torch.from_numpy(array), device) for array in (idx, targets))
+        parts = alignment.pad_rows([(torch.from_numpy(ids), start) for ids, start in rows])
+        return tuple(to_device(part, device) for part in parts)
+
+
+def in_epochs(count: int, first: int, end: int, seed: int) -> np.ndarray:
+    """Return the numbers, below count, at positions first to end - 1 of epochs one after another. Each epoch has all
+    numbers once, in an order that is a pure function of (seed, epoch)."""
+    found = [np.array([], int)]
+    for epoch in range(first // count, -(-end // count)):
+        raw = np.random.Philox(key=seed % 2**64, counter=[0, epoch, 0, 0]).random_raw(count)
+        order = np.argsort(raw, kind='stable')
+        found.append(order[max(first - epoch * count, 0):end - epoch * count])
+    return np.concatenate(found)

@@ -3,7 +3,6 @@ Rollouts: the questions of each step of grpo.py, the answers that the model draw
 from. All of it is a pure function of (seed, step), whatever the number of processes.
 """
 
-import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatgpt import engine, rewards, tasks
+from flatgpt import alignment, engine, rewards, tasks
 from flatgpt.errors import UserError
+from flatgpt.pairs import in_epochs
 
 FIGURES = ('reward', 'length', 'entropy', 'no_signal')   # means over the answers of a step, as totals() has them
 
@@ -25,25 +25,22 @@ class Questions:
     """
 
     def __init__(self, reward: str, path: str, val_path: str, num_val: int, tok, longest: int):
-        self.kind = path or reward
-        if self.kind in tasks.KINDS:   # questions are generated
-            path = ''
-        else:
-            self.kind = ''
+        kind = path or reward
+        self.kind = kind if kind in tasks.KINDS else ''   # of generated questions
         self.notes = []
         of_tasks = ':' not in reward
-        self.train = rewards.read(path, of_tasks) if path else []
+        self.train = [] if self.kind else rewards.read(path, of_tasks)
         if val_path:
             self.val = rewards.read(val_path, of_tasks)[:num_val]
-        elif path:
+        elif self.kind:
+            self.val = rewards.generate(self.kind, 'val', num_val, held_out=True)
+        else:
             held_out = min(num_val, max(len(self.train) // 10, 1))
             self.val = self.train[-held_out:]
             self.train = self.train[:-held_out]
-        else:
-            self.val = rewards.generate(self.kind, 'val', num_val, held_out=True)
         self.train = self.short_ones(self.train, tok, longest, path)
         self.val = self.short_ones(self.val, tok, longest, val_path or 'the held-out questions')
-        if not self.val or (path and not self.train):
+        if not self.val or not (self.train or self.kind):
             raise UserError(f'{val_path or path or reward}: expected questions to learn from, and others to evaluate '
                             f'on, of at most {longest} tokens (block_size - max_new_tokens)')
 
@@ -60,14 +57,8 @@ class Questions:
         one pass through it to the next."""
         if self.kind:
             return rewards.generate(self.kind, f'{seed} {step}', n, held_out=False)
-        orders = {}
-        found = []
-        for i in range(step * n, (step + 1) * n):
-            epoch, at = divmod(i, len(self.train))
-            if epoch not in orders:
-                orders[epoch] = random.Random(f'{seed} {epoch}').sample(range(len(self.train)), len(self.train))
-            found.append(self.train[orders[epoch][at]])
-        return found
+        numbers = in_epochs(len(self.train), step * n, (step + 1) * n, seed)
+        return [self.train[i] for i in numbers]
 
     def checksum(self) -> int:
         """Return a number that stands for the held-out questions."""
@@ -80,7 +71,6 @@ class Rollout:
     answers: list[str]
     idx: Tensor                        # (N, T), token ids of question and answer, filled up on the right
     targets: Tensor                    # (N, T), ids one step ahead; -1 outside the answers
-    lengths: Tensor                    # (N,), tokens of the answers, end tokens included
     rewards: Tensor                    # (P, G)
     drawn_with: Tensor                 # (N,), log-probabilities of the answers as they were drawn
     advantages: Tensor | None = None   # (N,)
@@ -89,19 +79,17 @@ class Rollout:
     log_probs: Tensor | None = None    # (N, T), by the policy before the first update
 
     def totals(self) -> Tensor:
-        """Return the sums over the answers of FIGURES, and of the lengths, in float64. The entropy is estimated: the
-        negative log-probability of a token, averaged over an answer."""
-        lengths = self.lengths.double()
+        """Return the sums over the answers of FIGURES, in float64. The length has the end token. The entropy is
+        estimated: the negative log-probability of a token, averaged over an answer."""
+        lengths = (self.targets >= 0).sum(dim=1).cpu()
         alike = (self.rewards == self.rewards[:, :1]).all(dim=1)   # a group from which nothing is learned
-        sums = (self.rewards.double().sum(), lengths.sum(), (-self.drawn_with.double() / lengths).sum(),
-                alike.sum() * self.rewards.size(1), lengths.sum())
-        return torch.stack([total.double() for total in sums])
+        figures = (self.rewards, lengths, -self.drawn_with / lengths, alike[:, None].expand_as(self.rewards))
+        return torch.stack([figure.double().sum() for figure in figures])
 
-    def to(self, device: torch.device):
-        """Move the tensors to a device."""
-        for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                setattr(self, name, value.to(device))
+    def num_tokens(self) -> int:
+        """Return the number of tokens that the model sees, without padding."""
+        positions = torch.arange(1, self.targets.size(1) + 1, device=self.targets.device)
+        return int(((self.targets >= 0) * positions).amax(dim=1).sum())
 
     def drop(self, rows: Tensor):
         """Remove rows, (N,) of bool, and columns that only they need; but not all: DDP needs a backward pass."""
@@ -110,13 +98,12 @@ class Rollout:
         columns = int((self.targets[kept] >= 0).nonzero()[:, 1].max()) + 1
         for name in ('idx', 'targets', 'weights'):
             setattr(self, name, getattr(self, name)[kept, :columns])
-        self.lengths = self.lengths[kept]
         self.advantages = self.advantages[kept]
 
 
 def draw(model, tok, questions: Sequence[dict], reward_of: rewards.Reward, group_size: int, max_new_tokens: int,
          temperature: float, seed: int, step: int, first_row: int, must_end: bool = False) -> Rollout:
-    """Return group_size answers of a model, in eval mode, to each question, with their rewards. first_row: the number
+    """Return group_size answers of a model to each question, with their rewards. first_row: the number
     of the first answer among those of the step; the random numbers of an answer depend on it, the seed and the step.
     must_end: an answer that max_new_tokens cuts off gets nothing; else a model may learn not to end."""
     prompts = [rewards.prompt_ids(tok, question) for question in questions]
@@ -125,20 +112,8 @@ def draw(model, tok, questions: Sequence[dict], reward_of: rewards.Reward, group
         pass
     values = [0.0 if must_end and answer.finish == 'length' else reward_of(questions[i // group_size], answer.text)
               for i, answer in enumerate(answers)]
-    idx, targets = rows_of(answers)
-    return Rollout(answers=[answer.text for answer in answers], idx=idx, targets=targets,
-                   lengths=torch.tensor([len(answer.ids) for answer in answers]),
+    rows = [(torch.cat((answer.prompt_ids, torch.tensor(answer.ids))), len(answer.prompt_ids)) for answer in answers]
+    idx, targets = (part.to(model.lm_head.weight.device) for part in alignment.pad_rows(rows))
+    return Rollout([answer.text for answer in answers], idx, targets,
                    rewards=torch.tensor(values).view(len(questions), group_size),
                    drawn_with=torch.tensor([answer.log_prob for answer in answers]))
-
-
-def rows_of(answers: Sequence[engine.Answer]) -> tuple[Tensor, Tensor]:
-    """Return the token ids of prompts and answers, (N, T), and the targets, (N, T): the answers alone."""
-    T = max(len(answer.prompt_ids) + len(answer.ids) for answer in answers) - 1
-    idx = torch.zeros(len(answers), T, dtype=torch.long)
-    targets = torch.full_like(idx, -1)
-    for row, answer in enumerate(answers):
-        ids = torch.cat((answer.prompt_ids, torch.tensor(answer.ids)))
-        idx[row, :len(ids) - 1] = ids[:-1]
-        targets[row, len(answer.prompt_ids) - 1:len(ids) - 1] = torch.tensor(answer.ids)
-    return idx, targets

@@ -103,11 +103,11 @@ def test_with_adapters_off_the_model_is_its_base_and_afterwards_it_is_as_before(
 def ours(loss, model, reference, beta=0.3, **more):
     """The mean loss, the rewards and the gradients of our functions."""
     idx, targets = batch()
-    sums, lengths = alignment.sums_and_lengths(alignment.token_log_probs(model, idx, targets), targets)
+    sums = alignment.token_log_probs(model, idx, targets).sum(dim=1).view(2, -1)
     with torch.no_grad():
-        reference_sums = alignment.token_log_probs(reference, idx, targets).sum(dim=1)
-    losses, chosen, rejected = alignment.preference_loss(loss, *sums.chunk(2), *reference_sums.chunk(2),
-                                                         *lengths.chunk(2), beta=beta, **more)
+        reference_sums = alignment.token_log_probs(reference, idx, targets).sum(dim=1).view(2, -1)
+    lengths = (targets >= 0).sum(dim=1).view(2, -1)
+    losses, (chosen, rejected) = alignment.preference_loss(loss, sums, reference_sums, lengths, beta, **more)
     losses.mean().backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -205,10 +205,10 @@ def by_hand(kind, chosen, rejected, lengths, beta, gamma, smoothing):
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
 def test_losses_and_rewards_are_those_of_the_papers(kind, smoothing):
     chosen, rejected, lengths = (-12.0, -14.5), (-20.0, -17.0), (5, 8)
-    numbers = [torch.tensor([float(value)]) for value in (chosen[0], rejected[0], chosen[1], rejected[1], *lengths)]
-    found = alignment.preference_loss(kind, *numbers, beta=0.4, gamma=0.5, label_smoothing=smoothing)
+    sums, reference, lengths_of = (torch.tensor(numbers)[:, None] for numbers in (*zip(chosen, rejected), lengths))
+    loss, rewards = alignment.preference_loss(kind, sums, reference, lengths_of, 0.4, 0.5, smoothing)
     expected = by_hand(kind, chosen, rejected, lengths, 0.4, 0.5, smoothing)
-    assert [value.item() for value in found] == pytest.approx(expected, abs=1e-5)
+    assert [*loss.tolist(), *rewards.flatten().tolist()] == pytest.approx(expected, abs=1e-5)
 
 
 def test_where_nothing_has_changed_the_loss_of_dpo_is_log_2_and_the_margin_0():
@@ -221,8 +221,7 @@ def test_where_nothing_has_changed_the_loss_of_dpo_is_log_2_and_the_margin_0():
 
 
 def test_rewards_carry_no_gradient():
+    sums = torch.tensor([[-3.0], [-4.0]], requires_grad=True)
     for kind in alignment.LOSSES:
-        numbers = [torch.tensor([value], requires_grad=True) for value in (-3.0, -4.0, -3.5, -3.0)]
-        lengths = torch.tensor([2]), torch.tensor([3])
-        loss, chosen, rejected = alignment.preference_loss(kind, *numbers, *lengths, beta=0.1)
-        assert loss.requires_grad and not chosen.requires_grad and not rejected.requires_grad
+        loss, rewards = alignment.preference_loss(kind, sums, sums + 1, torch.tensor([[2], [3]]), beta=0.1)
+        assert loss.requires_grad and not rewards.requires_grad

@@ -35,10 +35,10 @@ def test_advantages_by_hand():
 
 
 def test_weights_by_hand():
-    lengths = torch.tensor([1, 2, 5])
-    for normalize, divisors in (('answer', (4, 8, 20)), ('token', (11, 11, 11)), ('constant', (40, 40, 40))):
-        found = alignment.token_weights(lengths, normalize, answers=4, tokens=11, longest=10)   # one is elsewhere
-        assert found.tolist() == pytest.approx([1 / divisor for divisor in divisors])
+    targets = torch.tensor([[3, -1, -1], [-1, 1, 0], [2, 0, 4]])
+    for normalize, divisors in (('answer', (4, 8, 12)), ('token', (9, 9, 9)), ('constant', (40, 40, 40))):
+        found = alignment.token_weights(targets, normalize, answers=4, tokens=9, longest=10)   # one is elsewhere
+        torch.testing.assert_close(found, (targets >= 0) / torch.tensor(divisors)[:, None])
 
 
 def problem(clip=0.2, high=0.3):
@@ -60,8 +60,7 @@ def ours(model, idx, targets, old, reference, advantages, normalize='token', low
     """(loss, gradients, share of tokens clipped, mean KL) as grpo.py computes them."""
     mask = targets >= 0
     log_probs = alignment.token_log_probs(model, idx, targets)
-    lengths = mask.sum(dim=1)
-    weights = mask * alignment.token_weights(lengths, normalize, len(lengths), lengths.sum().item(), 20)[:, None]
+    weights = alignment.token_weights(targets, normalize, len(targets), mask.sum().item(), 20)
     loss, clipped = alignment.policy_loss(log_probs, old, advantages, weights, low, high)
     estimate = alignment.kl_estimate(log_probs, reference) * mask
     loss = loss + kl * (weights * estimate).sum()
@@ -192,12 +191,16 @@ def drawn(folder, step=0, first=0, n=6, seed=1, temperature=1.0):
                          temperature, seed, step, first * 4), model
 
 
+def lengths_of(rollout):
+    return (rollout.targets >= 0).sum(dim=1)
+
+
 @pytest.mark.parametrize('temperature', [1.0, 0.6])
 def test_log_probabilities_of_the_engine_are_those_of_the_model_that_learns(letters, temperature):
     rollout, model = drawn(letters, temperature=temperature)
     found = alignment.token_log_probs(model, rollout.idx, rollout.targets)
     torch.testing.assert_close(found.sum(dim=1), rollout.drawn_with, rtol=1e-5, atol=1e-5)
-    assert len(set(rollout.lengths.tolist())) > 3   # rows of many lengths
+    assert len(set(lengths_of(rollout).tolist())) > 3   # rows of many lengths
 
 
 def test_targets_are_the_answers_with_their_end_and_nothing_else(letters):
@@ -205,7 +208,7 @@ def test_targets_are_the_answers_with_their_end_and_nothing_else(letters):
     for row in range(24):
         counted = (rollout.targets[row] >= 0).nonzero()[:, 0].tolist()
         first, end = counted[0], counted[-1]
-        assert counted == list(range(first, end + 1)) and len(counted) == rollout.lengths[row]
+        assert counted == list(range(first, end + 1))
         answer = rollout.targets[row, first:end + 1].tolist()
         assert 7 not in answer[:-1] and (answer[-1] == 7 or len(answer) == 9)
         assert rollout.answers[row] == ''.join(LETTERS[i] for i in answer if i != 7)
@@ -235,9 +238,12 @@ def test_an_answer_that_does_not_end_gets_nothing_if_it_must(letters):
 def test_figures_of_a_step_by_hand(letters):
     rollout, _ = drawn(letters)
     rollout.rewards = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]] * 2)
-    reward, length, entropy, no_signal, tokens = rollout.totals().tolist()
-    assert (reward, no_signal, length, tokens) == (10, 16, rollout.lengths.sum(), rollout.lengths.sum())
-    assert entropy == pytest.approx(sum(-(rollout.drawn_with / rollout.lengths)).item(), rel=1e-5)
+    reward, length, entropy, no_signal = rollout.totals().tolist()
+    lengths = lengths_of(rollout)
+    assert (reward, no_signal, length) == (10, 16, lengths.sum())
+    assert entropy == pytest.approx(sum(-(rollout.drawn_with / lengths)).item(), rel=1e-5)
+    prompts = (rollout.targets >= 0).int().argmax(dim=1)   # tokens before the one that the first token is drawn from
+    assert rollout.num_tokens() == (prompts + lengths).sum()
 
 
 def test_rows_that_move_nothing_are_dropped_but_one_and_the_gradient_stays(letters):
@@ -248,7 +254,7 @@ def test_rows_that_move_nothing_are_dropped_but_one_and_the_gradient_stays(lette
         rollout.weights = (rollout.targets >= 0) / 100
         if drops:
             rollout.drop(rollout.advantages == 0)
-            assert len(rollout.idx) == len(rollout.targets) == len(rollout.lengths) == 2
+            assert len(rollout.idx) == len(rollout.targets) == 2
         log_probs = alignment.token_log_probs(model, rollout.idx, rollout.targets)
         loss, _ = alignment.policy_loss(log_probs, log_probs.detach(), rollout.advantages, rollout.weights, 0.2, 0.2)
         loss.backward()
@@ -356,6 +362,14 @@ def test_the_reference_is_the_starting_model_and_never_changes(letters, whole):
         assert torch.equal(p, before[name]), name
     assert any(not torch.equal(p, before[name]) for name, p in saved['model'].items())
     assert [record for record in records(whole) if 'iter' in record][-1]['kl'] > 0
+
+
+def test_the_flops_of_training_are_counted(letters, whole):
+    evals = [record for record in records(whole) if 'step' in record]
+    model = checkpoint.load_model(letters)[0]
+    seen, rest = divmod(evals[-1]['flops'], 2 * model.flops_per_token(24))   # two updates see each token
+    asked = 8 * 6 * 4   # 6 questions of 1 to 4 letters and 4 answers to each, in 8 steps; the last token is not seen
+    assert rest == evals[0]['flops'] == 0 and evals[-1]['tokens'] <= seen <= evals[-1]['tokens'] + 3 * asked
 
 
 def test_a_resumed_run_is_the_whole_run(letters, whole, tmp_path):

@@ -12,7 +12,7 @@ from test_tokenizer import KINDS
 
 from flatgpt.conversation import add_chatml
 from flatgpt.errors import UserError
-from flatgpt.pairs import Pair, Rows, hold_out, pair_of, read, row_of
+from flatgpt.pairs import Pair, Rows, hold_out, in_epochs, pair_of, read, row_of
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, load
 
 CPU = torch.device('cpu')
@@ -159,6 +159,35 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_answer_is_left_out():
         Rows(pairs[:3], CHARS, None, 2, 'train')
 
 
+def test_the_ids_that_begin_a_text_stay_when_its_prompt_is_cut():
+    tok = BpeTokenizer(KINDS['byte-level with a template'][0]())
+    pair = Pair('hello ' * 9, 'yes', 'no')
+    whole = [ids.tolist() for ids, _ in Rows([pair], tok, None, 999, 'train').pairs[0]]
+    rows = Rows([pair], tok, None, len(whole[0]) - 5, 'train')   # the longest has one token more: 4 are too many
+    assert tok.begin and rows.num_cut == 1
+    for (ids, start), before in zip(rows.pairs[0], whole):
+        assert ids.tolist() == [*tok.begin, *before[len(tok.begin) + 4:]]
+        assert tok.decode(ids[start:]).strip().removesuffix('</s>') in ('yes', 'no')
+    with pytest.raises(UserError, match='block_size=4'):   # <s>, the answer and </s> are left
+        Rows([pair], tok, None, 4, 'train')
+
+
+def test_a_long_conversation_loses_its_oldest_turns_but_not_its_system_message(chat):
+    tok, template = chat
+    system = {'role': 'system', 'content': 'yes'}
+    turns = [{'role': role, 'content': f'{word} {i}'} for i in range(3) for role, word in
+             (('user', 'why'), ('assistant', 'because'))]
+    pair = Pair([system, *turns[:5]], 'because', 'no idea')
+    longest = [len(row_of([system, *turns[n:5]], 'no idea', tok, template)[0]) for n in (0, 2, 4)]
+    for room, kept in ((longest[0], 0), (longest[0] - 1, 2), (longest[1], 2), (longest[1] - 1, 4), (longest[2], 4)):
+        rows = Rows([pair], tok, template, room - 1, 'train')
+        ids, start = rows.pairs[0][1]
+        assert tok.decode(ids[:start]) == template.render([system, *turns[kept:5]], add_generation_prompt=True)
+        assert tok.decode(ids[start:]) == 'no idea<|im_end|>' and rows.num_cut == (kept > 0)
+    with pytest.raises(UserError, match='fit into block_size'):   # the last question is never cut
+        Rows([pair], tok, template, longest[2] - 2, 'train')
+
+
 def test_the_checksum_tells_pairs_apart():
     def checksum(*pairs):
         return Rows(pairs, CHARS, None, 20, 'train').checksum()
@@ -169,28 +198,20 @@ def test_the_checksum_tells_pairs_apart():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# batches
+# epochs
 
-def rows_of(n):
-    return Rows([Pair('ab', 'c' * (i + 1), 'd') for i in range(n)], CHARS, None, 99, 'train')
-
-
-@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 8), st.integers(0, 2**70))
+@given(st.integers(1, 30), st.lists(st.integers(0, 40), max_size=6), st.integers(0, 2**70))
 @quick
-def test_each_epoch_has_all_pairs_once_in_its_own_order(n, micro_batches, batch_size, seed):
-    rows = rows_of(n)
-    steps = 3 * n // (micro_batches * batch_size) + 1
-    taken = np.concatenate([rows.of_step(step, seed, micro_batches, batch_size).flatten() for step in range(steps)])
+def test_each_epoch_has_all_numbers_once_in_its_own_order_whatever_the_steps(count, steps, seed):
+    ends = np.cumsum([0, *steps]).tolist()
+    found = np.concatenate([in_epochs(count, 0, 0, seed), *(in_epochs(count, first, end, seed)
+                                                            for first, end in zip(ends, ends[1:]))])
+    whole = in_epochs(count, 0, 200 + 2 * count, seed)
+    assert found.dtype == int and found.tolist() == whole[:sum(steps)].tolist()
     for epoch in range(3):
-        assert sorted(taken[epoch * n:(epoch + 1) * n]) == list(range(n))
-    for step in range(steps):
-        first = taken[:step * micro_batches * batch_size]
-        assert rows.of_steps(step, seed, micro_batches, batch_size).tolist() == sorted(set(first))
-    assert rows.of_step(1, seed, micro_batches, batch_size).shape == (micro_batches, batch_size)
+        assert sorted(whole[epoch * count:(epoch + 1) * count]) == list(range(count))
 
 
-def test_the_pairs_of_a_step_are_a_pure_function_of_seed_and_step():
-    rows = rows_of(50)
-    found = {(step, seed): rows.of_step(step, seed, 2, 4).tolist() for step in range(3) for seed in (1, 2)}
-    assert found[2, 1] == rows_of(50).of_step(2, 1, 2, 4).tolist()
-    assert len({str(numbers) for numbers in found.values()}) == 6
+def test_the_order_differs_between_epochs_and_seeds():
+    found = [in_epochs(50, first, first + 50, seed).tolist() for first in (0, 50) for seed in (1, 2)]
+    assert len({str(numbers) for numbers in found}) == 4
