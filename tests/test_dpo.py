@@ -159,6 +159,20 @@ def test_only_adapters_change_and_the_base_is_the_reference(base, pairs, tmp_pat
     assert done.returncode == 0, done.stderr
 
 
+def test_a_base_may_be_trained_further_and_the_adapters_of_dpo_stay_usable(base, pairs, tmp_path):
+    source, out_dir = shutil.copytree(base, tmp_path / 'base'), tmp_path / 'out'
+    done = call('dpo.py', *arguments(source, pairs, out_dir, '--lora_rank=4', '--learning_rate=3e-2', '--max_iters=1'))
+    assert done.returncode == 0, done.stderr
+    before = checkpoint.load_model(out_dir)[0].state_dict()
+    trained = checkpoint.load(source / 'best.pt')
+    trained['model']['transformer.ln_f.weight'] += 1
+    checkpoint.save(source / 'best.pt', trained)   # as a run does that goes on in the folder of the base
+    after = checkpoint.load_model(out_dir)[0].state_dict()
+    assert all(torch.equal(p, after[name]) for name, p in before.items())
+    done = call('dpo.py', f'--out_dir={out_dir}', '--init_from=resume', '--max_iters=2')
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_reference_is_of_the_pairs_that_the_run_needs(base, pairs, tmp_path):
     few = '--max_iters=1', '--eval_pairs=2', '--batch_size=3', '--gradient_accumulation_steps=1'
 

@@ -198,7 +198,7 @@ def test_an_adapter_that_is_read_back_as_another_is_not_exported(lora_run, tmp_p
     theirs = lora.save_peft
     monkeypatch.setattr(lora, 'save_peft', lambda folder, model, architecture, description, base: theirs(
         folder, model, architecture, {**description, 'alpha': description['alpha'] * 1.01}, base))
-    done = call('export.py', f'--out_dir={lora_run["gpt2"]}', f'--to={tmp_path / "adapter"}', '--adapter')
+    done = call('export.py', f'--out_dir={lora_run["gpt2"]}', f'--to={tmp_path / "new" / "er" / "x"}', '--adapter')
     assert_one_line(done, 1, 'the adapter that was read back is not that of', 'nothing was exported')
     assert not list(tmp_path.iterdir())
 
@@ -234,10 +234,32 @@ def test_what_cannot_be_read_back_is_not_exported(models, tmp_path, monkeypatch,
 
     theirs = pretrained.weights_to_hf
     monkeypatch.setattr(pretrained, 'weights_to_hf', wrong)
-    done = call('export.py', f'--out_dir={models["gpt2"]}', f'--to={tmp_path / "to"}')
+    done = call('export.py', f'--out_dir={models["gpt2"]}', f'--to={tmp_path / "new" / "er" / "to"}')
     assert_one_line(done, 1, 'the exported model does not give what', 'of their spread, most by', 'rounding explains',
                     'nothing was exported')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_a_deep_model_is_exported_and_two_weights_exchanged_in_its_last_layer_are_found(tmp_path, monkeypatch, dtype):
+    """Rounding is 1/30 of what is allowed, and the exchange 40 times as much."""
+    def exchanged(*args):
+        tensors = theirs(*args)
+        matrix = tensors[last].clone()   # the model has the other
+        tensors[last] = matrix
+        matrix[0, :2] = matrix[0, :2].flip(0)
+        return tensors
+
+    theirs, last, tok = pretrained.weights_to_hf, 'model.layers.23.mlp.down_proj.weight', CharTokenizer.of(TEXT)
+    model = GPT(GPTConfig(tok.vocab_size, 32, n_layer=24, n_embd=32, n_head=2, bias=False, **ARCHS['llama']))
+    disturb(model.parameters())
+    checkpoint.save(tmp_path / 'best.pt', state_of(model, tokenizer=tok.to_dict()))
+    args = 'export.py', f'--out_dir={tmp_path}', f'--dtype={dtype}'
+    done = call(*args, f'--to={tmp_path / "right"}')
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(pretrained, 'weights_to_hf', exchanged)
+    assert_one_line(call(*args, f'--to={tmp_path / "wrong"}'), 1, 'the exported model does not give')
+    assert {path.name for path in tmp_path.iterdir()} == {'best.pt', 'right'}
 
 
 def test_a_tokenizer_that_splits_otherwise_is_not_exported(models, tmp_path, monkeypatch):

@@ -325,7 +325,7 @@ def out_dir(tmp_path_factory, trained):
 
 def test_the_script_writes_a_file_alone_or_besides_a_folder(out_dir, tmp_path):
     gguf = pytest.importorskip('gguf')
-    alone, both = tmp_path / 'new' / 'alone.gguf', tmp_path / 'both.gguf'
+    alone, both = tmp_path / 'new' / 'er' / 'alone.gguf', tmp_path / 'both.gguf'
     done = call('export.py', f'--out_dir={out_dir}', f'--gguf={alone}')
     assert done.returncode == 0 and done.stdout == f'{alone}\n', done.stderr
     assert 'F16, read back and compared' in done.stderr
@@ -365,7 +365,7 @@ def test_a_write_that_fails_leaves_nothing(out_dir, tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(pytest.importorskip('gguf'), 'quantize', full)
-    done = call('export.py', f'--out_dir={out_dir}', f'--gguf={tmp_path / "x.gguf"}')
+    done = call('export.py', f'--out_dir={out_dir}', f'--gguf={tmp_path / "new" / "er" / "x.gguf"}')
     assert_one_line(done, 1, 'cannot write', 'No space left on device')
     assert not list(tmp_path.iterdir())
 
