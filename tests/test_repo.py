@@ -14,19 +14,20 @@ import pytest
 from conftest import ROOT, needs
 from in_process import call, defaults_of, options
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import configurator
 from flatgpt import optim
 from model import GPTConfig
 
-# The project's own files are named here and checked; a user's own files are not.
+# The project's own files are named here and checked; a user's own files and pages are not.
 SCRIPTS = ['train', 'dpo', 'grpo', 'sample', 'chat', 'serve', 'eval', 'bench', 'export', 'plot']
 # Each part imports only parts that stand before it
-PARTS = [part for part in (
+PARTS = [
     'errors', 'budget', 'tokenizer', 'sandbox', 'conversation', 'hub', 'machine', 'runtime', 'engine', 'batching',
     'openai_forms', 'serving', 'quantize', 'architectures', 'pretrained', 'llama_cpp', 'lora', 'alignment', 'dataset',
     'checkpoint', 'corpus', 'ingest', 'pairs', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir', 'scaling',
-    'sweep', 'queries', 'tasks', 'rewards', 'rollouts') if (ROOT / f'flatgpt/{part}.py').exists()]
+    'sweep', 'queries', 'tasks', 'rewards', 'rollouts']
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'chat', 'fineweb', 'my_code', 'openwebtext', 'preferences', 'python_char', 'shakespeare', 'shakespeare_char', 'sql',
     'text')]
@@ -40,9 +41,9 @@ CONFIGS = [f'config/{name}.py' for name in (
 MODULES = {**{name: f'{name}.py' for name in ('configurator', 'model', *SCRIPTS)},
            **{f'flatgpt.{part}': f'flatgpt/{part}.py' for part in PARTS}}
 RUNNABLE = [f'{name}.py' for name in SCRIPTS] + ['flatgpt/sweep.py'] + PREPARES   # what has options
-DOCS = sorted(f'docs/{path.name}' for path in ROOT.glob('docs/*.md'))
+DOCS = sorted({*re.findall(r'\]\((docs/\w+\.md)', (ROOT / 'README.md').read_text(encoding='utf-8'))})
 TOURS = ['README.md', 'README.zh-CN.md', 'LEARN.md', 'LEARN.zh-CN.md']   # pages that walk through the whole project
-PAGES = [*TOURS, 'CONTRIBUTING.md', 'CHANGELOG.md', *DOCS]
+PAGES = [*TOURS, 'CONTRIBUTING.md', *DOCS]
 
 
 def tree(name):
@@ -64,18 +65,6 @@ def options_of(script):
 def test_every_script_and_part_is_there_and_in_the_readmes_list_of_files(module):
     assert (ROOT / MODULES[module]).is_file()
     assert f'{module.removeprefix("flatgpt.")}.py ' in text_of('README.md')
-
-
-@needs('git_checkout')
-def test_at_most_twelve_python_files_at_the_top_and_all_are_known():
-    listed = subprocess.run(['git', 'ls-files', '--', ':(glob)*.py'], cwd=ROOT, capture_output=True, text=True)
-    at_the_top = listed.stdout.split()
-    assert sorted(at_the_top) == sorted(path for path in MODULES.values() if '/' not in path)
-    assert len(at_the_top) <= 12
-
-
-def test_no_module_at_the_top_shadows_the_standard_library():
-    assert not {*MODULES} & sys.stdlib_module_names
 
 
 def nodes_run_at_import(node):
@@ -113,13 +102,9 @@ def test_nothing_imports_a_script(path):
     assert not imports_of(path) & {*SCRIPTS}
 
 
-@pytest.mark.parametrize('script', [*(MODULES[name] for name in SCRIPTS), *PREPARES])
-def test_a_script_imports_parts_model_and_configurator(script):
-    assert imports_of(script) <= {'configurator', 'model', *(f'flatgpt.{part}' for part in PARTS)}
-
-
 @pytest.mark.parametrize('part', PARTS)
 def test_a_part_imports_only_parts_above_it_and_model(part):
+    """So that imports make no circle."""
     path = f'flatgpt/{part}.py'
     allowed = {'model', *(f'flatgpt.{above}' for above in PARTS[:PARTS.index(part)])}
     if path in RUNNABLE:
@@ -131,42 +116,6 @@ def test_the_model_imports_torch_and_nothing_of_ours_when_it_is_imported():
     assert not imports_at_import('model.py')
     names = {name.split('.')[0] for name in all_imports(nodes_run_at_import(tree('model.py')))}
     assert names - sys.stdlib_module_names <= {'torch', 'numpy'}
-
-
-def test_configurator_imports_the_errors_alone():
-    assert imports_of('configurator.py') == {'flatgpt.errors'}
-
-
-def circle(imports):
-    """A circle of modules, [a, ..., a], in {module: modules it imports}; [] if there is none."""
-    done = set()
-
-    def follow(module, way):
-        if module in way:
-            return way[way.index(module):] + [module]
-        if module in done:
-            return []
-        for other in sorted(imports[module]):
-            if found := follow(other, way + [module]):
-                return found
-        done.add(module)
-        return []
-
-    for start in imports:
-        if found := follow(start, []):
-            return found
-    return []
-
-
-def test_imports_make_no_circle():
-    assert circle({module: imports_at_import(path) for module, path in MODULES.items()}) == []
-    # also counting imports inside functions: the model alone may reach for parts that import it
-    assert circle({module: imports_of(path) - {'model'} for module, path in MODULES.items()}) == []
-
-
-def test_a_circle_of_imports_is_found():
-    assert circle({'a': {'b', 'c'}, 'b': set(), 'c': {'d'}, 'd': {'c'}}) == ['c', 'd', 'c']
-    assert circle({'a': {'b', 'c'}, 'b': {'c'}, 'c': set()}) == []
 
 
 def test_importing_a_part_has_no_side_effect_and_loads_no_package_that_is_used_rarely(tmp_path):
@@ -216,41 +165,18 @@ def dialect_in(text):
     return [found[0] for pattern in DIALECT for found in pattern.finditer(text)]
 
 
-@pytest.mark.parametrize('path', [*MODULES.values(), *CONFIGS, *PREPARES, *PAGES, 'Makefile', *sorted(
-    f'tests/{path.name}' for path in ROOT.glob('tests/*.py'))])
+@pytest.mark.parametrize('path', [*MODULES.values(), *CONFIGS, *PREPARES, *PAGES, 'Makefile'])
 def test_a_file_has_no_phrase_of_the_former_dialect(path):
     assert dialect_in(text_of(path)) == []
 
 
-@pytest.mark.parametrize('text', [
-    'fields, par' + 'ted\n    # by commas', 'lea' + 've these options away', 'def test_what_' + 'is_no_number():',
-    'it can men' + 'd them', 'the file li' + 'es in out_dir', '"""The ' + 'same; or None."""'])
-def test_a_phrase_of_the_dialect_is_found(text):
-    assert dialect_in(text)
-
-
-def test_plain_words_are_not_taken_for_dialect():
-    assert not dialect_in('what is not so, recommended: leave the file. The same as before. 0 lies between 1 and 2')
+def test_a_phrase_of_the_dialect_is_found_and_plain_words_are_not():
+    assert all(map(dialect_in, ('fields, par' + 'ted\n    # by commas', 'def test_what_' + 'is_no_number():')))
+    assert not dialect_in('recommended: leave the file. The same as before. 0 lies between 1 and 2')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # options
-
-@pytest.mark.parametrize('script', RUNNABLE)
-def test_options_stand_between_the_rulers_each_alone_on_its_line(script):
-    lines = text_of(script).splitlines()
-    ruler = [i for i, line in enumerate(lines, 1) if re.fullmatch('# -{117}', line)]
-    numbers = [number for *_, number in configurator.read_options(ROOT / script)]
-    assert numbers and ruler[0] < min(numbers) and max(numbers) < ruler[1]
-    assert len(set(numbers)) == len(numbers)
-    assert lines[ruler[1]].startswith(('configure(globals())', 'config = configure(globals())'))
-
-
-@pytest.mark.parametrize('script', RUNNABLE)
-def test_every_option_has_words_that_can_be_read_alone(script):
-    for name, _, comment, _ in configurator.read_options(ROOT / script):
-        assert len(comment) > 11 and not re.match('(and|those|them) ', comment), name
-
 
 @pytest.mark.parametrize('script', RUNNABLE)
 def test_options_are_read_before_anything_slow_is_imported_and_no_import_hides_one(script):
@@ -305,7 +231,6 @@ def test_a_config_is_accepted_and_makes_a_model_and_a_schedule(path, monkeypatch
     config = configured(script_of(path), [path], monkeypatch)
     assert config['schedule'] in optim.SCHEDULES and config['optimizer'] in optim.OPTIMIZERS
     assert config.get('eval_only') or 0 <= config['warmup_iters'] < config['max_iters']
-    assert config.get('eval_only') or config['out_dir'] not in ('out', 'out-dpo', 'out-grpo')   # its own folder
     if script_of(path) != 'train.py':
         return
     names = ('block_size', 'n_layer', 'n_embd', 'n_head', 'bias', 'dropout', 'attention')
@@ -315,18 +240,14 @@ def test_a_config_is_accepted_and_makes_a_model_and_a_schedule(path, monkeypatch
 
 
 @pytest.mark.parametrize('path', CONFIGS)
-def test_a_config_states_its_commands_hardware_time_and_result(path, monkeypatch):
-    header = text_of(path).split('\n\n')[0].splitlines()
-    assert all(line.startswith('#') for line in header)
-    config = configured(script_of(path), [path], monkeypatch)
-    dataset = config.get('dataset', {'dpo.py': 'preferences', 'grpo.py': 'chat'}.get(script_of(path)))
-    wanted = {'train.py': 'config/chat_tiny.py', script_of(path): path, f'data/{dataset}/prepare.py': None,
-              **{f'{script}.py': f'--out_dir={config["out_dir"]}' for script in ('sample', 'chat', 'eval', 'export')},
-              **{f'data/{name}/prepare.py': f'--name={dataset}' for name in ('text', 'chat') if name != dataset}}
-    assert script_of(path) in dict(commands(path))
-    for script, args in commands(path):
-        assert wanted[script] is None or wanted[script] in args
-    assert all(f'{word}: ' in '\n'.join(header) for word in ('hardware', 'time', 'result'))
+def test_the_commands_in_the_header_of_a_config_use_it_and_its_folder(path, monkeypatch):
+    out_dir = configured(script_of(path), [path], monkeypatch)['out_dir']
+    found = commands(path)
+    assert path in dict(found)[script_of(path)]
+    for script, args in found:
+        folders = [arg for arg in args if arg.startswith('--out_dir=')]
+        assert script == 'train.py' or folders in ([], [f'--out_dir={out_dir}'])
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,24 +280,20 @@ def to_write(name):
     return dict(re.findall(r'^```python\n# (\w+\.py)\n(.*?)^```$', text_of(name), re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize('name, least', [('README.md', 20), ('README.zh-CN.md', 20), ('LEARN.md', 25), ('Makefile', 3),
-                                         *((name, 1) for name in DOCS),
-                                         *((script, 2) for script in RUNNABLE if 'python_char' not in script),
-                                         ('data/python_char/prepare.py', 1), *((path, 1) for path in CONFIGS)])
-def test_every_command_that_a_text_gives_would_be_accepted(name, least, tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', ['README.md', 'README.zh-CN.md', 'LEARN.md', 'Makefile', *DOCS, *RUNNABLE, *CONFIGS])
+def test_every_command_that_a_text_gives_would_be_accepted(name, tmp_path, monkeypatch):
     written = {}
     for file, content in to_write(name).items():
         (tmp_path / file).write_text(content)
         written[file] = str(tmp_path / file)
     found = commands(name)
-    assert len(found) >= least
+    assert found
     for script, args in found:
         assert script in RUNNABLE or script in written
         configured(written.get(script, script), [written.get(arg, arg) for arg in args], monkeypatch)
 
 
 TARGETS = set(re.findall(r'^([\w-]+):', text_of('Makefile'), re.MULTILINE))
-FORMER_TARGETS = {'CHANGELOG.md': {'test-slow'}}
 
 
 def targets_named(name):
@@ -386,21 +303,7 @@ def targets_named(name):
 
 @pytest.mark.parametrize('name', [*PAGES, 'Makefile'])
 def test_every_make_target_that_a_text_names_exists(name):
-    assert targets_named(name) - {''} - FORMER_TARGETS.get(name, set()) <= TARGETS
-
-
-@pytest.mark.parametrize('name', [*TOURS, 'Makefile'])
-def test_a_tour_names_the_two_commands_that_set_everything_up(name):
-    assert {'', 'test'} <= targets_named(name)
-
-
-def test_contributing_names_the_targets_for_tests():
-    assert {'test', 'test-all', 'test-oldest', 'test-gpu', 'lint'} <= targets_named('CONTRIBUTING.md')
-
-
-def test_every_phony_target_exists():
-    phony = re.search(r'^\.PHONY: (.*)$', text_of('Makefile'), re.MULTILINE)[1].split()
-    assert set(phony) <= TARGETS
+    assert targets_named(name) - {''} <= TARGETS
 
 
 # --help, --key=val, the options of torchrun, pip, hf, tensorboard, lm_eval and llama.cpp, and one in a sample of text
@@ -417,14 +320,12 @@ def test_every_option_that_a_page_names_belongs_to_a_script(name, tmp_path):
         known |= set(options_of(tmp_path / file))
     named = set(re.findall(r'(?<![\w-])--(\w[\w-]*)', text_of(name)))
     assert named - known <= OTHER_OPTIONS
-    assert name not in TOURS or len(named) > 5
+    assert named or name not in TOURS
 
 
 # Names that stand for a reader's own files, for files that are made, and for files of other projects
 OTHER_FILES = {'prompts.txt', 'prompt.txt', 'book.txt', 'book-gbk.txt', 'my.txt', 'samples.txt', 'input.txt', 'i.txt',
-               'de.txt', 'zh-cn.txt', 'de/reference.txt', 'zh/reference.txt', 'prepare.py',
-               'topics.txt'}
-FORMER_FILES = {'CHANGELOG.md': {'RESULTS.md'}}
+               'de.txt', 'zh-cn.txt', 'de/reference.txt', 'zh/reference.txt', 'prepare.py', 'topics.txt'}
 
 
 @pytest.mark.parametrize('name', PAGES)
@@ -433,7 +334,7 @@ def test_every_file_that_a_page_names_exists(name):
     named = set(re.findall(r'(?<![\w/<>.-])((?:[\w.]+/)*[\w-]+(?:\.zh-CN)?\.(?:py|md|txt|toml|ipynb))\b', text_of(name),
                            re.ASCII))
     assert name not in TOURS or {'train.py', 'model.py'} <= named
-    allowed = OTHER_FILES | FORMER_FILES.get(name, set()) | to_write(name).keys()
+    allowed = OTHER_FILES | to_write(name).keys()
     folders = [ROOT, (ROOT / name).parent, ROOT / 'flatgpt']
     assert not [file for file in sorted(named - allowed) if not any((folder / file).exists() for folder in folders)]
 
@@ -461,22 +362,14 @@ def test_every_link_and_picture_of_a_page_is_there(name):
             assert not anchor or anchor in anchors_of(page), link
 
 
-@pytest.mark.parametrize('name', DOCS)
-def test_every_page_of_docs_can_be_reached_from_the_readme(name):
-    assert f']({name}' in text_of('README.md')
-
-
 @needs('git_checkout')
-@pytest.mark.parametrize('name', PAGES)
-def test_git_ignores_what_the_commands_of_a_page_write(name):
-    written = re.findall(r'--(?:to|out_dir)=([^\s`"/]+)(?=[\s`])', text_of(name))
-    written += re.findall(r'^    python .*> ([\w.-]+)$', text_of(name), re.MULTILINE)
-    kept = [path for path in written if path.isascii() and path.islower() and not path.startswith('~')]
-    if kept:
-        done = subprocess.run(['git', 'check-ignore', '--no-index', *(f'{path}/x' if '.' not in path else path
-                                                                      for path in kept)],
-                              cwd=ROOT, capture_output=True, text=True)
-        assert {path.removesuffix('/x') for path in done.stdout.split()} == {*kept}
+def test_git_ignores_what_the_commands_of_the_pages_write():
+    text = '\n'.join(map(text_of, PAGES))
+    folders = re.findall(r'--(?:to|out_dir)=([a-z][a-z0-9_-]*)(?=[\s`])', text)
+    files = re.findall(r'^    python .*> ([\w.-]+)$', text, re.MULTILINE)
+    written = {*(f'{folder}/x' for folder in folders), *files}
+    done = subprocess.run(['git', 'check-ignore', '--no-index', *written], cwd=ROOT, capture_output=True, text=True)
+    assert len(written) > 10 and {*done.stdout.split()} == written
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,12 +377,6 @@ def test_git_ignores_what_the_commands_of_a_page_write(name):
 
 def test_the_chinese_readme_has_the_commands_of_the_other_in_their_order():
     assert commands('README.zh-CN.md') == commands('README.md')
-
-
-def test_the_two_readmes_link_to_each_other_at_once():
-    names = ['README.md', 'README.zh-CN.md']
-    for name, other in zip(names, reversed(names)):
-        assert f']({other})' in ''.join(text_of(name).splitlines(keepends=True)[:3])
 
 
 @pytest.mark.parametrize('name', PAGES)
@@ -512,17 +399,17 @@ PROJECT = tomllib.loads(text_of('pyproject.toml'))['project']
 
 @pytest.mark.parametrize('name, declared', [
     ('requirements.txt', PROJECT['dependencies']), ('requirements-dev.txt', PROJECT['optional-dependencies']['test']),
+    ('requirements-oldest.txt', PROJECT['dependencies'] + PROJECT['optional-dependencies']['test']),
 ])
 def test_the_pins_are_exact_and_those_that_pyproject_allows(name, declared):
     pins, declared = requirements(name), {Requirement(text).name: Requirement(text) for text in declared}
     assert pins.keys() == declared.keys()
     for pin in pins.values():
-        (only,) = pin.specifier
+        [only] = pin.specifier
         assert only.operator == '==' and only.version in declared[pin.name].specifier
-
-
-def test_the_test_requirements_include_the_others():
-    assert '-r requirements.txt' in text_of('requirements-dev.txt').splitlines()
+        if name == 'requirements-oldest.txt':
+            [lowest] = declared[pin.name].specifier
+            assert (lowest.operator, Version(lowest.version)) == ('>=', Version(only.version))
 
 
 def test_every_package_that_is_imported_is_declared():
