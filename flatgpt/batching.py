@@ -19,8 +19,9 @@ from flatgpt.errors import UserError
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt to continue in a Batch: its token ids, how many tokens to make at most, and the sampling controls, which
-    are those of generate(). top_log_probs: for how many of the likeliest tokens the log-probabilities are wanted."""
+    """A prompt to continue once, in a Batch or a Session: its token ids, how many tokens to make at most, and the
+    sampling controls, which are those of generate(). top_log_probs: for how many of the likeliest tokens the
+    log-probabilities are wanted. .tokens: those that were sampled."""
     ids: torch.Tensor
     max_new_tokens: int
     temperature: float = 1.0
@@ -37,6 +38,39 @@ class Request:
         if len(self.ids) == 0:
             raise ValueError('an empty prompt: expected at least one token id')
 
+    def begin(self, config, device: torch.device) -> None:
+        """Get ready to sample. ValueError if the context of the model has no room."""
+        room = config.block_size - len(self.ids)
+        if room < 1:
+            raise ValueError(f'{len(self.ids)} tokens in a context of {config.block_size}: expected fewer')
+        self.uniform = engine.random_uniform(self.seed, self.row, min(self.max_new_tokens, room)).to(device)
+        self.seen = torch.zeros(1, config.vocab_size, dtype=torch.bool, device=device)
+        self.seen[0, self.ids.long()] = True
+        self.tokens = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has all tokens that it may have."""
+        return len(self.tokens) >= len(self.uniform)
+
+    def sample(self, logits: torch.Tensor) -> 'Step':
+        """The next token, from logits, (1, V)."""
+        if not engine.all_finite(logits):
+            return Step(self, None, math.nan, [])
+        penalized = logits
+        if self.repetition_penalty != 1:
+            penalized = engine.penalize_repetition(logits, self.seen[:, :logits.size(1)], self.repetition_penalty)
+        uniform = self.uniform[len(self.tokens)][None]
+        token = engine.sample_token(penalized, uniform, self.temperature, self.top_k, self.top_p, self.min_p).item()
+        log_probs = logits[0].log_softmax(dim=-1)
+        top = []
+        if self.top_log_probs:
+            values, ids = log_probs.topk(min(self.top_log_probs, len(log_probs)))
+            top = list(zip(ids.tolist(), values.tolist()))
+        self.seen[0, token] = True
+        self.tokens.append(token)
+        return Step(self, token, log_probs[token].item(), top)
+
 
 class Step(NamedTuple):
     """What one step gives a request: a token id, its log-probability in nats, and the likeliest (id, log-probability)
@@ -47,57 +81,16 @@ class Step(NamedTuple):
     top: list[tuple[int, float]]
 
 
-class Sampler:
-    """Samples the tokens of one request, in their order. tokens: those so far."""
-
-    def __init__(self, request: Request, config, device: torch.device):
-        room = config.block_size - len(request.ids)
-        if room < 1:
-            raise ValueError(f'{len(request.ids)} tokens in a context of {config.block_size}: expected fewer')
-        self.request = request
-        self.uniform = engine.random_uniform(request.seed, request.row, min(request.max_new_tokens, room)).to(device)
-        self.seen = torch.zeros(1, config.vocab_size, dtype=torch.bool, device=device)
-        self.seen[0, request.ids.long()] = True
-        self.tokens = []
-
-    @property
-    def finished(self) -> bool:
-        """Whether the request has all tokens that it may have."""
-        return len(self.tokens) >= len(self.uniform)
-
-    def next(self, logits: torch.Tensor) -> Step:
-        """The next token, from logits, (1, V)."""
-        request = self.request
-        if not engine.all_finite(logits):
-            return Step(request, None, math.nan, [])
-        penalized = logits
-        if request.repetition_penalty != 1:
-            penalized = engine.penalize_repetition(logits, self.seen[:, :logits.size(1)], request.repetition_penalty)
-        uniform = self.uniform[len(self.tokens)][None]
-        controls = request.temperature, request.top_k, request.top_p, request.min_p
-        token = engine.sample_token(penalized, uniform, *controls).item()
-        log_probs = logits[0].log_softmax(dim=-1)
-        top = []
-        if request.top_log_probs:
-            values, ids = log_probs.topk(min(request.top_log_probs, len(log_probs)))
-            top = list(zip(ids.tolist(), values.tolist()))
-        self.seen[0, token] = True
-        self.tokens.append(token)
-        return Step(request, token, log_probs[token].item(), top)
-
-
 class BatchCache:
     """Keys and values of rows that begin and end at different times: row r has its tokens in the columns from 0 to
     lengths[r]. It has as many columns as the longest row needs, rounded up."""
 
     def __init__(self, config, rows: int, device: torch.device):
-        self.config = config
+        self.block_size = config.block_size
         self.rows = rows
         self.device = device
-        self.keys = []     # one per layer, (rows, K, columns, D)
-        self.values = []
+        self.layers = []   # keys and values, (2, rows, K, columns, D)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)             # (rows,), tokens of each row
-        self.columns = 0
         self.active = 0    # rows in use: the first ones
         self.evicted = 0   # columns dropped before the first: none, a row ends where its context does
 
@@ -107,50 +100,45 @@ class BatchCache:
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store keys and values of one token per active row, (B, K, 1, D); return those of all, (B, K, S, D)."""
-        rows = torch.arange(self.active, device=self.device)
-        keys, values = self.keys[layer], self.values[layer]
-        keys[rows, :, self.lengths[:self.active]] = k[:, :, 0]
-        values[rows, :, self.lengths[:self.active]] = v[:, :, 0]
-        return keys[:self.active, :, :self.used], values[:self.active, :, :self.used]
+        keys, values = self.layers[layer][:, :self.active]
+        lengths = self.lengths[:self.active]
+        keys[self.row_numbers, :, lengths] = k[:, :, 0]
+        values[self.row_numbers, :, lengths] = v[:, :, 0]
+        return keys[:, :, :self.used], values[:, :, :self.used]
 
     def prepare(self):
         """Make room for one more token in each active row."""
+        self.row_numbers = torch.arange(self.active, device=self.device)
         self.used = int(self.lengths[:self.active].max()) + 1
         self.grow(self.used)
 
     def grow(self, columns: int):
         """Make room for so many columns: twice as many as before, or more."""
-        if columns <= self.columns:
+        if columns <= self.layers[-1].size(3):   # the last to grow, because memory may have been too small
             return
-        enough = engine.rounded_columns(columns, self.config.block_size)
-        for tensors in (self.keys, self.values):
-            for layer, tensor in enumerate(tensors):
-                larger = tensor.new_zeros(self.rows, tensor.size(1), enough, tensor.size(3))
-                larger[:, :, :tensor.size(2)] = tensor
-                tensors[layer] = larger
-        self.columns = enough   # now, because memory may have been too small
+        enough = engine.rounded_columns(columns, self.block_size)
+        for layer, tensor in enumerate(self.layers):
+            larger = tensor.new_zeros(2, self.rows, tensor.size(2), enough, tensor.size(4))
+            larger[..., :tensor.size(3), :] = tensor
+            self.layers[layer] = larger
 
     def append(self, single: engine.KVCache):
-        """Add a row: the first one of a KVCache that has encoded a prompt."""
-        if self.columns == 0:   # the first row tells the shapes
-            self.keys = [tensor.new_zeros(self.rows, tensor.size(1), 0, tensor.size(3)) for tensor in single.keys]
-            self.values = [torch.zeros_like(tensor) for tensor in self.keys]
+        """Add a row: a KVCache that has encoded a prompt and has no more columns."""
+        if not self.layers:   # the first row tells the shapes
+            self.layers = [keys.new_zeros(2, self.rows, keys.size(1), 0, keys.size(3)) for keys in single.keys]
         self.grow(single.length)
-        row = self.active
-        for layer in range(self.config.n_layer):
-            self.keys[layer][row, :, :single.length] = single.keys[layer][0, :, :single.length]
-            self.values[layer][row, :, :single.length] = single.values[layer][0, :, :single.length]
-        self.lengths[row] = single.length
+        for layer, keys, values in zip(self.layers, single.keys, single.values):
+            layer[0, self.active, :, :single.length] = keys[0]
+            layer[1, self.active, :, :single.length] = values[0]
+        self.lengths[self.active] = single.length
         self.active += 1
 
     def remove(self, row: int):
         """Remove a row; the last one takes its place."""
-        last = self.active - 1
-        if row != last:
-            for tensor in (*self.keys, *self.values):
-                tensor[row] = tensor[last]
-            self.lengths[row] = self.lengths[last]
-        self.active = last
+        self.active -= 1
+        for layer in self.layers:
+            layer[:, row] = layer[:, self.active]
+        self.lengths[row] = self.lengths[self.active]
 
 
 class Batch:
@@ -162,43 +150,35 @@ class Batch:
 
     def __init__(self, model, rows: int, vocab_size: int | None = None):
         self.model = model
-        self.rows = rows
         self.vocab_size = vocab_size
         self.requests = []   # in the order of the rows of the cache
         self.cache = BatchCache(model.config, rows, model.transformer.wte.weight.device)
-        self.samplers = {}   # request: its Sampler
 
     @torch.inference_mode()
     def add(self, request: Request) -> Step:
         """Encode a request's prompt and sample its first token. The prompt must be shorter than the context."""
-        if len(self.requests) >= self.rows:
-            raise ValueError(f'{len(self.requests)} requests: expected at most {self.rows - 1}')
+        if len(self.requests) >= self.cache.rows:
+            raise ValueError(f'{len(self.requests)} requests: expected at most {self.cache.rows - 1}')
         device = self.cache.device
-        sampler = Sampler(request, self.model.config, device)
+        request.begin(self.model.config, device)
         single = engine.KVCache(self.model.config, 1, len(request.ids), device)
         single.reset([len(request.ids)])
         logits = self.model.next_logits(request.ids.to(device)[None], single)[:, :self.vocab_size].float()   # (1, V)
         single.advance(len(request.ids))
         self.cache.append(single)
         self.requests.append(request)
-        self.samplers[request] = sampler
-        return sampler.next(logits)
+        return request.sample(logits)
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
         """One more token for each request."""
         if not self.requests:
             return []
-        tokens = [self.samplers[request].tokens[-1] for request in self.requests]
-        idx = torch.tensor(tokens, device=self.cache.device)[:, None]                 # (B, 1)
+        idx = torch.tensor([request.tokens[-1:] for request in self.requests], device=self.cache.device)   # (B, 1)
         self.cache.prepare()
         logits = self.model.next_logits(idx, self.cache)[:, :self.vocab_size].float()   # (B, V)
         self.cache.lengths[:self.cache.active] += 1
-        return [self.samplers[request].next(logits[row:row + 1]) for row, request in enumerate(self.requests)]
-
-    def finished(self, request: Request) -> bool:
-        """Whether a request has all tokens that it may have."""
-        return self.samplers[request].finished
+        return [request.sample(logits[row:row + 1]) for row, request in enumerate(self.requests)]
 
     @torch.inference_mode()
     def remove(self, request: Request) -> None:
@@ -207,7 +187,6 @@ class Batch:
         self.cache.remove(row)
         self.requests[row] = self.requests[-1]
         self.requests.pop()
-        del self.samplers[request]
 
 
 class Session:
@@ -225,19 +204,19 @@ class Session:
     def generate(self, request: Request) -> Iterator[tuple[int, float]]:
         """Continue a request's prompt: yields (token id, its log-probability in nats), up to max_new_tokens times or to
         the end of the context. Of the prompt only what differs from the text so far is encoded."""
-        sampler = Sampler(request, self.model.config, self.device)
+        request.begin(self.model.config, self.device)
         ids = request.ids.tolist()
         common = 0   # tokens to keep; of the prompt the last one is encoded in any case, for its logits
         while common < min(len(self.ids), len(ids) - 1) and self.ids[common] == ids[common]:
             common += 1
-        self.make_room(len(ids) + len(sampler.uniform), common)
+        self.make_room(len(ids) + len(request.uniform), common)
         new = ids[common:]
-        while not sampler.finished:
+        while not request.finished:
             idx = torch.tensor([new], device=self.device)                             # (1, T)
             logits = self.model.next_logits(idx, self.cache)[:, :self.vocab_size].float()   # (1, V)
             self.cache.advance(len(new))
             self.ids += new
-            step = sampler.next(logits)
+            step = request.sample(logits)
             if step.token is None:
                 raise UserError('the model gives NaN or infinite logits: its training went wrong')
             new = [step.token]

@@ -27,6 +27,7 @@ FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, '+Inf')   # upper bo
 METRICS = {'flatgpt_requests_total': 'counter', 'flatgpt_tokens_total': 'counter', 'flatgpt_running': 'gauge',
            'flatgpt_waiting': 'gauge', 'flatgpt_first_token_seconds': 'histogram'}
 BUCKET = 'flatgpt_first_token_seconds_bucket{{le="{}"}}'
+CONTROLS = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty', 'seed')   # of a request to the engine
 PATHS = ('/v1/completions', '/v1/chat/completions', '/v1/models')   # that have metrics of their own
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; " \
          "img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"   # what the page may load
@@ -63,19 +64,18 @@ class Metrics(collections.Counter):
 # ---------------------------------------------------------------------------------------------------------------------
 # decoding
 
-@dataclasses.dataclass(eq=False)
-class Job:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Job(batching.Request):
     """One answer: a request to the engine and its text so far. The HTTP side finds (index, Piece or ApiError) in
     pieces, which all answers of one HTTP request share."""
     index: int
-    request: batching.Request
     answer: engine.Answer
     echo: bool                   # whether the prompt comes first
     pieces: asyncio.Queue
     loop: asyncio.AbstractEventLoop
     begun: float = dataclasses.field(default_factory=time.monotonic)
     held: list = dataclasses.field(default_factory=list)   # tokens whose text is not complete yet
-    cancelled: bool = False
+    cancelled: bool = False      # it is removed before the next step
 
     def put(self, piece: Piece | ApiError):
         """Hand a piece to the HTTP side; called by the thread that decodes."""
@@ -88,10 +88,10 @@ class Worker:
 
     def __init__(self, model, tok, limits: Limits, metrics: Metrics):
         self.batch = batching.Batch(model, limits.rows, tok.vocab_size)
+        self.running = self.batch.requests
         self.limits = limits
         self.metrics = metrics
         self.waiting = []
-        self.running = {}   # batching.Request: Job
         self.condition = threading.Condition()   # guards waiting
         self.stopping = False
 
@@ -102,11 +102,6 @@ class Worker:
                 raise ApiError(429, f'{len(self.waiting)} answers wait already: try again later', code='overloaded')
             self.waiting += jobs
             self.condition.notify()
-
-    def cancel(self, jobs: list[Job]):
-        """Remove jobs before the next step, whether they wait, run or have ended."""
-        for job in jobs:
-            job.cancelled = True
 
     def stop(self):
         """End run(), once its current step is done."""
@@ -120,8 +115,8 @@ class Worker:
         while not self.stopping:
             with self.condition:
                 self.condition.wait_for(lambda: self.waiting or self.running or self.stopping, timeout=1)   # Ctrl-C
-                for job in [job for job in self.running.values() if job.cancelled]:
-                    self.remove(job)
+                for job in [job for job in self.running if job.cancelled]:
+                    self.batch.remove(job)
                 self.waiting = [job for job in self.waiting if not job.cancelled]
                 room = self.limits.rows - len(self.running)
                 joining = self.waiting[:room]
@@ -129,7 +124,7 @@ class Worker:
             for job in joining:
                 with self.failing([job]):
                     self.join_batch(job)
-            with self.failing(list(self.running.values())):
+            with self.failing(list(self.running)):
                 for step in self.batch.step():
                     self.take(step)
 
@@ -146,60 +141,54 @@ class Worker:
     def join_batch(self, job: Job):
         """Encode the prompt of a job; its first token comes with it."""
         if time.monotonic() > job.begun + self.limits.seconds:
-            self.end(job, ApiError(503, 'the server was busy for too long: try again later', code='timeout'))
+            job.put(ApiError(503, 'the server was busy for too long: try again later', code='timeout'))
             return
         if job.echo:
             job.put(self.prompt_piece(job))
         if job.answer.finish:   # no token is wanted
-            self.end(job, Piece(finish=job.answer.finish))
+            job.put(Piece(finish=job.answer.finish))
             return
-        step = self.batch.add(job.request)
-        self.running[job.request] = job
+        step = self.batch.add(job)
         self.metrics.first_token(time.monotonic() - job.begun)
         self.take(step)
 
     def prompt_piece(self, job: Job) -> Piece:
         """The prompt of a job as a piece: its text, and the log-probabilities of its tokens if they are wanted."""
-        ids = job.request.ids.tolist()
+        ids = job.ids.tolist()
         tokens = [(i, None, None) for i in ids]
-        if job.request.top_log_probs:
-            hidden = self.batch.model.hidden_states(job.request.ids.to(self.batch.cache.device)[None])
+        if job.top_log_probs:
+            hidden = self.batch.model.hidden_states(job.ids.to(self.batch.cache.device)[None])
             logits = self.batch.model.compute_logits(hidden)[0, :-1, :self.batch.vocab_size].float()   # (T - 1, V)
             log_probs = logits.log_softmax(dim=-1)
-            values, likeliest = log_probs.topk(min(job.request.top_log_probs, log_probs.size(1)))
+            values, likeliest = log_probs.topk(min(job.top_log_probs, log_probs.size(1)))
             for at, (top, top_values) in enumerate(zip(likeliest.tolist(), values.tolist()), 1):
                 tokens[at] = (ids[at], log_probs[at - 1, ids[at]].item(), list(zip(top, top_values)))
         return Piece(job.answer.tok.decode(ids), tokens)
 
     def take(self, step: batching.Step):
         """Add a token to its job, and hand over the text that is complete by it."""
-        job = self.running[step.request]
+        job = step.request
         if step.token is None:
             self.end(job, ApiError(500, 'the model gives NaN or infinite logits'))
             return
         answer = job.answer
         answer.add(step.token, step.log_prob)
         self.metrics['flatgpt_tokens_total{kind="generated"}'] += 1
-        late = time.monotonic() > job.begun + self.limits.seconds
-        if not answer.finish and (late or self.batch.finished(step.request)):
+        if not answer.finish and time.monotonic() > job.begun + self.limits.seconds:
             answer.end('length')
         job.held.append((step.token, step.log_prob, step.top))
         piece = Piece(answer.new_text(), job.held, answer.finish)
-        if piece.text or piece.finish:
+        if piece.finish:
+            self.end(job, piece)
+        elif piece.text:
             job.held = []
             job.put(piece)
-        if piece.finish:
-            self.remove(job)
 
     def end(self, job: Job, last: Piece | ApiError):
         """End a job with this piece."""
         job.put(last)
-        self.remove(job)
-
-    def remove(self, job: Job):
-        """Free the place of a job, if it has one."""
-        if self.running.pop(job.request, None):
-            self.batch.remove(job.request)
+        if job in self.running:
+            self.batch.remove(job)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,6 +324,7 @@ class Server:
         """The jobs of a request, n for each prompt. ApiError for a prompt that is too long or empty."""
         wanted = options['max_tokens'], options['max_completion_tokens'], self.limits.tokens
         asked = next(number for number in wanted if number is not None)
+        controls = {name: options[name] for name in CONTROLS}
         loop = asyncio.get_running_loop()
         pieces = asyncio.Queue()
         jobs = []
@@ -345,11 +335,10 @@ class Server:
                                f'{self.context:,}', 'messages' if forms.chat else 'prompt', 'context_length_exceeded')
             number = min(room, asked, self.limits.tokens)
             for row in range(options['n']):
-                made = batching.Request(
-                    prompt, number, options['temperature'], options['top_k'], options['top_p'], options['min_p'],
-                    options['repetition_penalty'], options['seed'], row, forms.needed)
                 answer = engine.Answer(self.tok, prompt.numpy(), number, options['stop'])
-                jobs.append(Job(len(jobs), made, answer, options.get('echo', False), pieces, loop))
+                jobs.append(Job(ids=prompt, max_new_tokens=number, row=row, top_log_probs=forms.needed, **controls,
+                                index=len(jobs), answer=answer, echo=options.get('echo', False), pieces=pieces,
+                                loop=loop))
         return jobs
 
     async def collect(self, request, jobs: list[Job]) -> list[Piece]:
@@ -371,7 +360,8 @@ class Server:
                 answers[index].finish = piece.finish
         finally:
             leaving.cancel()
-            self.worker.cancel(jobs)
+            for job in jobs:
+                job.cancelled = True
         return answers
 
     async def stream(self, forms: Forms, jobs: list[Job], prompt_tokens: int, options: dict):
@@ -396,4 +386,5 @@ class Server:
                 yield event([], (prompt_tokens, sum(len(job.answer.ids) for job in jobs)))
             yield 'data: [DONE]\n\n'
         finally:
-            self.worker.cancel(jobs)
+            for job in jobs:
+                job.cancelled = True

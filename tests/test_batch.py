@@ -59,17 +59,16 @@ def test_a_request_gets_what_it_gets_alone_whoever_joins_and_leaves(name):
         added = {step.request for step in steps}
         for step in steps:
             got[step.request].append((step.token, step.log_prob))
-        for request in [request for request in batch.requests if batch.finished(request)]:
+        for request in [request for request in batch.requests if request.finished]:
             batch.remove(request)
         for step in batch.step():
             got[step.request].append((step.token, step.log_prob))
         for request in list(batch.requests):
             leaves = generator.random() < 0.02 and request not in added
-            if batch.finished(request) or leaves:
-                if leaves and not batch.finished(request):
+            if request.finished or leaves:
+                if leaves and not request.finished:
                     left.add(request)
                 batch.remove(request)
-    assert not batch.samplers
     for request in everything:
         expected = alone(model, request)
         if request in left:
@@ -88,7 +87,7 @@ def test_the_likeliest_tokens_come_with_their_log_probabilities():
     assert [i for i, _ in step.top] == expected.indices.tolist()
     assert [p for _, p in step.top] == pytest.approx(expected.values.tolist(), abs=1e-5)
     assert (step.token, step.log_prob) == step.top[0]
-    assert batch.step()[0].top[0][0] == batch.samplers[batch.requests[0]].tokens[-1]
+    assert batch.step()[0].top[0][0] == batch.requests[0].tokens[-1]
 
 
 def test_ids_that_pad_the_vocabulary_are_never_sampled():
@@ -121,7 +120,7 @@ def test_a_row_of_nan_is_told_and_disturbs_no_other():
     steps = [batch.add(good)]
     batch.add(bad)
     with torch.inference_mode():
-        batch.cache.values[0][1] = float('nan')
+        batch.cache.layers[0][1, 1] = float('nan')
     found = {step.request: step.token for step in batch.step()}
     assert found[bad] is None
     steps = [steps[0].token, found[good]]
@@ -139,7 +138,7 @@ def test_what_leaves_frees_its_place_and_its_memory_is_used_again():
             batch.step()
         for request in list(batch.requests):
             batch.remove(request)
-    assert batch.cache.keys[0].shape[2] <= SHAPE['block_size']
+    assert batch.cache.layers[0].size(3) <= SHAPE['block_size']
     assert batch.cache.active == 0
     assert batch.step() == []
 
