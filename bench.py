@@ -67,13 +67,13 @@ from types import SimpleNamespace
 import torch  # not above the options: --help and a misspelt option need not wait for it
 from tqdm import tqdm
 
-from flatgpt import checkpoint, lora, optim, runtime
+from flatgpt import checkpoint, lora, optim, runtime, start
 from flatgpt.dataset import Dataset
 from flatgpt.engine import cache_bytes, compile_step, generate
 from flatgpt.errors import UsageError, UserError
 from flatgpt.quantize import kernels, prepare
 from flatgpt.validate import at_least, one_of
-from model import GPT, GPTConfig, arch_fields, attend, make_attn_mask
+from model import ARCHS, GPT, GPTConfig, attend, make_attn_mask
 
 # what is compared: one setting of the options, or two
 
@@ -94,6 +94,7 @@ for o in settings:
     at_least(0, vars(o), 'warmup_steps', 'seconds', 'lora_rank')
     one_of((None, 'int8'), vars(o), 'quantize')
     one_of(optim.OPTIMIZERS, vars(o), 'optimizer')
+    one_of(ARCHS, vars(o), 'arch')
 
 if profile:
     try:
@@ -115,16 +116,11 @@ class Work:
 
 def shape_of(o):
     """The configuration of the model; with a dataset, its vocabulary."""
-    ways = {'dropout': o.dropout, 'attention': o.attention, 'loss_chunks': o.loss_chunks}
-    if o.init_from not in ('scratch', 'resume', 'auto'):   # which the config of a run may say
-        given = checkpoint.fields(o.init_from)
-        return GPTConfig(**{**given, **ways, 'block_size': min(o.block_size, given['block_size'])})
-    ids = Dataset(o.dataset).vocab_size if o.dataset else o.vocab_size
-    try:
-        return GPTConfig(ids, o.block_size, o.n_layer, o.n_embd, o.n_head, o.bias, **ways,
-                         **arch_fields(o.arch, pos=o.pos, window=o.window, layer_scale=o.layer_scale))
-    except ValueError as error:
-        raise UsageError(error) from None
+    if o.init_from in ('scratch', 'resume', 'auto'):   # which the config of a run may say
+        return start.new_config(vars(o), Dataset(o.dataset).vocab_size if o.dataset else o.vocab_size)
+    given = checkpoint.fields(o.init_from)
+    return GPTConfig(**{**given, 'block_size': min(o.block_size, given['block_size']), 'dropout': o.dropout,
+                        'attention': o.attention, 'loss_chunks': o.loss_chunks})
 
 
 def train(o, rt, rows):

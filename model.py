@@ -78,11 +78,12 @@ class GPTConfig:
         self.expect('pos', self.pos != 'rope' or self.head_width % 2 == 0,
                     f'an even n_embd / n_head, because RoPE rotates pairs of channels, not {self.head_width}')
         if self.rope_scaling is not None:
-            self.rope_scaling = tuple(self.rope_scaling)
-            method, *numbers = rope_method(self.rope_scaling)
+            four_numbers = len(self.rope_scaling) == 4   # how earlier versions stored the method of Llama 3
+            self.rope_scaling = ('llama3', *self.rope_scaling) if four_numbers else tuple(self.rope_scaling)
+            method, *numbers = self.rope_scaling
             valid = len(numbers) == ROPE_SCALINGS.get(method) and all(0 < number < math.inf for number in numbers)
-            self.expect('rope_scaling', valid, "('linear', factor), ('dynamic', factor, original context), or (factor, "
-                                               "low, high, original context)")
+            expected = "('linear', factor), ('dynamic', factor, context) or ('llama3', factor, low, high, context)"
+            self.expect('rope_scaling', valid, expected)
 
     def expect(self, name, holds, expected):
         """Raise ValueError with the value of a field and what is expected, unless a condition holds."""
@@ -103,13 +104,9 @@ class GPTConfig:
     def to_dict(self):
         """The fields that a checkpoint stores: nanoGPT's, so that nanoGPT can read it, and newer ones that differ from
         their default; without attention and loss_chunks, which belong to the machine and not to the model."""
-        stored = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            changed = value != field.default and field.name not in ('attention', 'loss_chunks')
-            if field.name in NANOGPT_FIELDS or changed:
-                stored[field.name] = value
-        return stored
+        changed = {name for name, value in vars(self).items() if value != getattr(GPTConfig, name)}
+        stored = changed.difference(('attention', 'loss_chunks')).union(NANOGPT_FIELDS)
+        return {name: value for name, value in vars(self).items() if name in stored}
 
 
 # Fields that belong together: GPT-2, Llama 2 (Touvron et al., 2023), Qwen3 (Yang et al., 2025), and those with which
@@ -124,30 +121,23 @@ ARCHS = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': QWEN3, 'speedrun': SPEEDRUN}
 
 
 def arch_fields(arch, **overrides):
-    """The fields of GPTConfig that an architecture sets, with those overrides that are not None. Raises ValueError."""
-    if arch not in ARCHS:
-        raise ValueError(f'arch={arch!r}: expected one of {", ".join(map(repr, ARCHS))}')
+    """The fields of GPTConfig that an architecture, one of ARCHS, sets, with those overrides that are not None."""
     return {**ARCHS[arch], **{name: value for name, value in overrides.items() if value is not None}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # positions, masks, attention
 
-def rope_method(scaling):
-    """(method, number, ...) of GPTConfig.rope_scaling; four numbers alone are those of 'llama3'."""
-    return scaling if isinstance(scaling[0], str) else ('llama3', *scaling)
-
-
 def rope_angles(positions, D, base, scaling=None):
     """Cosines and sines, (T, D) each in float32, of the rotary angles of positions, (T,) (Su et al., 2021). From one
     position to the next, the pair of channels i and i + D / 2 rotates by base^(-2i / D); the first sine is negative.
 
     scaling: ('linear', factor) slows all pairs down (Chen et al., 2023). ('dynamic', factor, context): a larger base
-    once the text is longer than context tokens. (factor, low, high, context), Llama 3.1's (Grattafiori et al., 2024):
+    once the text is longer than context tokens. ('llama3', factor, low, high, context) (Grattafiori et al., 2024):
     pairs that make fewer than low turns within context tokens are slowed down, those with more than high are not, those
     between partly.
     """
-    method, *numbers = (None,) if scaling is None else rope_method(scaling)
+    method, *numbers = scaling or [None]
     if method == 'dynamic':
         factor, context = numbers
         stretch = ((positions[-1] + 1) / context).clamp(min=1)
@@ -282,24 +272,23 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C, D = config.n_embd, config.head_width
+        H, K = config.n_head, config.n_kv_head or config.n_head
+        self.config = config
         self.layer = layer
-        self.n_head = config.n_head
-        self.n_kv_head = config.n_kv_head or config.n_head
-        self.attention = config.attention
         self.dropout_p = config.dropout
-        self.c_attn = nn.Linear(C, (self.n_head + 2 * self.n_kv_head) * D, bias=config.bias)   # q, k and v in one
-        self.c_proj = nn.Linear(self.n_head * D, C, bias=config.bias)
-        self.qk_norm = config.qk_norm
+        self.c_attn = nn.Linear(C, (H + K + K) * D, bias=config.bias)                 # q, k and v in one
+        self.c_proj = nn.Linear(H * D, C, bias=config.bias)
         if config.qk_norm:   # Dehghani et al., 2023
             self.q_norm = make_norm(config, D, False)
             self.k_norm = make_norm(config, D, False)
 
     def forward(self, x, angles=None, attn_mask=None, kv_cache=None):
         B, T, C = x.shape
-        H, K = self.n_head, self.n_kv_head   # K < H: groups of queries share keys and values (Ainslie et al., 2023)
+        c = self.config
+        H, K = c.n_head, c.n_kv_head or c.n_head   # K < H: queries share keys and values (Ainslie et al., 2023)
         heads = self.c_attn(x).view(B, T, H + K + K, -1).transpose(1, 2)              # (B, H + K + K, T, D)
         qk, v = heads.split((H + K, K), dim=1)
-        if self.qk_norm:
+        if c.qk_norm:
             q, k = qk.split((H, K), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         if angles is not None:
@@ -307,7 +296,7 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.split((H, K), dim=1)
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)                                  # (B, K, S, D)
-        y = attend(q, k, v, self.dropout_p if self.training else 0.0, attn_mask, self.attention)   # (B, H, T, D)
+        y = attend(q, k, v, self.dropout_p if self.training else 0.0, attn_mask, c.attention)      # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))                       # heads side by side again
 
 
@@ -395,22 +384,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialise all parameters as GPT-2 does, by name. A name without a rule raises NotImplementedError."""
+        """Initialise all matrices and biases as GPT-2 does; norms and gains are as their modules have made them."""
         for name, p in self.named_parameters():
-            if self.config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight')):
+            zero = self.config.zero_init and name.endswith(('c_proj.weight', 'lm_head.weight'))
+            if zero or name.endswith('.bias'):
                 p.zero_()
             elif name.endswith('c_proj.weight'):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))   # the residual stream adds up 2 L of these
-            elif name.endswith(('wte.weight', 'wpe.weight', 'c_attn.weight', 'c_fc.weight', 'lm_head.weight')):
+            elif p.dim() == 2:
                 p.normal_(std=0.02)
-            elif name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight', 'q_norm.weight', 'k_norm.weight')):
-                p.fill_(1.0)
-            elif name.endswith(('scale_1.weight', 'scale_2.weight')):
-                p.fill_(self.config.layer_scale)
-            elif name.endswith('.bias'):
-                p.zero_()
-            else:
-                raise NotImplementedError(f'no initialisation for {name}')
 
     def forward(self, idx, targets=None):
         """(logits, loss) of token ids idx, (B, T).

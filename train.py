@@ -91,8 +91,8 @@ import torch  # not above the options: --help and a misspelt option need not wai
 from flatgpt import checkpoint, optim, outdir, runtime, scaling, start, validate
 from flatgpt.budget import Budget
 from flatgpt.dataset import Dataset
-from flatgpt.errors import UsageError, UserError
-from model import GPT, GPTConfig, arch_fields
+from flatgpt.errors import UserError
+from model import GPT
 
 # what the run starts from, and the machine that it runs on
 
@@ -121,12 +121,7 @@ def batch_of(step):
 if ckpt is None:
     if size == 'auto':
         rt.notice(scaling.choose_size(config, data, rt))
-    try:
-        model = GPT(GPTConfig(data.padded_vocab_size, block_size, n_layer, n_embd, n_head, bias, dropout,
-                              attention=attention, loss_chunks=loss_chunks,
-                              **arch_fields(arch, pos=pos, window=window, layer_scale=layer_scale, gelu=gelu)))
-    except ValueError as error:
-        raise UsageError(error) from None
+    model = GPT(start.new_config(config, data.padded_vocab_size))
 else:
     start.fit_tokenizer(ckpt, start_path, data, rt)
     model = checkpoint.build(ckpt, start_path, merged=not resuming, dropout=dropout, attention=attention,

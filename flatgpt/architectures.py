@@ -102,7 +102,7 @@ def config_from_hf(hf_config: dict, source) -> dict:
             if values['rope_type'] == 'dynamic':
                 values.setdefault(CONTEXT, config['block_size'])
             numbers = tuple(float(values[name]) for name in ROPE[values['rope_type']])
-            config['rope_scaling'] = numbers if values['rope_type'] == 'llama3' else (values['rope_type'], *numbers)
+            config['rope_scaling'] = (values['rope_type'], *numbers)
         with torch.device('meta'), SkipInit():
             c = GPT(GPTConfig(**config)).config
     except KeyError as error:
@@ -151,7 +151,7 @@ def config_to_hf(config: GPTConfig, architecture: str, dtype: torch.dtype, roles
     if architecture == 'llama':
         hf_config['mlp_bias'] = config.bias
     if config.rope_scaling:
-        method, *numbers = config.rope_scaling if len(config.rope_scaling) < 4 else ('llama3', *config.rope_scaling)
+        method, *numbers = config.rope_scaling
         rope = {name: int(number) if name == CONTEXT else number for name, number in zip(ROPE[method], numbers)}
         hf_config['rope_scaling'] = {'rope_type': method, **rope}
     return hf_config

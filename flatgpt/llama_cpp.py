@@ -18,7 +18,7 @@ from flatgpt import architectures, tokenizer
 from flatgpt.conversation import chat_template_of
 from flatgpt.errors import UserError
 from flatgpt.pretrained import tokenizer_json
-from model import GPT, GPTConfig, rope_angles, rope_method
+from model import GPT, GPTConfig, rope_angles
 
 DTYPES = {'F32': 'ALL_F32', 'F16': 'MOSTLY_F16', 'BF16': 'MOSTLY_BF16', 'Q8_0': 'MOSTLY_Q8_0'}   # {dtype: file type}
 ARCHS = {'gpt2': 'gpt2', 'qwen3': 'qwen3'}   # its names; the others are its llama
@@ -56,11 +56,11 @@ def header(config: GPTConfig, tok: tokenizer.Tokenizer, dtype: str, name: str):
     except ImportError:
         raise UserError('a GGUF file needs the gguf package: pip install gguf') from None
     architecture = architectures.hf_architecture(config)
-    scaling = () if config.rope_scaling is None else rope_method(config.rope_scaling)
+    scaling = config.rope_scaling or [None]
     if config.window is not None and config.window < config.block_size:
         raise UserError(f'window={config.window}: llama.cpp has no window in a model of this kind, and the context has '
                         f'{config.block_size:,} tokens')
-    if scaling and scaling[0] == 'dynamic' and config.block_size > scaling[2]:
+    if scaling[0] == 'dynamic' and config.block_size > scaling[2]:
         raise UserError(f'rope_scaling={config.rope_scaling}: llama.cpp has no dynamic scaling, and the context has '
                         f'{config.block_size:,} tokens')
     if architecture == 'gpt2' and config.gelu == 'erf':
@@ -84,7 +84,7 @@ def header(config: GPTConfig, tok: tokenizer.Tokenizer, dtype: str, name: str):
         writer.add_layer_norm_rms_eps(config.norm_eps or 1e-6)
         writer.add_rope_dimension_count(config.head_width)
         writer.add_rope_freq_base(config.rope_base)
-    if scaling and scaling[0] == 'linear':
+    if scaling[0] == 'linear':
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling[1])
     add_vocabulary(writer, tok, config.vocab_size)
@@ -105,7 +105,7 @@ def tensors_of(model: GPT) -> Iterator[tuple[str, torch.Tensor]]:
             # RoPE rotates rows 2 i and 2 i + 1 of a head in its llama, i and i + D / 2 here
             tensor = tensor.view(-1, 2, D // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         yield f'{names.get_name(module)}.{leaf}', tensor
-    if config.rope_scaling and rope_method(config.rope_scaling)[0] == 'llama3':
+    if config.rope_scaling and config.rope_scaling[0] == 'llama3':
         speeds = [torch.atan2(sin, cos)[0, D // 2:] for cos, sin in (   # angles from one position to the next
             rope_angles(torch.ones(1), D, config.rope_base, scaling) for scaling in (None, config.rope_scaling))]
         yield 'rope_freqs.weight', speeds[0] / speeds[1]                              # (D / 2,)

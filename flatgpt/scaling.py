@@ -16,7 +16,8 @@ import torch
 
 from flatgpt import optim
 from flatgpt.errors import UsageError
-from model import GPT, GPTConfig, arch_fields
+from flatgpt.start import new_config
+from model import GPT
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,9 @@ def choose_size(config, data, rt, clock=time.perf_counter) -> str:
 
 def time_size(config, data, rt, n_layer: int, n_embd: int, clock) -> tuple[int, float]:
     """(parameters, seconds per step) of a size, by the fastest of three steps of training."""
-    arch = arch_fields(config['arch'], **{name: config[name] for name in ('pos', 'window', 'layer_scale', 'gelu')})
-    sizes = GPTConfig(data.padded_vocab_size, config['block_size'], n_layer, n_embd, max(n_embd // 32, 1),
-                      config['bias'], config['dropout'], attention=config['attention'], **arch)
+    shape = {'n_layer': n_layer, 'n_embd': n_embd, 'n_head': max(n_embd // 32, 1)}
     with torch.random.fork_rng([]):   # the weights of the run are those of a run that is given the size
-        model = GPT(sizes).to(rt.device)
+        model = GPT(new_config({**config, **shape}, data.padded_vocab_size)).to(rt.device)
     model.within_documents = bool(data.begins)
     opt = optim.build(config['optimizer'], model, 1e-9, (0.9, 0.95), 0.0, rt.dtype)
     times = []

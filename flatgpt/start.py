@@ -67,9 +67,22 @@ def choose_start(config) -> tuple:
     config.adopt({name: ckpt['config'][name] for name in ARCH_OPTIONS if name in ckpt['config']})
     config.adopt(shape)
     if config.given & set(ARCH_OPTIONS):
-        arch = arch_fields(config['arch'], **{name: config[name] for name in ARCH_OPTIONS[1:]})
-        same_model(arch, saved, path, f'remove {", ".join(ARCH_OPTIONS)}')
+        same_model(fields_of(config), saved, path, f'remove {", ".join(ARCH_OPTIONS)}')
     return ckpt, path, resuming
+
+
+def fields_of(options: dict) -> dict:
+    """Return the fields of GPTConfig that ARCH_OPTIONS give."""
+    return arch_fields(options['arch'], **{name: options[name] for name in ARCH_OPTIONS[1:] if name in options})
+
+
+def new_config(options: dict, vocab_size: int) -> GPTConfig:
+    """Return the configuration of a new model of train.py or bench.py. Raises UsageError."""
+    names = ('block_size', 'n_layer', 'n_embd', 'n_head', 'bias', 'dropout', 'attention', 'loss_chunks')
+    try:
+        return GPTConfig(vocab_size, **{name: options[name] for name in names}, **fields_of(options))
+    except ValueError as error:
+        raise UsageError(error) from None
 
 
 def same_run(options: dict, saved: dict, start_path):

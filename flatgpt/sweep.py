@@ -47,7 +47,8 @@ from tqdm import tqdm
 
 from flatgpt.dataset import Dataset, write_atomically
 from flatgpt.errors import UsageError, UserError
-from model import GPT, GPTConfig, arch_fields
+from flatgpt.validate import at_least, one_of
+from model import ARCHS, GPT, GPTConfig, arch_fields
 
 COMMON = ('dataset', 'block_size', 'batch_size', 'arch', 'optimizer', 'learning_rate', 'seed')
 EVAL_ITERS = 64   # batches, always the same ones, whose mean loss is the result
@@ -55,9 +56,8 @@ EVAL_ITERS = 64   # batches, always the same ones, whose mean loss is the result
 SIZE = r'([1-9]\d*)x([1-9]\d*)'
 NUMBER = r'([1-9]\d*(?:\.\d+)?(?:e\d+)?)'
 
-for name in ('min_steps', 'block_size', 'batch_size', 'jobs'):
-    if config[name] < 1:
-        raise UsageError(f'{name}={config[name]}: expected 1 or more')
+at_least(1, config, 'min_steps', 'block_size', 'batch_size', 'jobs')
+one_of(ARCHS, config, 'arch')
 
 
 def parse(name, text, pattern, example):
