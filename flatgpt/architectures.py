@@ -160,25 +160,19 @@ def config_to_hf(config: GPTConfig, architecture: str, dtype: torch.dtype, roles
 # ---------------------------------------------------------------------------------------------------------------------
 # weights
 
-def hf_names(name: str, architecture: str) -> list[str]:
-    """The names that a parameter of ours has in an architecture: several if it is made of several of theirs."""
+def hf_parts(name: str, tensor: torch.Tensor, config: GPTConfig, architecture: str) -> list[tuple[str, torch.Tensor]]:
+    """[(name in an architecture, its rows of a tensor)] for a parameter of ours, or what has as many rows as it:
+    several if it is made of several of theirs."""
     module, leaf = name.rsplit('.', 1)
     layer = re.search(r'\.h\.(\d+)\.', name)
     number = layer[1] if layer else ''
-    return [f'{part.replace("#", number)}.{leaf}'
-            for part in MODULES[architecture][re.sub(r'\.h\.\d+\.', '.h.#.', module)]]
-
-
-def hf_rows(name: str, config: GPTConfig) -> list[int]:
-    """How many rows of a parameter that is made of several belong to each of them."""
+    names = [f'{other.replace("#", number)}.{leaf}'
+             for other in MODULES[architecture][re.sub(r'\.h\.\d+\.', '.h.#.', module)]]
+    if len(names) == 1:
+        return [(names[0], tensor)]
     D, K = config.head_width, config.n_kv_head or config.n_head
-    return [config.n_head * D, K * D, K * D] if '.c_attn.' in name else [config.inner_width] * 2
-
-
-def hf_parts(name: str, tensor: torch.Tensor, config: GPTConfig, architecture: str) -> list[tuple[str, torch.Tensor]]:
-    """[(name in an architecture, its rows of a tensor)] for a parameter of ours, or what has as many rows as it."""
-    names = hf_names(name, architecture)
-    return list(zip(names, tensor.split(hf_rows(name, config)) if len(names) > 1 else [tensor]))
+    rows = [config.n_head * D, K * D, K * D] if '.c_attn.' in name else [config.inner_width] * 2
+    return list(zip(names, tensor.split(rows)))
 
 
 def weights_from_hf(hf_tensors: dict, config: GPTConfig, architecture: str, source) -> dict:
@@ -189,25 +183,26 @@ def weights_from_hf(hf_tensors: dict, config: GPTConfig, architecture: str, sour
                   for name, tensor in hf_tensors.items() if not re.search(BUFFERS, name)}
     head = hf_tensors.pop('lm_head.weight', None) if config.tie_weights else None
     with torch.device('meta'), SkipInit():
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+        parameters = list(GPT(config).named_parameters())
     tensors, kinds = {}, {re.sub(r'\d+', '#', name) for name in hf_tensors}
-    for name, shape in shapes.items():
-        names = hf_names(name, architecture)
-        missing = [other for other in names if other not in hf_tensors]
-        if name.endswith('.bias') and len(missing) == len(names) and re.sub(r'\d+', '#', names[0]) not in kinds:
-            tensors[name] = torch.zeros(shape)
+    for name, p in parameters:
+        parts = hf_parts(name, p, config, architecture)
+        missing = [other for other, _ in parts if other not in hf_tensors]
+        if name.endswith('.bias') and len(missing) == len(parts) and re.sub(r'\d+', '#', missing[0]) not in kinds:
+            tensors[name] = torch.zeros(p.shape)
             continue
         if missing:
             raise UserError(f'{source} has no weights {missing[0]}: it is not complete')
-        parts = [hf_tensors.pop(other) for other in names]
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise UserError(f'{source}: {", ".join(names)} have different widths')
-        tensor = torch.cat(parts)
-        if architecture == 'gpt2' and name.endswith(TRANSPOSED):
-            tensor = tensor.T
-        if tensor.shape != shape:
-            raise UserError(f'{source}: {names[0]} has shape {tuple(tensor.shape)}, and its config.json means {shape}')
-        tensors[name] = tensor
+        found = []
+        for other, rows in parts:
+            tensor = hf_tensors.pop(other)
+            if architecture == 'gpt2' and name.endswith(TRANSPOSED):
+                tensor = tensor.T
+            if tensor.shape != rows.shape:
+                raise UserError(f'{source}: {other} has shape {tuple(tensor.shape)}, and its config.json means '
+                                f'{tuple(rows.shape)}')
+            found.append(tensor)
+        tensors[name] = torch.cat(found)   # a copy: safetensors maps its files, which somebody may change later
     if config.tie_weights:
         tensors['lm_head.weight'] = tensors['transformer.wte.weight']
     if head is not None and not torch.equal(head, tensors['lm_head.weight']):

@@ -188,8 +188,7 @@ def build(ckpt: dict, path, merged=False, **overrides) -> GPT:
     try:
         with torch.device('meta'), SkipInit():   # no memory, and no initialisation that would be overwritten
             model = GPT(GPTConfig(**{**ckpt['model_args'], **overrides}))
-        mapped = Path(path).is_dir()   # safetensors maps its files, which somebody may change later
-        weights = {name: p.to(torch.float32, copy=mapped).contiguous() for name, p in ckpt['model'].items()}
+        weights = {name: p.to(torch.float32).contiguous() for name, p in ckpt['model'].items()}
         model.load_state_dict(weights, assign=True)   # what torch has read is not copied
         if model.config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight

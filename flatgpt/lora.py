@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from flatgpt.architectures import hf_architecture, hf_names, hf_parts
+from flatgpt.architectures import hf_architecture, hf_parts
 from flatgpt.errors import UserError
 from flatgpt.pretrained import read_json, read_tensors, write_json
 from model import GPTConfig, dropout
@@ -95,15 +95,13 @@ def save_peft(folder: Path, model: nn.Module, architecture: str, description: di
     from safetensors.torch import save_file
 
     tensors, targets = {}, []
-    for name, p in adapters(model).items():   # a module of ours that is several of theirs: they share A
-        module, _, part = name.rpartition('.')
-        if part == 'lora_A':
-            pieces = [(other, p.detach()) for other in hf_names(f'{module}.weight', architecture)]
-            targets += [other.removesuffix('.weight') for other, _ in pieces]
-        else:
-            pieces = hf_parts(f'{module}.weight', p.detach(), model.config, architecture)
-        tensors |= {f'base_model.model.{other.removesuffix("weight")}{part}.weight': piece.float().clone().contiguous()
-                    for other, piece in pieces}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):   # if it is several of theirs, they share A
+            for other, rows in hf_parts(f'{name}.weight', module.lora_B.detach(), model.config, architecture):
+                other = other.removesuffix('.weight')
+                targets.append(other)
+                tensors[f'base_model.model.{other}.lora_A.weight'] = module.lora_A.detach().clone()
+                tensors[f'base_model.model.{other}.lora_B.weight'] = rows.clone()
     folder.mkdir(parents=True)
     write_json(folder / 'adapter_config.json', {
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'r': description['rank'],
@@ -134,15 +132,15 @@ def merge_peft(folder: Path, weights: dict, config: GPTConfig):
     found = read_tensors(files[1] if files[1].exists() else files[0])
     tensors = {re.sub(r'^base_model\.model\.|(?<=lora_[AB])\.default', '', name): p.float()
                for name, p in found.items()}
-    for name in [name for name in weights if name.endswith('.weight')]:
-        modules = [other.removesuffix('.weight') for other in hf_names(name, architecture)]
-        parts = [(tensors.pop(f'{module}.lora_A.weight', None), tensors.pop(f'{module}.lora_B.weight', None))
-                 for module in modules]
-        if parts == [(None, None)] * len(modules):
+    for name in weights:
+        modules = [other.removesuffix('.weight') for other, _ in hf_parts(name, weights[name], config, architecture)]
+        if not any(f'{module}.lora_A.weight' in tensors for module in modules):
             continue
         weights[name] = weights[name].float().clone()
-        for (A, B), (_, view) in zip(parts, hf_parts(name, weights[name], config, architecture)):
+        for module, (_, rows) in zip(modules, hf_parts(name, weights[name], config, architecture)):
+            A = tensors.pop(f'{module}.lora_A.weight', None)
             if A is not None:
-                view += settings['lora_alpha'] / (math.sqrt(len(A)) if settings.get('use_rslora') else len(A)) * B @ A
+                B = tensors.pop(f'{module}.lora_B.weight')
+                rows += settings['lora_alpha'] / (math.sqrt(len(A)) if settings.get('use_rslora') else len(A)) * B @ A
     if tensors:
         raise UserError(f'{folder} has an adapter for {min(tensors)}, which its base has not')
