@@ -91,8 +91,7 @@ outdir.claim_for_all(out_dir, rt)   # one run per folder, until this process end
 
 # pairs as token ids, by the tokenizer and the chat template of the model
 
-description = checkpoint.describe_tokenizer(ckpt, start_path, None)
-tok = checkpoint.make_tokenizer(description, ckpt, start_path)
+tok = checkpoint.make_tokenizer(ckpt, start_path)
 found = {'train': read(pairs)}
 if val_pairs:
     found['val'] = read(val_pairs)
@@ -169,7 +168,7 @@ run = start.Progress(measured=start.number_of(val_checksum, len(in_evaluations['
 start.go_on(run, saved, start_path, config, opt, scaler, model.flops_per_token(block_size), rt)
 ckpt = saved = None   # frees memory
 folder = outdir.RunFolder(config, rt, run, resuming, start_path, model=model, optimizer=opt, scaler=scaler,
-                          description=description, **adapted)   # log.jsonl, W&B, TensorBoard, states, signals
+                          description=tok.to_dict(), **adapted)   # log.jsonl, W&B, TensorBoard, states, signals
 
 
 def losses_of(log_probs_of, split, numbers):

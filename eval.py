@@ -48,7 +48,6 @@ compile: str | bool = False           # torch.compile: True, False, 'auto' (wher
 # ---------------------------------------------------------------------------------------------------------------------
 config = configure(globals())
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -152,15 +151,8 @@ if data:
 
 # questions: which answer is the likeliest, is the last word what the model would say, what would it write?
 
-
-def with_examples(items):
-    """The first `limit` items, each with so many solved examples before its context as shots says."""
-    contexts = [evaluation.with_examples(items, i, shots, delimiter, seed) for i in range(len(items[:limit]))]
-    return [dataclasses.replace(item, context=context) for item, context in zip(items, contexts)]
-
-
 if choices:
-    items = with_examples(choice_items)
+    items = evaluation.with_examples(choice_items, limit, shots, delimiter, seed)
     logprobs, _ = evaluation.loglikelihood(model, rt, evaluation.encode_answers(tok, items, delimiter), batch_size,
                                            'choices', tok.begin)
     right = evaluation.right_choices(items, logprobs)
@@ -176,7 +168,7 @@ if last_word:
     report['last_word'] = {'of': last_word, 'n': len(items), **figures, 'perplexity': perplexity}
 
 if generate:
-    items = with_examples(generate_items)
+    items = evaluation.with_examples(generate_items, limit, shots, delimiter, seed)
     prompts = []
     for item in items:
         with evaluation.naming(item.where):

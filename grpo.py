@@ -92,8 +92,7 @@ outdir.claim_for_all(out_dir, rt)   # one run per folder, until this process end
 
 # questions and rewards: records, and a function (question, answer) -> float
 
-description = checkpoint.describe_tokenizer(ckpt, start_path, None)
-tok = checkpoint.make_tokenizer(description, ckpt, start_path)
+tok = checkpoint.make_tokenizer(ckpt, start_path)
 reward_of = rewards.load(reward)
 source = rollouts.Questions(reward, questions, val_questions, num_val, tok, block_size - max_new_tokens)
 rt.notice(*source.notes)
@@ -121,7 +120,7 @@ run = start.Progress(measured=start.number_of(source.checksum(), reward, max_new
 start.go_on(run, saved, start_path, config, opt, scaler, model.flops_per_token(block_size), rt)
 ckpt = saved = None   # frees memory
 folder = outdir.RunFolder(config, rt, run, resuming, start_path, model=model, optimizer=opt, scaler=scaler,
-                          description=description, **adapted)   # log.jsonl, W&B, TensorBoard, states, signals
+                          description=tok.to_dict(), **adapted)   # log.jsonl, W&B, TensorBoard, states, signals
 
 
 def evaluate():

@@ -281,43 +281,39 @@ def digest(model: GPT) -> str:
 
 def load_model(path, tokenizer_of=None, merged=True, **overrides) -> tuple:
     """Return (model in eval mode, tokenizer, checkpoint) of what resolve() finds, with an adapter merged or not.
-    tokenizer_of: see describe_tokenizer()."""
+    tokenizer_of: see make_tokenizer()."""
     path = resolve(path)
     ckpt = load(path)
     model = build(ckpt, path, merged, **overrides).eval()
-    return model, make_tokenizer(describe_tokenizer(ckpt, path, tokenizer_of), ckpt, path), ckpt
+    return model, make_tokenizer(ckpt, path, tokenizer_of), ckpt
 
 
-def make_tokenizer(description: dict, ckpt: dict, path) -> tokenizer.Tokenizer:
-    """Return the tokenizer that describe_tokenizer() has described for the checkpoint at path. UserError if the model
-    has fewer tokens."""
-    tok = tokenizer.from_dict(description)
+def make_tokenizer(ckpt: dict, path, tokenizer_of: str | None = None) -> tokenizer.Tokenizer:
+    """Return the tokenizer of the checkpoint at path. If it has none, as nanoGPT's, that of the dataset tokenizer_of
+    or, with a notice, of the dataset that its config names, or GPT-2's, where the vocabulary has the size of the
+    model's. UserError if there is none, or if the model has fewer tokens."""
     vocab_size = ckpt['model_args']['vocab_size']
+    description = ckpt.get('tokenizer')
+    if tokenizer_of and not description:
+        description = read_meta(find(tokenizer_of))['tokenizer']
+    dataset = ckpt['config'].get('dataset')
+    if dataset and not description:
+        with contextlib.suppress(UserError):   # the dataset is not here
+            meta = read_meta(find(dataset))
+            if vocab_size in (meta['vocab_size'], 64 * math.ceil(meta['vocab_size'] / 64)):
+                print(f'{path} has no tokenizer: that of the dataset {dataset!r}, which it names, is used',
+                      file=sys.stderr)
+                description = meta['tokenizer']
+    if vocab_size in (50257, 50304) and not description:
+        print(f"{path} has no tokenizer: GPT-2's is used, which knows as many tokens", file=sys.stderr)
+        description = {'kind': 'tiktoken', 'name': 'gpt2'}
+    if not description:
+        raise UserError(f'{path} carries no tokenizer: name its dataset, as in --tokenizer_of=shakespeare_char')
+    tok = tokenizer.from_dict(description)
     if tok.vocab_size > vocab_size:
         raise UserError(f'{path} knows {vocab_size:,} tokens and its tokenizer {tok.vocab_size:,}: they do not belong '
                         f'together')
     return tok
-
-
-def describe_tokenizer(ckpt: dict, path, tokenizer_of: str | None) -> dict:
-    """Return the description of the tokenizer of the checkpoint at path. If it has none, as nanoGPT's, that of the
-    dataset tokenizer_of or, with a notice, of the dataset that its config names, or GPT-2's, where the vocabulary has
-    the size of the model's. UserError if there is none."""
-    if ckpt.get('tokenizer'):
-        return ckpt['tokenizer']
-    if tokenizer_of:
-        return read_meta(find(tokenizer_of))['tokenizer']
-    vocab_size = ckpt['model_args']['vocab_size']
-    dataset = ckpt['config'].get('dataset')
-    with contextlib.suppress(UserError):   # the dataset is not here
-        meta = read_meta(find(dataset)) if dataset else {'vocab_size': 0}
-        if vocab_size in (meta['vocab_size'], 64 * math.ceil(meta['vocab_size'] / 64)):
-            print(f'{path} has no tokenizer: that of the dataset {dataset!r}, which it names, is used', file=sys.stderr)
-            return meta['tokenizer']
-    if vocab_size in (50257, 50304):
-        print(f"{path} has no tokenizer: GPT-2's is used, which knows as many tokens", file=sys.stderr)
-        return {'kind': 'tiktoken', 'name': 'gpt2'}
-    raise UserError(f'{path} carries no tokenizer: name its dataset, as in --tokenizer_of=shakespeare_char')
 
 
 def load_tokenizer(spec: str, *how):

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -307,18 +307,21 @@ def to_continue(record: dict) -> tuple[str, list[str]]:
     return field(record, 'prompt'), [field(record, 'reference')]
 
 
-def with_examples(items: Sequence[Item], i: int, shots: int, delimiter: str, seed: int) -> str:
-    """The context of an item after so many others with their right answers: drawn without repetition, as a function of
-    (seed, i), and never one that asks the same."""
-    order = []
-    if shots:
+def with_examples(items: Sequence[Item], limit: int | None, shots: int, delimiter: str, seed: int) -> list[Item]:
+    """The first limit items, all if it is None, each with the right answers of so many others before its context. The
+    others are drawn without repetition, as a function of (seed, number of the item), and never ask the same."""
+    if not shots:
+        return items[:limit]
+    found = []
+    for i, item in enumerate(items[:limit]):
         key = np.array([seed % 2**64, i], dtype=np.uint64)
         order = np.argsort(np.random.Philox(key=key).random_raw(len(items)), kind='stable')
-    others = [items[j] for j in order if items[j].context != items[i].context]
-    if len(others) < shots:
-        raise UserError(f'{items[i].where}: shots={shots}, but the file has {len(others)} other questions')
-    solved = [other.context + delimiter + other.answers[other.gold] for other in others[:shots]]
-    return SEPARATOR.join([*solved, items[i].context])
+        others = [items[j] for j in order if items[j].context != item.context]
+        if len(others) < shots:
+            raise UserError(f'{item.where}: shots={shots}, but the file has {len(others)} other questions')
+        solved = [other.context + delimiter + other.answers[other.gold] for other in others[:shots]]
+        found.append(replace(item, context=SEPARATOR.join([*solved, item.context])))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -344,20 +344,23 @@ def test_an_empty_file_and_one_of_mixed_encodings_are_refused(tmp_path):
 
 
 def test_examples_are_others_solved_and_drawn_by_seed_and_number():
+    def contexts(shots, seed, limit=None):
+        return [item.context for item in evaluation.with_examples(items, limit, shots, ': ', seed)]
+
     items = [Item(f'x, line {i}', f'question {i // 2}', ['yes', 'no'], i % 2) for i in range(40)]   # each asked twice
-    drawn = [evaluation.with_examples(items, i, 5, ': ', seed=3) for i in range(40)]
+    drawn = contexts(5, seed=3)
     solved = {f'{item.context}: {item.answers[item.gold]}': n for n, item in enumerate(items)}
     for item, text in zip(items, drawn):
         *examples, question = text.split('\n\n')
         assert question == item.context and len(examples) == len({solved[example] for example in examples}) == 5
         assert not any(example.startswith(f'{question}:') for example in examples)
     assert len({text.rpartition('\n\n')[0] for text in drawn}) == 40                # its own for each
-    assert drawn == [evaluation.with_examples(items, i, 5, ': ', seed=3) for i in range(40)]
-    assert drawn != [evaluation.with_examples(items, i, 5, ': ', seed=4) for i in range(40)]
-    assert evaluation.with_examples(items, 7, 0, ': ', seed=3) == 'question 3'
-    assert len(evaluation.with_examples(items, 7, 38, ': ', seed=3).split('\n\n')) == 39
-    with pytest.raises(UserError, match='x, line 7: shots=39, but the file has 38 other questions'):
-        evaluation.with_examples(items, 7, 39, ': ', seed=3)
+    assert drawn == contexts(5, seed=3) != contexts(5, seed=4)
+    assert contexts(5, seed=3, limit=7) == drawn[:7] and contexts(0, seed=3, limit=7) == [
+        item.context for item in items[:7]]
+    assert len(contexts(38, seed=3)[7].split('\n\n')) == 39
+    with pytest.raises(UserError, match='x, line 0: shots=39, but the file has 38 other questions'):
+        contexts(39, seed=3)
 
 
 def test_the_right_choice_is_judged_as_a_whole_per_character_and_per_byte():
