@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flatgpt import architectures, hub, lora, pretrained, tokenizer
+from flatgpt import architectures, encodings, hub, lora, pretrained, tokenizer
 from flatgpt.dataset import find, read_meta
 from flatgpt.errors import UserError, nothing_at
 from flatgpt.machine import SkipInit
@@ -51,7 +51,7 @@ def state_of(model: GPT, optimizer, scaler, description: dict, config: dict, pro
     else:
         weights = {'model': model.state_dict(keep_vars=True)}   # tied weights stay one tensor
     return {'version': VERSION, 'model_args': model.config.to_dict(), **weights,
-            'tokenizer': tokenizer.portable(description), 'config': dict(config), 'optimizer': optimizer.state_dict(),
+            'tokenizer': encodings.portable(description), 'config': dict(config), 'optimizer': optimizer.state_dict(),
             'scaler': scaler.state_dict(), 'machine': machine, **plain}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flatgpt import architectures, tokenizer
+from flatgpt import architectures, encodings, tokenizer
 from flatgpt.conversation import chat_template_of
 from flatgpt.errors import UserError
 from flatgpt.pretrained import tokenizer_json
@@ -32,8 +32,8 @@ START = r'[^\r\n\p{L}\p{N}]?'
 TEKKEN = (f'{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*|' r'\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|'
           r'\s+(?!\S)|\s+')
 PRE_TOKENIZERS = {
-    'gpt-2': ([tokenizer.GPT2_WORDS], False),
-    'smollm': ([r'\p{N}', tokenizer.GPT2_WORDS], False),
+    'gpt-2': ([encodings.GPT2_WORDS], False),
+    'smollm': ([r'\p{N}', encodings.GPT2_WORDS], False),
     'qwen2': ([QWEN2], False),
     'llama-bpe': ([LLAMA3], True),
     'dbrx': ([LLAMA3], False),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from flatgpt import hub, tokenizer
+from flatgpt import encodings, hub, tokenizer
 from flatgpt.architectures import BUFFERS, config_from_hf, config_to_hf, weights_from_hf, weights_to_hf
 from flatgpt.errors import UserError
 from model import GPT, GPTConfig
@@ -180,7 +180,7 @@ def tokenizer_in(folder: Path) -> tokenizer.BpeTokenizer | None:
     if (folder / 'tokenizer.json').exists():
         tok = tokenizer.BpeTokenizer(tokenizer.read_text(folder / 'tokenizer.json'))
     elif (folder / 'vocab.json').exists() and (folder / 'merges.txt').exists():
-        tok = tokenizer.BpeTokenizer(tokenizer.of_files(folder / 'vocab.json', folder / 'merges.txt'))
+        tok = tokenizer.BpeTokenizer(encodings.of_files(folder / 'vocab.json', folder / 'merges.txt'))
     elif (folder / 'tokenizer.model').exists():
         raise UserError(f'{folder} has its tokenizer in tokenizer.model alone: write tokenizer.json once, with '
                         f'AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers')
@@ -258,7 +258,7 @@ def tokenizer_json(tok):
         encoding = Tokenizer(models.BPE({char: i for i, char in enumerate(tok.chars)}, []))
         encoding.decoder = decoders.Fuse()
         return encoding.to_str()
-    shown = {byte: char for char, byte in tokenizer.byte_alphabet().items()}
+    shown = {byte: char for char, byte in encodings.byte_alphabet().items()}
     ranks = tok.parts['mergeable_ranks']
     special = tok.parts['special_tokens']
     vocab = {''.join(shown[byte] for byte in token): i for token, i in ranks.items()}

@@ -6,32 +6,26 @@ Text to token ids and back. Every tokenizer has the same face:
     encode_document(text)   what training data has of a document      ends         all ids that end a sample
     decode(ids)             the text of ids                           begin        ids that stand before every text
     stream(prompt_ids)      function: id -> text that is complete     to_dict()    plain data, see from_dict()
-    decode_after(prompt_ids, ids), count(ids), unknown(text)
+    count(ids)              characters, bytes of their text          unknown(text)  characters without ids
 
 Prompts and documents are encoded by one rule: the ids in `begin`, unless the text begins with them, then the text, in
 which the names of special tokens are read as these tokens.
 """
 
-import base64
 import codecs
-import contextlib
 import functools
 import itertools
-import json
 import os
 import re
-import sys
-import threading
 from collections.abc import Iterable
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 
+from flatgpt import encodings
+from flatgpt.encodings import EOT
 from flatgpt.errors import UsageError, UserError, nearest_to, refuse_pointer
 
-EOT = '<|endoftext|>'
-GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 PROBE = ("It's 12,345 o'clock:\n\n    don't  __init__(self) -> naïve café, Größe 你好，世界 😀\t!!\r\n"
          'A line\n2 more x1\n世界\nend.\nÉ 1234567')
 BORDER = re.compile(r'(?<=[^\W_])(?=\s)|(?<=\S\n)(?=[^\W_])')   # no encoding in use has a token that goes across
@@ -86,11 +80,6 @@ class Tokenizer:
         """The text of ids. Invalid UTF-8, as a model may produce, becomes U+FFFD."""
         return b''.join(self.token_bytes(int(i)) for i in ids).decode('utf-8', errors='replace')
 
-    def decode_after(self, prompt_ids: Iterable[int], ids: Iterable[int]) -> str:
-        """The text of ids that follow a prompt: that of both without that of the prompt."""
-        piece = self.stream(prompt_ids)
-        return piece(ids) + piece(None)
-
     def stream(self, prompt_ids: Iterable[int] = ()):
         """A function to be called with an id, or several, that follow a prompt and what it was called with before: it
         returns the text that is complete by then. At the end, call it with None for the rest."""
@@ -130,8 +119,8 @@ class Tokenizer:
 
     def refuse_unknown(self, text):
         if missing := self.unknown(text):
-            raise UserError(f'{len(missing):,} characters that this model has never seen: {"".join(missing[:20])!r}'
-                            f'{" ..." if len(missing) > 20 else ""}')
+            shown = f'{"".join(missing[:20])!r}{" ..." if len(missing) > 20 else ""}'
+            raise UserError(f'{len(missing):,} characters that this model has never seen: {shown}')
 
 
 class CharTokenizer(Tokenizer):
@@ -179,20 +168,21 @@ class CharTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A byte-pair encoding of the tiktoken library, by its name, or also by its parts, see tiktoken_parts()."""
+    """A byte-pair encoding of the tiktoken library, by its name, or also by its parts, see
+    encodings.tiktoken_parts()."""
 
     def __init__(self, name: str, parts: dict | None = None):
         self.name = name
         self.by_name = parts is None
-        self.parts = parts or tiktoken_parts(name)
-        self.ranks = Encodings(self.parts)
+        self.parts = parts or encodings.tiktoken_parts(name)
+        self.ranks = encodings.Encodings(self.parts)
         self.vocab_size = self.ranks.encoding.n_vocab
         self.eot = self.ranks.encoding.eot_token
         self.ends = (self.eot,)
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """The ids of a text. special: read the names of special tokens as these, not as characters."""
-        return self.ranks.encode(text, special).astype(id_type(self.vocab_size))
+        return self.ranks.encode(no_surrogates(text), special).astype(id_type(self.vocab_size))
 
     def token_bytes(self, i: int) -> bytes:
         try:
@@ -202,7 +192,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def to_dict(self) -> dict:
         found = {'kind': 'tiktoken', 'name': self.name}
-        return found if self.by_name else {**found, 'parts': with_ranks_as_text(self.parts)}
+        return found if self.by_name else {**found, 'parts': encodings.with_ranks_as_text(self.parts)}
 
 
 class BpeTokenizer(Tokenizer):
@@ -225,7 +215,7 @@ class BpeTokenizer(Tokenizer):
         self.json = text
         self.files = files or {}
         self.added = {i: token.content for i, token in self.encoding.get_added_tokens_decoder().items()}
-        self.bytes_of = byte_alphabet() if self.decoded('Ã', '©') == 'é' else None
+        self.bytes_of = encodings.byte_alphabet() if self.decoded('Ã', '©') == 'é' else None
         names = {f'<0x{byte:02X}>': byte for byte in range(256) if self.decoded('<0x41>') == 'A'}
         self.fallback = {ids[name]: byte for name, byte in names.items() if name in ids}
         # what a template adds is marked in the ids of a text, the first one here that has ids of its own
@@ -243,46 +233,13 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, min_frequency: int = 2, special: Iterable[str] = (EOT,)):
-        """The byte-level encoding of so many tokens that shortens texts most (Sennrich et al., 2016; bytes: Radford et
-        al., 2019). A pair must occur min_frequency times to become a token. The 256 bytes and the special tokens, whose
-        ids come first, count too; every text of every language can be encoded."""
-        from tokenizers import Regex, models, pre_tokenizers, trainers
-
-        special = list(special)
-        if vocab_size < 256 + len(special):
-            raise UsageError(f'a vocabulary of {vocab_size}: expected {256 + len(special)} or more, the bytes and '
-                             f'{len(special)} special tokens')
-        encoding = byte_level(models.BPE())
-        to_words = encoding.pre_tokenizer
-        short = pre_tokenizers.Split(Regex('.{256}'), 'isolated')   # the time grows with the square of a word's length
-        encoding.pre_tokenizer = pre_tokenizers.Sequence([to_words, short])
-        encoding.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special,
-            show_progress=sys.stderr.isatty(), initial_alphabet=list(byte_alphabet())))
-        encoding.pre_tokenizer = to_words
-        return cls(encoding.to_str())
+        """The byte-level encoding that encodings.train() makes of texts."""
+        return cls(encodings.train(texts, vocab_size, min_frequency, [*special]))
 
     @functools.cached_property
     def ranks(self):
-        """Encodings of tiktoken, many times as fast, that give the ids of what train() made; None for another one:
-        tiktoken joins the neighbours whose token has the lowest id, tokenizers those whose merge comes first, and
-        train() numbers tokens in the order of their merges."""
-        from tokenizers import models
-
-        special = [self.added[i] for i in sorted(self.added)]
-        merges = [tuple(pair) for pair in json.loads(self.encoding.to_str())['model'].get('merges', [])]
-        tokens = [*special, *sorted(byte_alphabet()), *map(''.join, merges)]
-        ids = {token: i for i, token in enumerate(tokens)}
-        ambiguous = any(a != b and b.startswith(a) for a in special for b in special)
-        if ambiguous or self.eot not in (None, *self.added) or ids != self.encoding.get_vocab(with_added_tokens=True):
-            return None
-        again = byte_level(models.BPE(ids, merges))
-        again.add_special_tokens(special)
-        if again.to_str() != self.encoding.to_str():
-            return None
-        ranks = {bytes(self.bytes_of[char] for char in token): ids[token] for token in tokens[len(special):]}
-        return Encodings({'name': 'trained', 'pat_str': GPT2_WORDS, 'mergeable_ranks': ranks,
-                          'special_tokens': {token: ids[token] for token in special}})
+        """As it is for all tokenizers, of what train() made."""
+        return encodings.ranks_of(self.encoding) if self.eot in (None, *self.added) else None
 
     def normal(self, text):
         return self.encoding.normalizer.normalize_str(text) if self.encoding.normalizer else text
@@ -320,7 +277,7 @@ class BpeTokenizer(Tokenizer):
         """The ids of a text. special: read the names of special tokens as these, not as characters. UserError with the
         characters that it would lose, if there are any."""
         if self.ranks:
-            return self.ranks.encode(text, special).astype(id_type(self.vocab_size))
+            return self.ranks.encode(no_surrogates(text), special).astype(id_type(self.vocab_size))
         self.refuse_unknown(text)
         return np.array(self.library_ids(text, special), dtype=id_type(self.vocab_size))
 
@@ -330,7 +287,7 @@ class BpeTokenizer(Tokenizer):
         return self.encoding.encode_batch_fast([no_surrogates(text)], add_special_tokens=False)[0].ids
 
     def token_text(self, i):
-        return self.added.get(i) or self.encoding.id_to_token(i) or '\ufffd'
+        return self.encoding.id_to_token(i) or '\ufffd'
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of a token; where they depend on the token before it, as in SentencePiece, its text."""
@@ -383,110 +340,6 @@ class BpeTokenizer(Tokenizer):
         return {'kind': 'bpe', 'json': self.json, 'eot': self.eot, **ends, **files}
 
 
-class Encodings(threading.local):
-    """A tiktoken.Encoding of its own for each thread, because threads that share one wait for each other.
-    parts: the arguments of tiktoken.Encoding."""
-
-    def __init__(self, parts: dict):
-        import tiktoken
-
-        self.encoding = tiktoken.Encoding(**parts)
-
-    def encode(self, text, special):
-        allowed = 'all' if special else set()
-        return self.encoding.encode_to_numpy(no_surrogates(text), allowed_special=allowed, disallowed_special=())
-
-
-@functools.cache
-def tiktoken_parts(name: str) -> dict:
-    """The arguments of tiktoken.Encoding for one of its encodings. UserError if the name is unknown, or the file of the
-    encoding cannot be downloaded."""
-    import tiktoken
-
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise UsageError(f"tokenizer {name!r}: expected 'char', 'bpe:5000', a tokenizer.json or .tiktoken file, the "
-                         f"folder or the hub name of a model, or one of tiktoken's: {', '.join(names)}")
-    try:
-        return tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
-    except Exception as error:   # requests' and tiktoken's many ways of not getting or not reading the file
-        raise UserError(f'cannot load the encoding {name!r} ({type(error).__name__}): it is downloaded once; '
-                        f'without network set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept it') from None
-
-
-def tiktoken_file(path: str) -> dict:
-    """The arguments of tiktoken.Encoding for the ranks in a file. One of tiktoken's own, such as cl100k_base.tiktoken,
-    is the encoding of that name; another cuts words as GPT-2 does, and <|endoftext|> follows its tokens."""
-    import tiktoken
-
-    try:
-        ranks = parse_ranks(read_text(path))
-    except ValueError:
-        raise UserError(f'{path} has no ranks: expected a token in base64 and its rank on each line') from None
-    name = Path(path).stem
-    if name in set(tiktoken.list_encoding_names()) - {'gpt2'}:
-        constructor = tiktoken.registry.ENCODING_CONSTRUCTORS[name]
-        with mock.patch.dict(constructor.__globals__, load_tiktoken_bpe=lambda *_, **__: ranks):   # no download
-            return constructor()
-    special = {EOT: max(ranks.values()) + 1}
-    return {'name': name, 'pat_str': GPT2_WORDS, 'mergeable_ranks': ranks, 'special_tokens': special}
-
-
-def parse_ranks(text):
-    pairs = [line.split() for line in text.splitlines()]
-    return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-
-
-def with_ranks_as_text(parts):
-    ranks = (f'{base64.b64encode(token).decode()} {rank}' for token, rank in parts['mergeable_ranks'].items())
-    return {**parts, 'mergeable_ranks': '\n'.join(ranks)}
-
-
-def portable(d: dict) -> dict:
-    """A description, as to_dict() gives it, with the ranks of an encoding of tiktoken if they are here: from it the
-    encoding can be made without a download."""
-    parts = portable_parts(d['name']) if d.get('kind') == 'tiktoken' and 'parts' not in d else None
-    return {**d, 'parts': parts} if parts else d
-
-
-@functools.cache
-def portable_parts(name):
-    """Plain tiktoken_parts(); None if their files are not here, because a run must not wait for a download."""
-    with mock.patch('tiktoken.load.read_file', side_effect=OSError), contextlib.suppress(UserError):
-        return with_ranks_as_text(tiktoken_parts(name))
-
-
-def byte_level(model):
-    """A tokenizers.Tokenizer that cuts words as GPT-2 does and splits their bytes by a model of that library."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-
-    encoding = Tokenizer(model)
-    encoding.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    encoding.decoder = decoders.ByteLevel()
-    return encoding
-
-
-def of_files(vocab: str, merges: str) -> str:
-    """The tokenizer.json of the encoding in the two files in which GPT-2's came, given the paths of vocab.json and
-    merges.txt."""
-    from tokenizers import models
-
-    try:
-        encoding = byte_level(models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:
-        raise UserError(f'{vocab} and {merges} are no encoding: {str(error)[:80]}') from None
-    encoding.add_special_tokens([EOT] if encoding.token_to_id(EOT) is not None else [])
-    return encoding.to_str()
-
-
-def byte_alphabet() -> dict[str, int]:
-    """{character: byte} of byte-level encodings: a byte that prints stands for itself, the others, in their order, for
-    the characters from U+0100 on (Radford et al., 2019)."""
-    prints = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-    rest = [byte for byte in range(256) if byte not in prints]
-    return {**{chr(byte): byte for byte in prints}, **{chr(0x100 + i): byte for i, byte in enumerate(rest)}}
-
-
 def id_type(vocab_size: int) -> np.dtype:
     """The smallest of the two types in which ids are kept: uint16 up to 65,536 ids, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -509,7 +362,7 @@ def from_dict(d: dict):
             return BpeTokenizer(d['json'], d['eot'], d.get('ends', ()), d.get('files'))
         if d['kind'] == 'tiktoken':
             parts = d.get('parts')
-            ranks = parts and parse_ranks(parts['mergeable_ranks'])
+            ranks = parts and encodings.parse_ranks(parts['mergeable_ranks'])
             return TiktokenTokenizer(d['name'], parts and {**parts, 'mergeable_ranks': ranks})
         return {'char': CharTokenizer}[d['kind']](d['chars'])
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -539,7 +392,7 @@ def load(spec: str, texts: Iterable[str] = (), min_frequency: int = 2, special: 
     if size is not None:
         return BpeTokenizer.train(texts, size, min_frequency, dict.fromkeys([EOT, *special]))
     if spec.endswith('.tiktoken'):
-        return TiktokenTokenizer(Path(spec).stem, tiktoken_file(spec))
+        return TiktokenTokenizer(Path(spec).stem, encodings.tiktoken_file(spec, read_text(spec)))
     if spec.endswith('.json'):
         return BpeTokenizer(read_text(spec))
     return TiktokenTokenizer(spec)
@@ -556,16 +409,14 @@ def trained_size(spec):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, without a byte order mark and with \\n as line ends; UserError when it cannot be read
-    or is something else."""
+    """The text of a UTF-8 file, without a byte order mark and with \\n as line ends. Raises UserError."""
     try:
         content = Path(path).read_bytes()
         refuse_pointer(path, content)
         return content.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not UTF-8: byte {error.start:,} is 0x{error.object[error.start]:02x}; convert it, '
+                        f'for instance with iconv') from None
     except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            line = error.object.count(b'\n', 0, error.start) + 1
-            raise UserError(f'{path}, line {line:,}: not UTF-8 text, byte {error.start:,} of the file is '
-                            f'0x{error.object[error.start]:02x}; convert it, for instance with iconv') from None
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'cannot read {path}: {reason}{nearest_to(path)}') from None

@@ -11,7 +11,7 @@ from conftest import SHARED, assert_one_line, needs, run
 from in_process import call
 from test_checkpoint import state_of
 
-from flatgpt import architectures, checkpoint, lora, pretrained, tokenizer
+from flatgpt import architectures, checkpoint, encodings, lora, pretrained, tokenizer
 from flatgpt.engine import generate
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, TiktokenTokenizer
 from model import ARCHS, GPT, GPTConfig
@@ -135,7 +135,7 @@ def test_files_are_readable_by_whoever_may_read_the_folder(exported):
     {'<|endoftext|>': 50256}, {'<|endoftext|>': 50256, '<|fim_prefix|>': 50300}], ids=['dense', 'gap'])
 def test_tiktokens_encodings_become_the_same_tokenizer_json(special, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
-    parts = {**tokenizer.tiktoken_parts('gpt2'), 'special_tokens': special}   # with a gap, as newer encodings have them
+    parts = {**encodings.tiktoken_parts('gpt2'), 'special_tokens': special}   # with a gap, as newer encodings have them
     tok = TiktokenTokenizer('gpt2', {name: part for name, part in parts.items() if name != 'explicit_n_vocab'})
     again = BpeTokenizer(pretrained.tokenizer_json(tok))
     assert again.eot == tok.eot and again.vocab_size == tok.vocab_size
@@ -145,7 +145,7 @@ def test_tiktokens_encodings_become_the_same_tokenizer_json(special, monkeypatch
     assert again.encode('a<|endoftext|>', special=True).tolist() == tok.encode('a<|endoftext|>', special=True).tolist()
 
 
-@pytest.mark.parametrize('pattern', [tokenizer.GPT2_WORDS, r'\p{L}++|\p{N}{1,3}+|\s+', r'\p{N}{2}+|\p{L}{1,}+|.'])
+@pytest.mark.parametrize('pattern', [encodings.GPT2_WORDS, r'\p{L}++|\p{N}{1,3}+|\s+', r'\p{N}{2}+|\p{L}{1,}+|.'])
 def test_a_regex_of_tiktokens_cuts_the_same_words(pattern):
     """A possessive repetition, {1,3}+, is another thing in the other library."""
     ranks = {bytes([i]): i for i in range(256)} | {b'12': 256, b'34': 257, b'1234': 258, b'ab': 259}

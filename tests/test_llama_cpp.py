@@ -14,7 +14,7 @@ from test_checkpoint import state_of
 from test_export import disturb
 from test_tokenizer import BYTES, LINES, as_json, byte_level, sentencepiece, unigram, wordpiece
 
-from flatgpt import checkpoint, conversation, llama_cpp, tokenizer
+from flatgpt import checkpoint, conversation, encodings, llama_cpp
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer, TiktokenTokenizer
 from model import ARCHS, GPT, GPTConfig
@@ -184,7 +184,7 @@ def vocabulary(tmp_path, tok, padding=0):
 def test_a_trained_tokenizer_is_there_token_by_token(tmp_path, trained):
     found = vocabulary(tmp_path, trained, padding=3)
     assert (found['tokenizer.ggml.model'], found['tokenizer.ggml.pre']) == ('gpt2', 'gpt-2')
-    tokens, alphabet = found['tokenizer.ggml.tokens'], tokenizer.byte_alphabet()
+    tokens, alphabet = found['tokenizer.ggml.tokens'], encodings.byte_alphabet()
     assert tokens[0] == '<|endoftext|>' and tokens[-3:] == ['[unused400]', '[unused401]', '[unused402]']
     for i in range(1, 400):
         assert bytes(alphabet[char] for char in tokens[i]) == trained.token_bytes(i)
@@ -217,7 +217,7 @@ def test_characters_are_a_list_of_byte_strings(tmp_path):
 
 
 def test_tiktokens_encodings_have_their_merges(tmp_path):
-    parts = {'name': 'few', 'pat_str': tokenizer.GPT2_WORDS,
+    parts = {'name': 'few', 'pat_str': encodings.GPT2_WORDS,
              'mergeable_ranks': {bytes([i]): i for i in range(256)} | {b'ab': 256, b'abc': 257},
              'special_tokens': {'<|endoftext|>': 258, '<|fim|>': 260}}
     found = vocabulary(tmp_path, TiktokenTokenizer('few', parts))

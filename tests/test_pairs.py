@@ -135,7 +135,7 @@ def test_without_a_template_a_row_has_the_ids_that_training_data_and_prompts_hav
     assert ids.tolist() == tok.encode_document(prompt + answer).tolist()
     if prompt:
         assert ids[:start].tolist() == tok.encode_prompt(prompt).tolist()[:start]
-        assert tok.decode_after(ids[:start], ids[start:len(ids) - len(tok.ends)]).endswith(answer)
+        assert tok.stream(ids[:start])(ids[start:len(ids) - len(tok.ends)]).endswith(answer)
 
 
 def test_a_batch_has_chosen_rows_above_rejected_ones_and_targets_of_answers_alone():
