@@ -152,16 +152,15 @@ def draw(step):
 
 
 def prepare(rollout, num_tokens):
-    """Set what does not change in the updates of a step: the weights of a rollout's tokens in the loss, and their
-    log-probabilities by the reference. num_tokens: of the answers of all processes."""
-    rollout.advantages = alignment.group_advantages(rollout.rewards.to(rt.device), divide_by_std).flatten()
+    """Set what does not change in the updates of a step: the rows of a rollout that are learned from, what their tokens
+    weigh, and their log-probabilities by the reference. num_tokens: of the answers of all processes."""
+    rollout.advantages = alignment.group_advantages(rollout.rewards, divide_by_std).flatten()
+    rollout.pad((rollout.advantages != 0) | (kl > 0), rt.device)   # without an advantage only the KL moves something
     rollout.weights = alignment.token_weights(rollout.targets, normalize, per_step * group_size, num_tokens,
                                               max_new_tokens)
     if kl:
         with torch.no_grad(), rt.autocast(), alignment.adapters_off(model):
             rollout.reference = alignment.token_log_probs(reference or model, rollout.idx, rollout.targets, temperature)
-    else:
-        rollout.drop(rollout.advantages == 0)   # which move nothing
 
 
 def loss_of(rollout):
@@ -214,7 +213,7 @@ while True:
     drawn, figures, num_tokens = draw(run.step)
     for rollout in drawn:
         prepare(rollout, num_tokens)
-    num_learned = rt.sum(torch.tensor(sum(rollout.num_tokens() for rollout in drawn))).item()
+    num_learned = rt.sum(torch.tensor(sum(len(ids) - 1 for rollout in drawn for ids, _ in rollout.rows))).item()
     seconds_drawing = time.perf_counter() - t0
 
     # learn from them: the losses of the rollouts of all processes add up

@@ -10,9 +10,9 @@ that the function needs. An answer is a text. Your file is executed, as any prog
 restricted. An answer is only data to it; what it does with an answer, such as running code, is what it must restrict.
 """
 
-import importlib.util
 import itertools
 import math
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,37 +29,31 @@ Reward = Callable[[dict, str], float]
 # reward functions
 
 def load(name: str) -> Reward:
-    """Return the function, (question, answer) -> float, that a name means: see above. It raises UserError, with the
-    question and the answer, if the user's function fails or returns anything but a finite number. UsageError, UserError
-    for a name that means none."""
-    if ':' not in name:
-        if name not in tasks.KINDS:
-            raise UsageError(f'reward={name!r}: expected FILE.py:FUNCTION or one of {", ".join(tasks.KINDS)}'
-                             f'{do_you_mean(name, tasks.KINDS)}')
+    """Return the function, (question, answer) -> float, that a name means. It raises UserError, with the question and
+    the answer, if the user's function fails or returns anything but a finite number. UsageError, UserError for a name
+    that means none."""
+    if name in tasks.KINDS:
         return is_right
     path, _, function = name.rpartition(':')
+    if not path:
+        raise UsageError(f'reward={name!r}: expected FILE.py:FUNCTION or one of {", ".join(tasks.KINDS)}'
+                         f'{do_you_mean(name, tasks.KINDS)}')
     wanted = Path(path).expanduser()
     if not wanted.is_file():
         raise UserError(f'reward={name!r}: {nothing_at(str(wanted))}')
-    spec = importlib.util.spec_from_file_location(wanted.stem, wanted)
-    if spec is None:
-        raise UsageError(f'reward={name!r}: expected a file of Python, FILE.py:FUNCTION')
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        found = runpy.run_path(str(wanted))
     except Exception as error:   # it is the user's code
         raise UserError(f'{wanted} fails: {type(error).__name__}: {error}') from None
-    user_function = getattr(module, function, None)
-    if not callable(user_function):
+    if not callable(found.get(function)):
         raise UserError(f'{wanted} has no function {function!r}: expected {function}(question, answer) -> float'
-                        f'{do_you_mean(function, vars(module))}')
-    return checked(user_function, name)
+                        f'{do_you_mean(function, found)}')
+    return checked(found[function], name)
 
 
 def is_right(question: dict, answer: str) -> float:
     """Return 1.0 if an answer to a question of flatgpt/tasks.py is right, else 0.0."""
-    fields = (question[name] for name in tasks.Question._fields)
-    return float(tasks.is_correct(tasks.Question(*fields), answer))
+    return float(tasks.is_correct(tasks.Question(*map(question.get, tasks.Question._fields)), answer))
 
 
 def checked(user_function: Callable, name: str) -> Reward:
@@ -170,7 +164,7 @@ def right_answers(asked: Sequence[dict], values: Sequence[Sequence[float]]) -> d
         found.setdefault(name, []).append(number / n)
     if not set(itertools.chain(*values)) <= {0.0, 1.0}:
         found['reward'] = [sum(of_question) / n for of_question in zip(*values)]
-    for k in itertools.takewhile(lambda k: k <= n, (2**i for i in range(30))):
+    for k in (2**i for i in range(n.bit_length())):   # up to n
         found[f'pass@{k}'] = [pass_at_k(n, number, k) for number in right]
     return found
 

@@ -67,13 +67,14 @@ class Questions:
 
 @dataclass
 class Rollout:
-    """The answers to P questions, G to each, as N = P G rows, and what they are worth."""
-    answers: list[str]
-    idx: Tensor                        # (N, T), token ids of question and answer, filled up on the right
-    targets: Tensor                    # (N, T), ids one step ahead; -1 outside the answers
+    """The answers to P questions, G to each, as N = P G rows, and what they are worth. What pad() and grpo.py set is of
+    the rows that are learned from."""
+    rows: list[tuple[Tensor, int]]     # (token ids of question and answer, where the answer begins)
     rewards: Tensor                    # (P, G)
     drawn_with: Tensor                 # (N,), log-probabilities of the answers as they were drawn
     advantages: Tensor | None = None   # (N,)
+    idx: Tensor | None = None          # (N, T), token ids, padded on the right
+    targets: Tensor | None = None      # (N, T), ids one step ahead; -1 outside the answers
     weights: Tensor | None = None      # (N, T), of the tokens in the loss
     reference: Tensor | None = None    # (N, T), log-probabilities by the first model
     log_probs: Tensor | None = None    # (N, T), by the policy before the first update
@@ -81,31 +82,24 @@ class Rollout:
     def totals(self) -> Tensor:
         """Return the sums over the answers of FIGURES, in float64. The length has the end token. The entropy is
         estimated: the negative log-probability of a token, averaged over an answer."""
-        lengths = (self.targets >= 0).sum(dim=1).cpu()
+        lengths = torch.tensor([len(ids) - start for ids, start in self.rows])
         alike = (self.rewards == self.rewards[:, :1]).all(dim=1)   # a group from which nothing is learned
         figures = (self.rewards, lengths, -self.drawn_with / lengths, alike[:, None].expand_as(self.rewards))
         return torch.stack([figure.double().sum() for figure in figures])
 
-    def num_tokens(self) -> int:
-        """Return the number of tokens that the model sees, without padding."""
-        positions = torch.arange(1, self.targets.size(1) + 1, device=self.targets.device)
-        return int(((self.targets >= 0) * positions).amax(dim=1).sum())
-
-    def drop(self, rows: Tensor):
-        """Remove rows, (N,) of bool, and columns that only they need; but not all: DDP needs a backward pass."""
-        kept = ~rows
-        kept[0] = True
-        columns = int((self.targets[kept] >= 0).nonzero()[:, 1].max()) + 1
-        for name in ('idx', 'targets', 'weights'):
-            setattr(self, name, getattr(self, name)[kept, :columns])
-        self.advantages = self.advantages[kept]
+    def pad(self, kept: Tensor, device: torch.device):
+        """Set the rows to learn from, those that are kept, (N,) of bool: one at least, DDP needs a backward pass."""
+        numbers = kept.nonzero()[:, 0].tolist() or [0]
+        self.rows = [self.rows[i] for i in numbers]
+        self.advantages = self.advantages[numbers].to(device)
+        self.idx, self.targets = (part.to(device) for part in alignment.pad_rows(self.rows))
 
 
 def draw(model, tok, questions: Sequence[dict], reward_of: rewards.Reward, group_size: int, max_new_tokens: int,
          temperature: float, seed: int, step: int, first_row: int, must_end: bool = False) -> Rollout:
-    """Return group_size answers of a model to each question, with their rewards. first_row: the number
-    of the first answer among those of the step; the random numbers of an answer depend on it, the seed and the step.
-    must_end: an answer that max_new_tokens cuts off gets nothing; else a model may learn not to end."""
+    """Return group_size answers of a model to each question, with their rewards. first_row: the number of the first
+    answer among those of the step; the random numbers of an answer depend on it, the seed and the step. must_end: an
+    answer that max_new_tokens cuts off gets nothing; else a model may learn not to end."""
     prompts = [rewards.prompt_ids(tok, question) for question in questions]
     answers = [engine.Answer(tok, ids, max_new_tokens) for ids in prompts for _ in range(group_size)]
     for _ in engine.grow(model, answers, temperature=temperature, seed=seed * 1_000_003 + step, first_row=first_row):
@@ -113,7 +107,5 @@ def draw(model, tok, questions: Sequence[dict], reward_of: rewards.Reward, group
     values = [0.0 if must_end and answer.finish == 'length' else reward_of(questions[i // group_size], answer.text)
               for i, answer in enumerate(answers)]
     rows = [(torch.cat((answer.prompt_ids, torch.tensor(answer.ids))), len(answer.prompt_ids)) for answer in answers]
-    idx, targets = (part.to(model.lm_head.weight.device) for part in alignment.pad_rows(rows))
-    return Rollout([answer.text for answer in answers], idx, targets,
-                   rewards=torch.tensor(values).view(len(questions), group_size),
+    return Rollout(rows, rewards=torch.tensor(values).view(len(questions), group_size),
                    drawn_with=torch.tensor([answer.log_prob for answer in answers]))

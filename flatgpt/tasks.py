@@ -235,10 +235,8 @@ QUERIES = (   # the query, and what is asked in English and Chinese
      'what is the average {number} of {table} by {group}?', '每种{of}的{rows}平均{what}是多少？'),
     ('SELECT {title} FROM {table} ORDER BY {number}{order} LIMIT {few};',
      'show the {few} {table} with the {highest} {number}', '列出{what}{highest}的{few}个{rows}'))
-MORE = {'sign': '>', 'most': 'MAX', 'order': ' DESC'}
-LESS = {'sign': '<', 'most': 'MIN', 'order': ''}
-COMPARED = {'en': {'>': ('above', 'highest'), '<': ('below', 'lowest')},
-            'zh': {'>': ('大于', '最大'), '<': ('小于', '最小')}}
+MORE = {'sign': '>', 'most': 'MAX', 'order': ' DESC', 'above': ('above', '大于'), 'highest': ('highest', '最大')}
+LESS = {'sign': '<', 'most': 'MIN', 'order': '', 'above': ('below', '小于'), 'highest': ('lowest', '最小')}
 
 
 def sql(generator: random.Random, language: str) -> Question:
@@ -249,9 +247,10 @@ def sql(generator: random.Random, language: str) -> Question:
     given = {**generator.choice((MORE, LESS)), 'table': table, 'title': title, 'group': group, 'number': number,
              'value': generator.randint(1, 99), 'few': generator.randint(1, 9), 'word': generator.choice(WORDS[group]),
              'rows': ZH[table], 'of': ZH[group], 'what': ZH[number]}
-    given['above'], given['highest'] = COMPARED[language][given['sign']]
     query = query.format(**given)
-    text = {'en': 'SQL: ', 'zh': 'SQL：'}[language] + texts[LANGUAGES.index(language)].format(**given)
+    in_language = LANGUAGES.index(language)
+    given |= {name: given[name][in_language] for name in ('above', 'highest')}
+    text = ('SQL: ', 'SQL：')[in_language] + texts[in_language].format(**given)
     return Question('sql', language, text, query, query, query)
 
 

@@ -61,13 +61,13 @@ def test_a_reward_that_is_no_number_is_one_line_with_the_question_and_the_answer
 @pytest.mark.parametrize('name, error, words', [
     ('arithmetik', UsageError, "reward='arithmetik': expected FILE.py:FUNCTION or one of arithmetic, "),
     ('{folder}/no.py:f', UserError, 'there is no {folder}/no.py'),
-    ('{folder}/text.txt:f', UsageError, 'expected a file of Python'),
+    ('{folder}/text.txt:f', UserError, 'text.txt fails: SyntaxError: '),
     ('{folder}/broken.py:f', UserError, 'broken.py fails: NameError: '),
     ('{folder}/good.py:corect', UserError, "good.py has no function 'corect': expected corect(question, answer) -> "
                                            'float; do you mean correct?'),
     ('{folder}/good.py:number', UserError, "has no function 'number'")])
 def test_a_name_without_a_function_is_refused(tmp_path, name, error, words):
-    (tmp_path / 'text.txt').write_text('')
+    (tmp_path / 'text.txt').write_text('some text')
     (tmp_path / 'broken.py').write_text('nothing')
     (tmp_path / 'good.py').write_text('number = 3\ncorrect = max\n')
     with pytest.raises(error) as raised:
