@@ -98,23 +98,19 @@ def encode_documents(path: str, tok, limit: int | None = None, template: str = '
     tokenizer has no token for it. limit: if given, how many ids; not much more of the file is read. template: see
     corpus.Corpus."""
     parts = [tok.encode_prompt('')] if tok.eot is not None and not tok.begin else []
-    whole = True
-    between = ''
+    line_break = '\n' if tok.eot is None and not tok.unknown('\n') else ''
     documents = corpus.Corpus([path], template=template, options=False, border=tok.border, separator=EOT)
     for piece in documents.pieces(0):
-        text = piece.text
-        if piece.start == 0:
-            if piece.last and not text:   # it is empty
-                continue
-            text = between + text
-            between = '\n' if tok.eot is None and not tok.unknown('\n') else ''
+        if piece.start == 0 and piece.last and not piece.text:   # it is empty
+            continue
+        follows = piece.start == 0 and parts
         with naming(path):
-            parts.append(tok.encode_texts([text], end=piece.last, begin=piece.start == 0))
-        if limit is not None and sum(map(len, parts)) > limit:
-            whole = False
+            parts.append(tok.encode_texts([line_break + piece.text if follows else piece.text], end=piece.last,
+                                          begin=piece.start == 0))
+        if limit is not None and sum(map(len, parts)) > limit + 1:
             break
     ids = np.concatenate([np.empty(0, id_type(tok.vocab_size)), *parts])
-    return ids[:-1] if whole and tok.eot is not None else ids   # what follows the last document is not known
+    return ids if tok.eot is None else ids[:-1]   # what follows the last document is not known
 
 
 def rolling_loss(model, rt, ids: np.ndarray, stride: int, batch_size: int,

@@ -79,21 +79,19 @@ def read_weights(folder: Path) -> dict:
     """All tensors, {name: tensor}, of model.safetensors or pytorch_model.bin, in one file or in those that an index
     names; names without the prefixes of wrappers. Raises UserError."""
     for name in ('model.safetensors', 'pytorch_model.bin'):
-        files, index = [name], folder / f'{name}.index.json'
-        if not (folder / name).exists() and index.exists():
-            named = read_json(index).get('weight_map')
-            files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
-            if not files or not all(re.fullmatch(r'[\w.-]+\.(safetensors|bin)', file) for file in files):
-                raise UserError(f'{index} names {files[:1] or "no file"}: expected files of weights')
-        if (folder / name).exists() or index.exists():
+        index = folder / f'{name}.index.json'
+        if (folder / name).exists():
+            files = [name]
+            break
+        if index.exists():
+            files = sorted(set(read_json(index)['weight_map'].values()))
             break
     else:
         raise UserError(f'{folder} has no weights: expected model.safetensors or pytorch_model.bin')
     tensors = {}
     for file in files:
-        tensors |= {re.sub(WRAPPERS, '', name).replace('.base_layer.', '.'): tensor
-                    for name, tensor in read_tensors(folder / file).items()}
-    return tensors
+        tensors |= read_tensors(folder / file)
+    return {re.sub(WRAPPERS, '', name).replace('.base_layer.', '.'): tensor for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict:

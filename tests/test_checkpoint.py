@@ -145,15 +145,10 @@ def assert_refused(path, *words):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('part', [0, 1e-4, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.9999])
+@pytest.mark.parametrize('part', [0, 1e-4, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.9999, 1])
 def test_a_truncated_checkpoint_is_refused(path, part):
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(part * len(whole))])
-    assert_refused(path, 'cut off')
-
-
-def test_a_checkpoint_without_its_last_byte_is_refused(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(whole[:min(int(part * len(whole)), len(whole) - 1)])
     assert_refused(path, 'cut off')
 
 
@@ -282,12 +277,6 @@ def test_a_nanogpt_checkpoint_loads_with_its_weights_and_its_gelu(tmp_path, pref
     assert torch.equal(loaded(ids, ids)[0], model(ids, ids)[0])
     assert ckpt['iter_num'] == 250
     assert ckpt['best_val_loss'] == 1.25 and type(ckpt['best_val_loss']) is float
-
-
-@pytest.mark.parametrize('gelu', ['tanh', 'erf'])
-def test_our_own_checkpoint_keeps_its_gelu(tmp_path, gelu):
-    checkpoint.save(tmp_path / 'ckpt.pt', state_of(small_model(gelu=gelu)))
-    assert checkpoint.build(checkpoint.load(tmp_path / 'ckpt.pt'), tmp_path).config.gelu == gelu
 
 
 WPE = 'transformer.wpe.weight'

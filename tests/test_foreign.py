@@ -129,15 +129,6 @@ def test_a_pickle_that_is_no_state_dict_is_named(copy, content):  # noqa: F811
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize(('content', 'words'), [
-    (b'version https://git-lfs.github.com/spec/v1\n', 'git lfs pull'), (b'GGUF\3', 'a GGUF file'),
-    ((20240326).to_bytes(4, 'little') + b'0' * 999, 'a model of llm.c')])
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, words):
-    (tmp_path / 'ckpt.pt').write_bytes(content)
-    with pytest.raises(UserError, match=f'cannot load .*ckpt.pt: .*{words}'):
-        checkpoint.load(tmp_path / 'ckpt.pt')
-
-
 @pytest.mark.parametrize('module', ['__main__', 'train_gpt2'])
 def test_a_checkpoint_of_build_nanogpt_is_read(tmp_path, monkeypatch, module):
     """Its configuration is an object of a class in its script."""
