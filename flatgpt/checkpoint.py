@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from flatgpt import architectures, encodings, hub, lora, pretrained, tokenizer
-from flatgpt.dataset import find, read_meta
+from flatgpt.dataset import atomic_file, find, read_meta
 from flatgpt.errors import UserError, nothing_at
 from flatgpt.machine import SkipInit
 from model import GPT, NANOGPT_FIELDS, GPTConfig
@@ -57,20 +57,13 @@ def state_of(model: GPT, optimizer, scaler, description: dict, config: dict, pro
 
 def save(path, state: dict):
     """Write a dictionary of tensors and plain data to path. UserError says why that failed; then the old file stays."""
-    path = Path(path)
-    new = path.with_name(path.name + '.tmp')
     try:
-        with open(new, 'wb') as f:
+        with atomic_file(path) as f:
             torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, path)
     except (OSError, RuntimeError) as error:   # torch's writer turns a full disk into a RuntimeError
         reason = getattr(error, 'strerror', None) or 'the disk is full or there is a limit on file sizes'
-        earlier = 'the one before it is intact' if path.exists() else 'there is none yet'
+        earlier = 'the one before it is intact' if os.path.exists(path) else 'there is none yet'
         raise UserError(f'cannot write {path}: {reason}; {earlier}; make room') from None
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def older_states(out_dir) -> list[Path]:
@@ -203,9 +196,7 @@ def build_adapted(ckpt: dict, path, **overrides) -> GPT:
     """Return the model of an adapter: its base, with the adapter on it."""
     try:
         model = build_base(ckpt['base'], path, **overrides)
-        if model.config.pos == 'learned':
-            model.crop_block_size(ckpt['model_args']['block_size'])
-        model.config.block_size = ckpt['model_args']['block_size']
+        model.crop_block_size(ckpt['model_args']['block_size'])
         lora.put(model, **ckpt['lora'])
         if ckpt['model'].keys() != lora.adapters(model).keys():
             raise KeyError

@@ -165,17 +165,24 @@ class Writer:
         write_atomically(self.folder / 'meta.json', json.dumps(meta, indent=1).encode())
 
 
-def write_atomically(path, content: bytes):
-    """Write a file so that, whatever happens, it has its old content or the new one."""
+@contextlib.contextmanager
+def atomic_file(path):
+    """A context with a file to write bytes to. Whatever happens, path has its old content or all of the new one."""
     new = Path(f'{path}.tmp')
     try:
         with open(new, 'wb') as f:
-            f.write(content)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_atomically(path, content: bytes):
+    """Write a file that has its old content or the new one, whatever happens."""
+    with atomic_file(path) as f:
+        f.write(content)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

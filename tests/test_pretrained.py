@@ -177,13 +177,6 @@ def test_gpt2_as_it_is_on_the_hub_without_prefix_and_with_masks(folders, tmp_pat
     assert all(torch.equal(p, q) for p, q in zip(loaded(tmp_path).parameters(), loaded(folder).parameters()))
 
 
-def test_weights_in_several_files_are_one_model(folders, tmp_path):
-    folder, theirs = folders['llama']
-    theirs.save_pretrained(tmp_path, max_shard_size='20KB')
-    assert len(list(tmp_path.glob('model-*.safetensors'))) > 2
-    assert all(torch.equal(p, q) for p, q in zip(loaded(tmp_path).parameters(), loaded(folder).parameters()))
-
-
 def test_weights_in_bfloat16_are_read_and_written_without_loss(folders, tmp_path):
     torch.manual_seed(0)
     theirs = type(folders['qwen3'][1])(folders['qwen3'][1].config).to(torch.bfloat16)
@@ -421,11 +414,6 @@ def test_a_tokenizer_that_only_another_library_reads_is_named(copy):
         checkpoint.load(folder)
 
 
-def test_without_a_tokenizer_the_way_out_is_named(copy):
-    with pytest.raises(UserError, match='carries no tokenizer: .*--tokenizer_of'):
-        checkpoint.load_model(copy())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # what is refused
 
@@ -550,15 +538,6 @@ def test_weights_are_read_with_the_prefixes_of_wrappers_from_all_formats(copy, f
     assert all(torch.equal(p, q) for p, q in zip(loaded(folder).parameters(), loaded(folders[name][0]).parameters()))
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_all_floating_types_are_read(copy, dtype):
-    folder = copy('llama')
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / 'model.safetensors').items()}
-    save_file(tensors, folder / 'model.safetensors')
-    model = loaded(folder)
-    assert torch.equal(model.lm_head.weight, tensors['lm_head.weight'].float())
-
-
 @pytest.mark.parametrize('name', ['llama, tied', 'qwen3'])
 def test_a_tied_head_that_is_not_declared_is_tied_and_told(copy, folders, name, capsys):
     folder = copy(name)
@@ -571,14 +550,6 @@ def test_the_later_of_two_places_for_the_base_of_positions_counts(copy, folders)
     folder = copy('qwen3')
     change(folder, rope_theta=1e4, rope_parameters={'rope_type': 'default', 'rope_theta': 1e6})
     assert loaded(folder).config.rope_base == 1e6
-
-
-@pytest.mark.parametrize('end', [[], {}, 'x', -1, 99_999])
-def test_an_end_of_text_that_cannot_be_is_none(copy, end):
-    folder = copy()
-    (folder / 'tokenizer.json').write_text(BpeTokenizer.train(['abc'], 300).json)
-    change(folder, eos_token_id=end)
-    assert checkpoint.load_model(folder)[1].eot == 0   # that of its tokenizer
 
 
 def test_a_projection_of_another_width_is_refused(copy):
