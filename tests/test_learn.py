@@ -25,32 +25,10 @@ TYPED = [(content, output) for content, output in PYTHON if content not in FILES
 ALONE = [(content, output) for content, output in TYPED if not re.search(r"Dataset\(|data/|out-", content)]
 
 
-def test_the_page_walks_through_files_that_exist_and_numbers_them_in_order():
-    headings = re.findall(r'^## (\d+)\. .*$', TEXT, re.MULTILINE)
-    named = re.findall(r'^## \d+\. .*`([\w/]+\.py)`$', TEXT, re.MULTILINE)
-    assert [int(number) for number in headings] == list(range(1, len(headings) + 1))
-    assert all((ROOT / path).is_file() for path in named)
-    assert named[0] == 'sample.py' and named.index('configurator.py') > named.index('train.py')
-
-
-def test_the_page_names_every_script_and_part():
-    named = set(re.findall(r'(\w+)\.py`', TEXT))
-    parts = {path.stem for path in ROOT.glob('flatgpt/*.py')} - {'__init__'}
-    assert parts | {'train', 'sample', 'eval', 'export', 'bench', 'model', 'configurator'} <= named
-
-
-@pytest.mark.parametrize('section', re.split(r'^## ', TEXT, flags=re.MULTILINE)[1:-1], ids=lambda s: s.split('.')[0])
-def test_a_section_has_something_to_do_and_answers_what_it_asks(section):
-    assert '\n    python ' in section or '```python' in section
-    questions = re.sub(r'<details>.*?</details>|```.*?```', '', section, flags=re.DOTALL)
-    assert '?' not in questions or '<details><summary>Answer</summary>\n\n' in section
-
-
-def test_the_chinese_page_has_the_same_sections_commands_code_and_number_of_answers():
+def test_the_chinese_page_has_the_same_sections_commands_and_code():
     chinese = (ROOT / 'LEARN.zh-CN.md').read_text(encoding='utf-8')
     blocks = re.compile(r'^```.*?^```$|^    [^\n]*$|^## \d+\.', re.MULTILINE | re.DOTALL)
     assert blocks.findall(chinese) == blocks.findall(TEXT)
-    assert chinese.count('<details>') == TEXT.count('<details>')
 
 
 CODE = {word for path in (*ROOT.glob('*.py'), *ROOT.glob('flatgpt/*.py'), *ROOT.glob('data/*/*.py'))
@@ -100,8 +78,6 @@ n_layer, n_embd, n_head, batch_size = 1, 32, 2, 2
 max_iters = 60
 eval_interval, eval_iters, warmup_iters = 30, 2, 2
 """
-
-
 SHORTER = '\nmax_iters, batch_size, eval_interval = 2, 4, 1\n'   # for the recipes of dpo.py and grpo.py
 
 

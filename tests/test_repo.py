@@ -62,9 +62,10 @@ def options_of(script):
 # layout and imports
 
 @pytest.mark.parametrize('module', MODULES)
-def test_every_script_and_part_is_there_and_in_the_readmes_list_of_files(module):
+def test_every_script_and_part_is_there_and_in_the_lists_of_the_pages(module):
     assert (ROOT / MODULES[module]).is_file()
-    assert f'{module.removeprefix("flatgpt.")}.py ' in text_of('README.md')
+    name = f'{module.removeprefix("flatgpt.")}.py'
+    assert f'{name} ' in text_of('README.md') and f'{name}`' in text_of('LEARN.md')
 
 
 def nodes_run_at_import(node):
