@@ -138,8 +138,7 @@ def train(o, rt, rows):
         lora.put(model, o.lora_rank, 16.0, 0.0, 'attn|mlp')
     model.to(rt.device)
     if o.activation_checkpointing:
-        for block in model.transformer.h:
-            runtime.recompute(block)
+        runtime.recompute(model)
     if rt.compile:
         rt.compile_model(model)
     opt = optim.build(o.optimizer, model, 1e-4, (0.9, 0.95), 0.1, rt.dtype)

@@ -199,7 +199,7 @@ def evaluate():
 # the number of steps: max_iters, or what fits into max_minutes once the first steps are timed
 
 budget = Budget(None if run.planned else max_minutes, STARTED - run.seconds, rt.mean_number)
-end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+end = run.last_step(max_iters)
 rt.notice(*start.notices(config, end - run.step))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ while True:
     # set the learning rate of this step
     budget.start()
     t0 = time.perf_counter()
-    lr = optim.learning_rate_at(run.step, schedule, learning_rate, min_lr, warmup, decay_iters, cooldown_iters)
+    lr = optim.scheduled_rate(run.step, config, run.planned)
     for group in opt.param_groups:
         group['lr'] = lr
 
@@ -268,8 +268,8 @@ while True:
     run.step += 1
 
     # time this step for max_minutes, and set the number of steps once enough are timed
-    if budget.measuring and start.plan_steps(run, budget, config, folder.writer.seconds, rt):
-        end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+    if budget.measuring:
+        end = start.plan_steps(run, budget, config, folder.writer.seconds, rt)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # end: wait for the last save, draw the losses, say how the run ended

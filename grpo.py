@@ -182,7 +182,7 @@ def loss_of(rollout):
 # the number of steps: max_iters, or what fits into max_minutes once the first steps are timed
 
 budget = Budget(None if run.planned else max_minutes, STARTED - run.seconds, rt.mean_number, splits=1)
-end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+end = run.last_step(max_iters)
 rt.notice(*start.notices(config, end - run.step))
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ while True:
     seconds_drawing = time.perf_counter() - t0
 
     # learn from them: the losses of the rollouts of all processes add up
-    lr = optim.learning_rate_at(run.step, schedule, learning_rate, min_lr, warmup, decay_iters, cooldown_iters)
+    lr = optim.scheduled_rate(run.step, config, run.planned)
     for group in opt.param_groups:
         group['lr'] = lr
     for _ in range(updates):
@@ -249,7 +249,7 @@ while True:
     run.step += 1
 
     # time this step for max_minutes, and set the number of steps once enough are timed
-    if budget.measuring and start.plan_steps(run, budget, config, folder.writer.seconds, rt):
-        end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+    if budget.measuring:
+        end = start.plan_steps(run, budget, config, folder.writer.seconds, rt)
 
 rt.close(folder.end(end, interrupted, f'reward of held-out questions {-run.best_val_loss:.4f} at best'))

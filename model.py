@@ -456,17 +456,18 @@ class GPT(nn.Module):
         targets = targets.clamp(min=-1)
         n = self.config.loss_chunks
         if n == 1:
-            logits = self.compute_logits(x)                                           # (B, T, V)
-            total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction='sum')
+            logits, total = self.logits_and_sum(x, targets)
         else:   # in pieces, computed again in the backward pass, so that no logits are stored
             logits = None
             pieces = zip(x.flatten(0, 1).chunk(n), targets.flatten().chunk(n))
-            total = sum(recompute(self.sum_loss, *piece, use_reentrant=False) for piece in pieces)
+            total = sum(recompute(self.logits_and_sum, *piece, use_reentrant=False)[1] for piece in pieces)
         return logits, total / count
 
-    def sum_loss(self, x, targets):
-        """The sum of the cross-entropies of hidden states x, (N, C), with targets, (N,)."""
-        return F.cross_entropy(self.compute_logits(x).float(), targets, ignore_index=-1, reduction='sum')
+    def logits_and_sum(self, x, targets):
+        """Logits, (..., V), of hidden states x, (..., C), and the sum of their cross-entropies with targets, (...)."""
+        logits = self.compute_logits(x)
+        flat = logits.flatten(0, -2).float()
+        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1, reduction='sum')
 
     def crop_block_size(self, block_size):
         """Set the context to block_size tokens, for instance fewer, to finetune in less memory. It can be longer only

@@ -144,8 +144,7 @@ rt.notice(f'{model.get_num_params(non_embedding=False):,} parameters, {tokens_pe
           f'{len(data.data["train"]):,} tokens in {dataset}')
 rt.notice(*freezer.notes)
 if activation_checkpointing:
-    for block in model.transformer.h:
-        runtime.recompute(block)
+    runtime.recompute(model)
 if rt.compile:
     rt.compile_model(model, parallel)
 wrapped = rt.wrap(model, parallel, freezer.changes)   # the model to call in training: it averages the gradients
@@ -201,7 +200,7 @@ def evaluate():
 
 minutes_to_plan = None if (eval_only or run.planned) else max_minutes
 budget = Budget(minutes_to_plan, STARTED - run.seconds, rt.mean_number)
-end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+end = run.last_step(max_iters)
 peak = peak_flops or rt.peak_flops()                                     # FLOP/s of one device, None: unknown
 flops_per_iter = tokens_per_iter * model.flops_per_token(block_size)
 rt.notice(*start.train_notices(config, model, end - run.step, flops_per_iter, rt, peak))
@@ -257,7 +256,7 @@ while True:
 
     # set the learning rate of this step
     budget.start()
-    lr = optim.learning_rate_at(run.step, schedule, learning_rate, min_lr, warmup, decay_iters, cooldown_iters)
+    lr = optim.scheduled_rate(run.step, config, run.planned)
     for group in opt.param_groups:
         group['lr'] = lr
 
@@ -302,8 +301,8 @@ while True:
     run.step += 1
 
     # time this step for max_minutes, and set the number of steps once enough are timed
-    if budget.measuring and start.plan_steps(run, budget, config, folder.writer.seconds, rt):
-        end, warmup, decay_iters = optim.lengths(run.planned, max_iters, warmup_iters, lr_decay_iters)
+    if budget.measuring:
+        end = start.plan_steps(run, budget, config, folder.writer.seconds, rt)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # end: wait for the last save, draw the losses, say how the run ended

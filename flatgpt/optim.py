@@ -197,12 +197,16 @@ def learning_rate_at(step: int, schedule: str, peak: float, low: float, warmup_i
     return low + (peak - low) * left
 
 
-def lengths(planned: int | None, max_iters: int, warmup_iters: int, lr_decay_iters: int | None) -> tuple:
-    """Return three numbers of steps: of the run, of its warmup, and until the learning rate is at its lowest.
+def scheduled_rate(step: int, options: dict, planned: int | None = None) -> float:
+    """Return the learning rate of a step, as the options of a run say.
 
     planned: the steps that fit into max_minutes, None if it sets no limit. If it does, the learning rate falls until
     the end of the run, and the warmup is at most a tenth of it.
     """
-    if planned is None:
-        return max_iters, warmup_iters, max_iters if lr_decay_iters is None else lr_decay_iters
-    return min(planned, max_iters), min(warmup_iters, planned // 10), planned
+    warmup = options['warmup_iters']
+    decay = options['max_iters'] if options['lr_decay_iters'] is None else options['lr_decay_iters']
+    if planned is not None:
+        warmup = min(warmup, planned // 10)
+        decay = planned
+    return learning_rate_at(step, options['schedule'], options['learning_rate'], options['min_lr'], warmup, decay,
+                            options['cooldown_iters'])

@@ -152,6 +152,10 @@ class Progress:
                          f'the best weights until now stay in best-{self.step}.pt')
         return lines
 
+    def last_step(self, max_iters: int) -> int:
+        """Return the number of steps of the run: max_iters, or what fits into max_minutes."""
+        return max_iters if self.planned is None else min(self.planned, max_iters)
+
     def evaluate(self, val_loss: float):
         """Note the validation loss of this step: the best one so far, or one evaluation more without a better one."""
         self.evaluated = self.step
@@ -161,16 +165,15 @@ class Progress:
             self.best_val_loss = val_loss
 
 
-def plan_steps(run: Progress, budget, options: dict, seconds_to_write: float, rt) -> bool:
-    """Count a step that has just ended in a flatgpt.budget.Budget. Return whether the number of steps of the run,
-    run.planned, is set now, which is told. seconds_to_write: of the last checkpoint."""
+def plan_steps(run: Progress, budget, options: dict, seconds_to_write: float, rt) -> int:
+    """Count a step that has just ended in a flatgpt.budget.Budget, and set and tell how many fit into max_minutes once
+    enough are timed. Returns the number of steps of the run. seconds_to_write: of the last checkpoint."""
     rt.sync()
     budget.stop('step')
     run.planned = budget.steps_that_fit(run.step, options['max_iters'], options['eval_interval'], seconds_to_write)
-    if run.planned is None:
-        return False
-    rt.notice(f'max_minutes={options["max_minutes"]:g}: {run.planned:,} steps fit')
-    return True
+    if run.planned is not None:
+        rt.notice(f'max_minutes={options["max_minutes"]:g}: {run.planned:,} steps fit')
+    return run.last_step(options['max_iters'])
 
 
 def go_on(run: Progress, saved: dict, path, options, opt, scaler, flops_per_token: int, rt: runtime.Runtime):
@@ -190,20 +193,12 @@ def changes(options, saved: dict, step: int) -> list[str]:
     and whether the learning rate rises because the run is longer now."""
     changed = [name for name in saved if name in options.given - set(LOCAL) and options[name] != saved[name]]
     lines = [f'changed: {name}={options[name]!r}, was {saved[name]!r}' for name in changed]
-    before = planned_rate({**options, **saved}, step - 1)
-    after = planned_rate(options, step)
+    before = optim.scheduled_rate(step - 1, {**options, **saved})
+    after = optim.scheduled_rate(step, options)
     if {'max_iters', 'lr_decay_iters'} & set(changed) and step and after > 1.1 * before:
         lines.append(f'the learning rate rises from {before:.2g} to {after:.2g}, because the run is longer than it was '
                      f'planned: runs that are to be extended need --schedule=linear --cooldown_iters=N (WSD)')
     return lines
-
-
-def planned_rate(options: dict, step: int) -> float:
-    """Return the learning rate of a step, as options without max_minutes give it."""
-    _, warmup, decay_iters = optim.lengths(None, *(options[name] for name in (
-        'max_iters', 'warmup_iters', 'lr_decay_iters')))
-    return optim.learning_rate_at(step, options['schedule'], options['learning_rate'], options['min_lr'], warmup,
-                                  decay_iters, options['cooldown_iters'])
 
 
 def number_of(*values) -> int:
