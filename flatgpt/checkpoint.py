@@ -84,9 +84,8 @@ def load(path) -> dict:
         ckpt |= {'model_args': {'dropout': 0.0, 'bias': True, 'gelu': 'tanh', **vars(ckpt['config'])}, 'config': {},
                  'iter_num': ckpt.get('step', 0), 'best_val_loss': ckpt.get('val_loss', math.inf)}
     if 'version' not in ckpt and not path.is_dir():   # nanoGPT's
-        weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): p for name, p in ckpt['model'].items()}
-        ckpt['model'] = {name: p for name, p in weights.items()   # without the masks that old releases stored
-                         if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+        ckpt['model'] = {re.sub(pretrained.WRAPPERS, '', name): p for name, p in ckpt['model'].items()
+                         if not re.search(architectures.BUFFERS, name)}
         ckpt['model_args'] = {**GPTConfig(gelu='erf').to_dict(), **ckpt['model_args']}
         ckpt['best_val_loss'] = float(ckpt.get('best_val_loss', math.inf))
         if ckpt.get('config', {}).get('decay_lr') is False:   # neither warmup nor decay

@@ -24,7 +24,7 @@ SIGNS = {
                                       "that folder",
     b'<': 'it is a web page: download it again',
 }
-WRAPPERS = r'^(_orig_mod\.|module\.|base_model\.model\.)+'   # prefixes of names: torch.compile, DDP, PEFT
+WRAPPERS = r'^(_orig_mod\.|module\.)+'   # prefixes of names: torch.compile, DDP
 SMALL_FILES = '*.json', 'merges.txt', 'chat_template.jinja'   # of a repository: all but its weights
 KEPT_FILES = 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json'   # which save() writes back
 USUAL_ENDS = tokenizer.EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>', '<|eot_id|>'
@@ -91,7 +91,7 @@ def read_weights(folder: Path) -> dict:
     tensors = {}
     for file in files:
         tensors |= read_tensors(folder / file)
-    return {re.sub(WRAPPERS, '', name).replace('.base_layer.', '.'): tensor for name, tensor in tensors.items()}
+    return {re.sub(WRAPPERS, '', name): tensor for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict:

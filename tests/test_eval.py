@@ -11,14 +11,12 @@ import torch
 from conftest import ROOT, assert_one_line, needs, run, torchrun
 from in_process import call
 from test_checkpoint import state_of
+from test_scoring import RT
 
 from flatgpt import checkpoint, corpus, evaluation, ingest
 from flatgpt.dataset import write
 from flatgpt.tokenizer import BpeTokenizer, CharTokenizer
 from model import GPT, GPTConfig
-
-RT = SimpleNamespace(device=torch.device('cpu'), compile=False, rank=0, world_size=1, master=True, sum=lambda x: x,
-                     notice=print)
 
 
 def evaluate(*args, run=call):

@@ -523,7 +523,7 @@ def in_shards(tensors, folder):
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'llama, tied'])
-@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.', 'base_model.model.'])
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.'])
 @pytest.mark.parametrize('form', ['safetensors', 'bin', 'bins'])
 def test_weights_are_read_with_the_prefixes_of_wrappers_from_all_formats(copy, folders, name, prefix, form):
     folder = copy(name)
