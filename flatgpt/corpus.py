@@ -60,8 +60,8 @@ def find_files(paths: str) -> list[Path]:
         else:
             files = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
         files = sorted(Path(file) for file in files if os.path.isfile(file))
-        if not files and (near := nearest_to(path)) and not glob.has_magic(path):
-            raise UserError(f'no file {path}{near}')
+        if not files and not glob.has_magic(path) and nearest_to(path):
+            raise UserError(f'no file {path}{nearest_to(path)}')
         if not files:
             raise UserError(f'no file {path}: expected comma-separated files (no pipes), globs such as "x/*.json", or '
                             f'folders with {" ".join(SUFFIXES)} files, which may end in {" or ".join(COMPRESSED)} too')
@@ -336,26 +336,22 @@ class Corpus:
         number = 0
         with reading(path), open(path, 'rb') as f:
             refuse_pointer(path, f.read(64))
-        with reading(path, pa.ArrowException), pa.parquet.ParquetFile(path, pre_buffer=False) as table:
+        with reading(path, pa.ArrowException, UnicodeError), pa.parquet.ParquetFile(path, pre_buffer=False) as table:
             has = table.schema_arrow.names
             missing = [name for name in names or () if name not in has]
             if missing:
                 raise UserError(f'{path} has no column {missing[0]!r}: it has {", ".join(has)[:100]}; '
                                 f'give --column=NAME')
             for batch in table.iter_batches(batch_size=128, columns=names):
-                for cells in zip(*(text_cells(batch.column(name), pa) for name in names or has)):
+                for row in batch.to_pylist():
                     number += 1
                     self.position = os.path.getsize(path) * number // table.metadata.num_rows
-                    yield Record(f'{path}, row {number:,}', dict(zip(names or has, cells)))
+                    yield Record(f'{path}, row {number:,}', {name: as_text(value) for name, value in row.items()})
 
 
-def text_cells(column, pa):
-    """The values of a column of a .parquet; bytes that are not UTF-8 are lone surrogates in a text."""
-    try:
-        column = column.cast(pa.large_binary())   # it is text
-    except pa.ArrowException:
-        return column.to_pylist()
-    return [None if cell is None else cell.decode(errors='surrogateescape') for cell in column.to_pylist()]
+def as_text(value):
+    """A value of a .parquet, as text if it is bytes, in which what is not UTF-8 becomes lone surrogates."""
+    return value.decode(errors='surrogateescape') if isinstance(value, bytes) else value
 
 
 def cell(value, numbers):

@@ -99,6 +99,16 @@ def portable_parts(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # of the tokenizers library, of bytes
 
+def trained_size(spec: str) -> int | None:
+    """The number of tokens that 'bpe:5000' asks for; None for an encoding that is not to be trained."""
+    kind, _, size = spec.partition(':')
+    if kind != 'bpe':
+        return None
+    if not size.isdecimal() or not 256 < int(size) < 2**31:
+        raise UsageError(f'tokenizer {spec!r}: expected a number of tokens above 256, as in bpe:5000')
+    return int(size)
+
+
 def train(texts: Iterable[str], vocab_size: int, min_frequency: int, special: list[str]) -> str:
     """The tokenizer.json of the byte-level encoding of so many tokens that shortens texts most (Sennrich et al., 2016;
     bytes: Radford et al., 2019). A pair must occur min_frequency times to become a token. The 256 bytes and the special
@@ -150,6 +160,19 @@ def byte_level(model):
     encoding.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoding.decoder = decoders.ByteLevel()
     return encoding
+
+
+def normalize(encoding, text: str) -> str:
+    """A text as the normalizer of a tokenizers.Tokenizer changes it."""
+    return encoding.normalizer.normalize_str(text) if encoding.normalizer else text
+
+
+def words(encoding, text: str) -> list[str]:
+    """The words that a tokenizers.Tokenizer makes of a text before it cuts them into tokens."""
+    normal = normalize(encoding, text)
+    if encoding.pre_tokenizer is None:
+        return [normal] if normal else []
+    return [word for word, _ in encoding.pre_tokenizer.pre_tokenize_str(normal)]
 
 
 def of_files(vocab: str, merges: str) -> str:

@@ -114,17 +114,13 @@ def tiny_shakespeare(given: str | None, path: Path) -> tuple[str, dict]:
 
 
 def download(url: str, path: Path, sha256: str):
-    """Download a small file to path, where it appears whole and verified or not at all. A server in trouble is asked
-    again. Raises UserError."""
+    """Download a small file to path, where it appears whole and verified or not at all. Raises UserError."""
     import requests
-    from requests.adapters import HTTPAdapter, Retry
 
     new = path.with_name(f'{path.name}.part')
     try:
-        with requests.Session() as session:
-            session.mount(url, HTTPAdapter(max_retries=Retry(3, backoff_factor=0.5, status_forcelist=(429, 500, 503))))
-            answer = session.get(url, timeout=20)
-            answer.raise_for_status()
+        answer = requests.get(url, timeout=20)
+        answer.raise_for_status()
         if hashlib.sha256(answer.content).hexdigest() != sha256:
             raise UserError(f'{url}: the sha256 is not {sha256[:16]}...: nothing is kept')
         new.write_bytes(answer.content)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt import checkpoint, hub, tokenizer
+from flatgpt import checkpoint, encodings, hub, tokenizer
 from flatgpt.corpus import PIECE, Corpus, progress
 from flatgpt.dataset import SPLITS, open_writer
 from flatgpt.errors import UsageError, UserError
@@ -92,7 +92,7 @@ class State:
 def build(folder, corpus: Corpus, options: Options, source: dict | None = None) -> tuple:
     """Write a dataset of all documents of a corpus, or continue to. Returns (tokenizer, report); the report is in
     meta.json too. source: {key: value} for meta.json, where the documents came from."""
-    made = options.tokenizer == 'char' or tokenizer.trained_size(options.tokenizer) is not None
+    made = options.tokenizer == 'char' or encodings.trained_size(options.tokenizer) is not None
     tok = None if made else checkpoint.load_tokenizer(options.tokenizer)   # before anything is read: a typo is found
     same = {**asdict(options), 'threads': None, 'save_mb': None}   # these two do not change the bytes
     key = json.dumps([FORMAT, same, tok and tok.to_dict(), [str(file) for file in corpus.files], corpus.versions,
@@ -158,7 +158,7 @@ def make_tokenizer(corpus: Corpus, options: Options):
     share = options.train_mb * 1e6 / max(size, 1)
     texts = sample(corpus, share, options.seed, 'reading the vocabulary')
     tok = tokenizer.load(options.tokenizer, texts, options.min_frequency, options.special)
-    asked = tokenizer.trained_size(options.tokenizer)
+    asked = encodings.trained_size(options.tokenizer)
     fewer = f'; the text is too short for {asked:,}' if tok.vocab_size < asked else ''
     print(f'{tok.vocab_size:,} tokens trained on {min(share, 1):.1%} of the text in '
           f'{time.perf_counter() - start:.1f} s{fewer}', file=sys.stderr)
@@ -318,24 +318,22 @@ def fetcher(folder: Path, repo: str, revision: str, files: list[dict]):
     """A function from the number of a file, see hub.dataset_files(), to its path in a folder: the file is downloaded
     then, the next one while it is read, and the one before the last is removed."""
 
-    def get(i):
-        return hub.dataset_file(repo, revision, files[i], folder)
-
     def get_ahead(i):
         with contextlib.suppress(UserError):   # which is raised when the file is needed
-            get(i)
+            hub.dataset_file(repo, revision, files[i], folder)
 
-    ahead = []   # the thread of get_ahead()
+    ahead = None   # the thread of get_ahead(), which ends with the process
 
     def fetch(i):
-        for thread in ahead:
-            thread.join()
-        path = get(i)
+        nonlocal ahead
+        if ahead:
+            ahead.join()
+        path = hub.dataset_file(repo, revision, files[i], folder)
         if i > 1:   # the last one may have to be read again
             (folder / files[i - 2]['path']).unlink(missing_ok=True)
         if i + 1 < len(files):
-            ahead[:] = [threading.Thread(target=get_ahead, args=(i + 1,), daemon=True)]   # ends with the process
-            ahead[0].start()
+            ahead = threading.Thread(target=get_ahead, args=(i + 1,), daemon=True)
+            ahead.start()
         return path
 
     return fetch

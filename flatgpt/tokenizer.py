@@ -24,7 +24,7 @@ import numpy as np
 
 from flatgpt import encodings
 from flatgpt.encodings import EOT
-from flatgpt.errors import UsageError, UserError, nearest_to, refuse_pointer
+from flatgpt.errors import UserError, nearest_to, refuse_pointer
 
 PROBE = ("It's 12,345 o'clock:\n\n    don't  __init__(self) -> naïve café, Größe 你好，世界 😀\t!!\r\n"
          'A line\n2 more x1\n世界\nend.\nÉ 1234567')
@@ -101,12 +101,9 @@ class Tokenizer:
             pieces = [(int(counts[i]), self.token_bytes(i)) for i in np.flatnonzero(counts).tolist()]
             characters = sum(n * sum(byte & 0xc0 != 0x80 for byte in piece) for n, piece in pieces)   # one in each
             return characters, sum(n * len(piece) for n, piece in pieces)
-        characters = num_bytes = 0
-        for text in np.split(ids, np.flatnonzero(np.isin(ids, silent))):
-            shown = self.decode(text[np.isin(text, silent, invert=True)]).removeprefix(self.lead)
-            characters += len(shown)
-            num_bytes += len(shown.encode())
-        return characters, num_bytes
+        parts = np.split(ids, np.flatnonzero(np.isin(ids, silent)))
+        texts = [self.decode(part[~np.isin(part, silent)]).removeprefix(self.lead) for part in parts]
+        return sum(map(len, texts)), sum(len(text.encode()) for text in texts)
 
     def unknown(self, text: str) -> list[str]:
         """The characters of a text that cannot be encoded, each once."""
@@ -143,8 +140,6 @@ class CharTokenizer(Tokenizer):
         seen = np.zeros(0x110000, bool)
         for text in [texts] if isinstance(texts, str) else texts:
             seen[code_points(text)] = True
-        if not seen.any():
-            raise UserError('no characters to make a vocabulary from: the text is empty')
         return cls(''.join(map(chr, np.flatnonzero(seen).tolist())))
 
     def unknown(self, text: str) -> list[str]:
@@ -241,19 +236,12 @@ class BpeTokenizer(Tokenizer):
         """As it is for all tokenizers, of what train() made."""
         return encodings.ranks_of(self.encoding) if self.eot in (None, *self.added) else None
 
-    def normal(self, text):
-        return self.encoding.normalizer.normalize_str(text) if self.encoding.normalizer else text
-
-    def words(self, text):
-        if self.encoding.pre_tokenizer is None:
-            return [self.normal(text)] if self.normal(text) else []
-        return [word for word, _ in self.encoding.pre_tokenizer.pre_tokenize_str(self.normal(text))]
-
     @functools.cached_property
     def border(self):
         """As it is for all tokenizers; found out by cutting a text that has something of everything."""
         cuts = [match.start() for match in BORDER.finditer(PROBE)]
-        same_words = all(self.words(PROBE[:at]) + self.words(PROBE[at:]) == self.words(PROBE) for at in cuts)
+        words = functools.partial(encodings.words, self.encoding)
+        same_words = all(words(PROBE[:at]) + words(PROBE[at:]) == words(PROBE) for at in cuts)
         return BORDER if self.bytes_of is not None and same_words else BLANK
 
     @functools.cached_property
@@ -265,7 +253,8 @@ class BpeTokenizer(Tokenizer):
     def can_encode(self, char):
         """Whether a character is in the ids of a text, or is one that the tokenizer removes on purpose."""
         ids = self.library_ids(char, special=True)   # True: other threads encode documents so
-        if not self.words(char) or (ids and not self.normal(char).strip(' ▁')):
+        normal = encodings.normalize(self.encoding, char)
+        if not encodings.words(self.encoding, char) or (ids and not normal.strip(' ▁')):
             return True
         text = self.decode(ids).strip(' ')
         return bool(text) and ('\ufffd' not in text or char == '\ufffd')
@@ -274,8 +263,7 @@ class BpeTokenizer(Tokenizer):
         return [] if self.ranks else sorted(char for char in set(no_surrogates(text)) if not self.knows(char))
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """The ids of a text. special: read the names of special tokens as these, not as characters. UserError with the
-        characters that it would lose, if there are any."""
+        """The ids of a text. special: as TiktokenTokenizer's. UserError with the characters that it would lose."""
         if self.ranks:
             return self.ranks.encode(no_surrogates(text), special).astype(id_type(self.vocab_size))
         self.refuse_unknown(text)
@@ -388,7 +376,7 @@ def load(spec: str, texts: Iterable[str] = (), min_frequency: int = 2, special: 
     file, or one of tiktoken's names. checkpoint.load_tokenizer() knows those of models too. Raises UserError."""
     if spec == 'char':
         return CharTokenizer.of(texts)
-    size = trained_size(spec)
+    size = encodings.trained_size(spec)
     if size is not None:
         return BpeTokenizer.train(texts, size, min_frequency, dict.fromkeys([EOT, *special]))
     if spec.endswith('.tiktoken'):
@@ -396,16 +384,6 @@ def load(spec: str, texts: Iterable[str] = (), min_frequency: int = 2, special: 
     if spec.endswith('.json'):
         return BpeTokenizer(read_text(spec))
     return TiktokenTokenizer(spec)
-
-
-def trained_size(spec):
-    """The number of tokens that 'bpe:5000' asks for; None for what is not to be trained."""
-    kind, _, size = spec.partition(':')
-    if kind != 'bpe':
-        return None
-    if not size.isdecimal() or not 256 < int(size) < 2**31:
-        raise UsageError(f'tokenizer {spec!r}: expected a number of tokens above 256, as in bpe:5000')
-    return int(size)
 
 
 def read_text(path):
@@ -418,5 +396,4 @@ def read_text(path):
         raise UserError(f'{path} is not UTF-8: byte {error.start:,} is 0x{error.object[error.start]:02x}; convert it, '
                         f'for instance with iconv') from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'cannot read {path}: {reason}{nearest_to(path)}') from None
+        raise UserError(f'cannot read {path}: {getattr(error, "strerror", None) or error}{nearest_to(path)}') from None

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import requests.adapters
 from conftest import ROOT, SHARED, assert_one_line, needs
 from in_process import call
 
@@ -203,8 +202,7 @@ def test_shakespeare_in_gpt2_tokens_has_the_known_numbers(project, tmp_path, mon
 
 
 @pytest.mark.parametrize('name', NAMES[1:])
-def test_without_network_one_line_names_the_ways_out(project, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(requests.adapters.Retry, 'sleep', lambda *args: None)
+def test_without_network_one_line_names_the_ways_out(project, tmp_path, name):
     nobody = {key: 'http://127.0.0.1:9' for key in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy')}
     done = prepare(project, name, cwd=tmp_path, **nobody, NO_PROXY='', no_proxy='')
     folder = project / 'data' / name

@@ -461,7 +461,7 @@ def test_an_alphabet_has_characters_each_once(alphabet):
 
 
 def test_an_empty_text_has_no_alphabet():
-    with pytest.raises(UserError, match='the text is empty'):
+    with pytest.raises(UserError, match='an alphabet of 0 characters'):
         CharTokenizer.of('')
 
 

@@ -44,8 +44,9 @@ from flatgpt import checkpoint, tasks, validate
 from flatgpt.conversation import add_chatml, chat_template_of, messages_of
 from flatgpt.corpus import find_files, read_records
 from flatgpt.dataset import BEGINS, SPLITS, write
+from flatgpt.encodings import trained_size
 from flatgpt.errors import UserError
-from flatgpt.tokenizer import load, trained_size
+from flatgpt.tokenizer import load
 
 TO_TOKENIZE = 10000   # conversations on which a tokenizer is trained
 
