@@ -138,22 +138,10 @@ def linears(model: nn.Module) -> list[tuple[nn.Module, str]]:
             if type(child) is nn.Linear]
 
 
-def replace_linears(model: nn.Module, convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """Replace every nn.Linear of a model, the head included, by convert(linear); the model cannot be trained then."""
+def replace_linears(model: nn.Module, form: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace every nn.Linear of a model, the head included, by form(linear); the model cannot be trained then."""
     for module, name in linears(model):
-        setattr(module, name, convert(getattr(module, name)))
-    return model
-
-
-def int8(model: nn.Module) -> nn.Module:
-    """Store the matrices of a model in 8 bits, in place."""
-    return replace_linears(model, Int8Linear)
-
-
-def pack(model: nn.Module) -> nn.Module:
-    """Store the matrices of a model in bfloat16 on a CPU in the order of oneDNN's kernels, in place, if they work on
-    this machine; else change nothing."""
-    return replace_linears(model, PackedLinear) if runs(PackedLinear, torch.bfloat16) else model
+        setattr(module, name, form(getattr(module, name)))
 
 
 def prepare(model: nn.Module, rt, quantize: str | None = None, dtype: str = 'auto', rows: int = 1,
@@ -169,11 +157,11 @@ def prepare(model: nn.Module, rt, quantize: str | None = None, dtype: str = 'aut
     model.to(rt.device, rt.dtype)
     on_cpu = rt.device.type == 'cpu' and not rt.compile   # a compiled step takes the matrices as they are
     if quantize:
-        int8(model)
+        replace_linears(model, Int8Linear)
     elif on_cpu and rt.dtype == torch.float32 and dtype == 'auto' and runs(Float16Linear):
         give_second_form(model, rt, rows, gradually)
-    elif on_cpu and rt.dtype == torch.bfloat16:
-        pack(model)
+    elif on_cpu and rt.dtype == torch.bfloat16 and runs(PackedLinear, torch.bfloat16):
+        replace_linears(model, PackedLinear)
 
 
 def give_second_form(model: nn.Module, rt, rows: int, gradually: bool) -> None:
@@ -197,17 +185,18 @@ def give_second_form(model: nn.Module, rt, rows: int, gradually: bool) -> None:
 
     def convert(part):
         old = [getattr(module, name) for module, name in part]
-        faster = [float16_is_faster(linear, rows) for linear in old]
-        new = map_in_threads(lambda linear, faster: with_float16(linear, *faster, drop), old, faster)
+        one = [float16_is_faster(linear.weight.shape, 1) for linear in old]
+        few = [float16_is_faster(linear.weight.shape, min(rows, FEW_ROWS)) for linear in old]
+        new = map_in_threads(functools.partial(with_float16, drop=drop), old, one, few)
         for (module, name), linear in zip(part, new):
             setattr(module, name, linear)
 
     jobs = [functools.partial(convert, part) for part in parts if part]
     if gradually:
         after_some_tokens(model, jobs)
-        return
-    for job in jobs:
-        job()
+    else:
+        for job in jobs:
+            job()
 
 
 def can_convert(weight: torch.Tensor) -> bool:
@@ -242,8 +231,6 @@ def after_some_tokens(model: nn.Module, jobs: list[Callable]) -> None:
 def map_in_threads(work: Callable, *arguments: Sequence) -> list:
     """The results of a function for some arguments, as of map(), on as many threads as torch has: a matrix is packed by
     a single thread."""
-    if len(arguments[0]) == 1:
-        return [work(*(values[0] for values in arguments))]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(work, *arguments))
 
@@ -267,23 +254,16 @@ def kernels(model: nn.Module, rows: int) -> collections.Counter:
 # ---------------------------------------------------------------------------------------------------------------------
 # which form is faster
 
-measured = {}   # (shape, rows): what float16_is_faster() has found in this process
-
-
-def float16_is_faster(linear: nn.Linear, rows: int) -> tuple[bool, bool]:
-    """Whether a Float16Linear is faster than a Linear for 1 row, and for so many rows: by the times of calls whose
-    matrix is in a cache, and of reading it from memory. Only the first PIECE outputs are measured, once per shape."""
-    weight = linear.weight.detach()[:PIECE]
-    rows = min(rows, FEW_ROWS)
-    key = (weight.shape, rows)
-    if key not in measured:
-        plain = nn.utils.skip_init(nn.Linear, 1, 1, bias=False)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        half = Float16Linear(plain)
-        gain = weight.numel() * (weight.itemsize - half.itemsize) / BANDWIDTH   # seconds of reading less
-        inputs = [torch.ones(n, weight.size(1)) for n in (1, rows)]
-        measured[key] = tuple(seconds(half, x) < seconds(plain, x) + gain for x in inputs)
-    return measured[key]
+@functools.cache
+def float16_is_faster(shape: torch.Size, rows: int) -> bool:
+    """Whether a Float16Linear of this shape, (out, in), is faster than a Linear for so many rows: by the times of calls
+    whose matrix is in a cache, and of reading it from memory. Only the first PIECE outputs are measured."""
+    linear = nn.utils.skip_init(nn.Linear, shape[1], min(shape[0], PIECE), bias=False)
+    nn.init.ones_(linear.weight)
+    half = Float16Linear(linear)
+    gain = linear.weight.numel() * (linear.weight.itemsize - half.itemsize) / BANDWIDTH   # seconds of reading less
+    x = torch.ones(rows, shape[1])
+    return seconds(half, x) < seconds(linear, x) + gain
 
 
 @torch.inference_mode()
@@ -302,18 +282,16 @@ def seconds(module: nn.Module, x: torch.Tensor) -> float:
 
 @functools.cache
 def runs(form: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32) -> bool:
-    """Whether a form gives nearly the numbers of a Linear in a dtype on this machine. oneDNN's needs AVX-512 or more,
-    FBGEMM's a torch that was built with it."""
-    return works(lambda: agrees(form, dtype))
+    """Whether a form of a small Linear gives nearly its numbers in a dtype on this machine. oneDNN's needs AVX-512 or
+    more, FBGEMM's a torch that was built with it."""
+    @torch.inference_mode()
+    def agrees():
+        linear = nn.utils.skip_init(nn.Linear, 64, 48, dtype=dtype)   # which draws no random numbers
+        for p in linear.parameters():
+            p.copy_(torch.arange(p.numel()).sin().view_as(p))
+        linear.weight[0] = 1   # with a row of ones, the largest sum
+        x = torch.arange(3 * 64).cos().view(3, 64).to(dtype)
+        x[0] = 1
+        return all(torch.allclose(form(linear)(rows), linear(rows), atol=0.1, rtol=0.02) for rows in (x, x[:1]))
 
-
-@torch.inference_mode()
-def agrees(form: Callable[[nn.Linear], nn.Module], dtype: torch.dtype) -> bool:
-    """Whether a form of one small Linear gives nearly the same numbers."""
-    linear = nn.utils.skip_init(nn.Linear, 64, 48, dtype=dtype)   # which draws no random numbers
-    for p in linear.parameters():
-        p.copy_(torch.arange(p.numel()).sin().view_as(p))
-    linear.weight[0] = 1   # with a row of ones, the largest sum
-    x = torch.arange(3 * 64).cos().view(3, 64).to(dtype)
-    x[0] = 1
-    return all(torch.allclose(form(linear)(rows), linear(rows), atol=0.1, rtol=0.02) for rows in (x, x[:1]))
+    return works(agrees)

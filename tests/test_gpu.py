@@ -295,7 +295,7 @@ def test_8_bit_weights_give_the_logits_of_the_cpu_and_cost_little_of_the_loss(ex
         model = checkpoint.load_model(gpu_run[0])[0].to(device)
         with torch.inference_mode():
             losses[device, 'whole'] = model(x, y)[1].item()
-            quantize.int8(model)
+            quantize.replace_linears(model, quantize.Int8Linear)
             logits[device], loss = model(x, y)
         losses[device, 'int8'] = loss.item()
     print(losses)

@@ -21,10 +21,10 @@ def a_linear(out, width, bias, dtype=torch.bfloat16):
 
 
 def packed(linear):
-    """What quantize.pack() makes of a model whose head is this Linear."""
-    model = nn.Module()
-    model.lm_head = linear
-    return quantize.pack(model).lm_head
+    """What quantize.prepare() makes of this Linear in bfloat16."""
+    model = nn.Sequential(linear)
+    quantize.prepare(model, machine_with(None, torch.bfloat16))
+    return model[0]
 
 
 def kernel_runs():
@@ -166,13 +166,13 @@ def test_a_channel_of_zeros_stays_zero():
 # ---------------------------------------------------------------------------------------------------------------------
 # a whole model
 
-@pytest.mark.parametrize('change', [quantize.pack, quantize.int8])
+@pytest.mark.parametrize('bits', [None, 'int8'])
 @pytest.mark.parametrize('changes', [{}, {'tie_weights': False, 'mlp': 'swiglu', 'n_kv_head': 2}], ids=str)
 @pytest.mark.parametrize('trials', ['as they are', 'failing'])
-def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes, change, trials):
+def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes, bits, trials):
     if trials == 'failing':
         monkeypatch.setattr(quantize, 'runs', fails(PackedLinear, quantize.INT8_KERNEL))
-    if change is quantize.int8:
+    if bits:
         expected = Int8Linear
     else:
         expected = PackedLinear if quantize.runs(PackedLinear, torch.bfloat16) else nn.Linear
@@ -180,7 +180,7 @@ def test_all_linears_are_replaced_and_the_embedding_is_not(monkeypatch, changes,
     embedding, idx = model.transformer.wte.weight.clone(), tokens()
     with torch.inference_mode():
         before = model(idx)[0]
-        change(model)
+        quantize.prepare(model, machine_with(None, torch.bfloat16), bits)
         linears = [type(module) for module in model.modules() if type(module).__name__.endswith('Linear')]
         assert linears == [expected] * (2 * 4 + 1)
         assert torch.equal(model.transformer.wte.weight, embedding)
@@ -221,9 +221,10 @@ def everything(monkeypatch):
     times = {nn.Linear: 1.0, Float16Linear: 0.01}
     monkeypatch.setattr(quantize, 'SMALL', 0)
     monkeypatch.setattr(quantize, 'CACHED', 0)
-    monkeypatch.setattr(quantize, 'measured', {})
+    quantize.float16_is_faster.cache_clear()
     monkeypatch.setattr(quantize, 'seconds', lambda module, x: times[type(module)])
-    return times
+    yield times
+    quantize.float16_is_faster.cache_clear()
 
 
 def used(model, rows):
@@ -254,7 +255,7 @@ def test_by_default_the_text_is_that_of_rounded_weights_whatever_form_is_used(ev
     texts = []
     for half, rows, memory in ((2.0, 1, None), (0.01, 1, None), (0.01, 3, None), (0.01, 1, 0)):
         everything[Float16Linear] = half   # seconds
-        quantize.measured.clear()
+        quantize.float16_is_faster.cache_clear()
         model = make(torch.float32, n_embd=32)
         quantize.prepare(model, machine_with(memory), rows=rows)
         assert used(model, 1) == {'FBGEMM float16' if half < 1 else 'torch float32': 9}
@@ -314,7 +315,7 @@ def test_int8_asked_for_is_one_form_whatever_is_fast_or_free(everything, monkeyp
     everything[Int8Linear] = 100.0
     monkeypatch.setattr(quantize, 'CACHED', 2**40)
     expected, model, idx = make(dtype, spread=0.02, n_embd=32), make(dtype, spread=0.02, n_embd=32), tokens()
-    quantize.int8(expected)
+    quantize.replace_linears(expected, Int8Linear)
     quantize.prepare(model, machine_with(memory, dtype), 'int8', rows=8)
     assert used(model, 1) == used(model, 8) == used(model, 100) == {'torch int8': 9}
     assert not [module for module in model.modules() if type(module) is nn.Linear]   # which would need memory
@@ -361,11 +362,11 @@ def test_each_shape_is_measured_once_for_one_row_and_for_several(everything, mon
 def test_the_time_is_that_of_the_fastest_call_and_of_reading_the_bytes(everything, monkeypatch):
     monkeypatch.setattr(quantize, 'BANDWIDTH', 4.0)
     everything[Float16Linear] = 1 + 3 * 8 * 2 / 4   # two bytes less for each number
-    linear = a_linear(3, 8, True, torch.float32)
-    assert quantize.float16_is_faster(linear, 5) == (False, False)
+    shape = torch.Size((3, 8))
+    assert not quantize.float16_is_faster(shape, 5)
     everything[Float16Linear] -= 0.01
-    quantize.measured.clear()
-    assert quantize.float16_is_faster(linear, 5) == (True, True)
+    quantize.float16_is_faster.cache_clear()
+    assert quantize.float16_is_faster(shape, 5)
 
 
 def test_seconds_are_those_of_the_fastest_call(monkeypatch):
