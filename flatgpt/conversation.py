@@ -64,7 +64,13 @@ def messages_from(found, where: str = 'messages', answered: bool = True) -> list
         raise UserError(f'{where}: expected a list of messages, found {brief(found)}')
     messages = []
     for message in found:
-        role, content = turn_of(message, where)
+        if not isinstance(message, dict):
+            raise UserError(f'{where}: expected messages with "role" and "content", found {brief(message)}')
+        role = message.get('role')
+        content = message.get('content')
+        if 'from' in message and 'role' not in message:
+            role = SHAREGPT.get(str(message['from']), message['from'])
+            content = message.get('value')
         if role not in ROLES:
             raise UserError(f'{where}: role {brief(role)}, expected one of {", ".join(ROLES)}')
         calls = {}
@@ -90,16 +96,6 @@ def tool_calls_of(calls, where: str) -> list[dict]:
         raise UserError(f'{where}: tool_calls {brief(calls)}, expected [{{"function": {{"name": text, "arguments": '
                         f'object}}}}]') from None
     return [{'type': 'function', 'function': function} for function in found]
-
-
-def turn_of(message, where: str) -> tuple:
-    """Role and content of one entry of a list of messages."""
-    if not isinstance(message, dict):
-        raise UserError(f'{where}: expected messages with "role" and "content", found {brief(message)}')
-    if 'from' in message and 'role' not in message:
-        role = message['from']
-        return SHAREGPT.get(role, role) if isinstance(role, str) else role, message.get('value')
-    return message.get('role'), message.get('content')
 
 
 def text_of(content, where: str) -> str:
@@ -271,12 +267,9 @@ class ChatTemplate:
         for span in answers:
             start, end = (len(text[:at].encode(errors='replace')) for at in span)
             learned |= (starts >= start) & (starts < end)
-            after = int(np.searchsorted(starts, end))   # the first token behind the content
-            if after < len(ids) and is_special(tok, int(ids[after])):
-                learned[after] = True
             blank = len(content[end:]) - len(content[end:].lstrip())   # as in Llama 2: a space comes before </s>
-            last = int(np.searchsorted(starts, end + blank))
-            if last < len(ids) and ids[last] in tok.ends:
+            after, last = np.searchsorted(starts, (end, end + blank)).tolist()   # the first tokens behind both
+            if last < len(ids) and (ids[last] in tok.ends or (not blank and is_special(tok, int(ids[last])))):
                 learned[after:last + 1] = True
         return ids, learned
 

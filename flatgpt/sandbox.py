@@ -3,6 +3,7 @@ Jinja templates that come from elsewhere, such as the chat template of a model: 
 with limits on time and on the size of what they make.
 """
 
+import contextlib
 import datetime
 import functools
 import json
@@ -22,13 +23,13 @@ def run(program, variables: dict) -> str:
     pieces = []
     length = 0
     try:
-        with TimeLimit(MAX_SECONDS):
+        with time_limit(MAX_SECONDS):
             for piece in program.generate(variables):
                 length += len(piece)
                 if length > MAX_CHARACTERS:
                     raise UserError(f'the chat template makes more than {MAX_CHARACTERS:,} characters')
                 pieces.append(piece)
-    except TimeLimit.Reached:
+    except TimeOver:
         raise UserError(f'the chat template takes more than {MAX_SECONDS:g} seconds') from None
     except jinja2.TemplateError as error:
         raise UserError(f'the chat template refuses this conversation: {one_line(error)}') from None
@@ -46,6 +47,7 @@ def one_line(error: Exception) -> str:
 def compiled(source: str):
     """A Jinja template, compiled in a sandbox. UserError if its syntax is wrong."""
     import jinja2
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
@@ -61,14 +63,21 @@ def compiled(source: str):
                     raise jinja2.TemplateRuntimeError('% with a long text')
             return super().call_binop(context, operator, left, right)
 
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}, which some templates put around an answer: the tags do nothing."""
+        tags = {'generation'}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
     def refuse(message):
         raise jinja2.TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    extensions = ['jinja2.ext.loopcontrols', generation_tag()]
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols', Generation])
     environment.filters['tojson'] = tojson   # Jinja's own escapes HTML
     environment.globals['raise_exception'] = refuse
     environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
@@ -80,44 +89,27 @@ def compiled(source: str):
                         f'{one_line(error)}') from None
 
 
-@functools.cache
-def generation_tag():
-    """The extension of Jinja for {% generation %} ... {% endgeneration %}, which some templates put around an answer:
-    the tags are passed over."""
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        tags = {'generation'}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(('name:endgeneration',), drop_needle=True)
-
-    return Generation
+class TimeOver(BaseException):
+    """The end of time_limit(). It is not an Exception, which a template could pass over."""
 
 
-class TimeLimit:
-    """A context in which Python code of this thread runs for so many seconds at most; then it raises Reached.
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """A context in which Python code of this thread runs for so many seconds at most; then it raises TimeOver.
 
     The thread's own clock, which does not run while other programs do, is read between two lines of the template and
     at each call (sys.settrace), because a thread cannot be stopped from outside.
     """
+    end = time.thread_time() + seconds
 
-    class Reached(BaseException):   # not an Exception, which a template could pass over
-        pass
+    def look(frame, event, argument):
+        if time.thread_time() > end:
+            raise TimeOver
+        return look if frame.f_code.co_filename == '<template>' else None   # the lines of Jinja itself are many
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def __enter__(self):
-        self.end = time.thread_time() + self.seconds
-        self.before = sys.gettrace()
-        sys.settrace(self.look)
-
-    def __exit__(self, *error):
-        sys.settrace(self.before)
-
-    def look(self, frame, event, argument):
-        if time.thread_time() > self.end:
-            raise self.Reached
-        return self.look if frame.f_code.co_filename == '<template>' else None   # the lines of Jinja itself are many
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
