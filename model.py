@@ -120,11 +120,6 @@ SPEEDRUN = {**GPT2, 'pos': 'rope', 'mlp': 'relu2', 'qk_norm': True, 'tie_weights
 ARCHS = {'gpt2': GPT2, 'llama': LLAMA, 'qwen3': QWEN3, 'speedrun': SPEEDRUN}
 
 
-def arch_fields(arch, **overrides):
-    """The fields of GPTConfig that an architecture, one of ARCHS, sets, with those overrides that are not None."""
-    return {**ARCHS[arch], **{name: value for name, value in overrides.items() if value is not None}}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # positions, masks, attention
 
@@ -495,9 +490,8 @@ class GPT(nn.Module):
 
         6 N + 12 L H D T if all is trained (Chowdhery et al., 2022, app. B): N is get_num_params(), and T the window if
         that is shorter. A frozen parameter costs 4 instead of 6, or 2 if no gradient passes through its layer. A
-        multiply-add counts as two, recomputation as nothing, and attention as if it were not causal: the convention of
-        most published MFU figures, including nanoGPT's.
-        """
+        multiply-add counts as two, recomputation as nothing, and attention as if it were not causal, as in most
+        published MFU figures, including nanoGPT's."""
         c = self.config
         T = min(T or c.block_size, c.window or c.block_size)
         embeddings = [p for name, p in self.named_parameters() if name.endswith(('wte.weight', 'wpe.weight'))]

@@ -13,7 +13,7 @@ import torch
 from flatgpt import architectures, checkpoint, lora, optim, runtime, tokenizer
 from flatgpt.budget import duration
 from flatgpt.errors import UsageError, UserError
-from model import GPTConfig, arch_fields
+from model import ARCHS, GPTConfig
 
 ARCH_OPTIONS = ('arch', 'pos', 'window', 'layer_scale', 'gelu')   # options that select the architecture
 LEARNED_FROM = ('dataset', 'pairs', 'reward')   # an option of train.py, of dpo.py, of grpo.py
@@ -72,8 +72,9 @@ def choose_start(config) -> tuple:
 
 
 def fields_of(options: dict) -> dict:
-    """Return the fields of GPTConfig that ARCH_OPTIONS give."""
-    return arch_fields(options['arch'], **{name: options[name] for name in ARCH_OPTIONS[1:] if name in options})
+    """Return the fields of GPTConfig that ARCH_OPTIONS give: those of arch, and others that are not None."""
+    others = {name: options[name] for name in ARCH_OPTIONS[1:] if options.get(name) is not None}
+    return {**ARCHS[options['arch']], **others}
 
 
 def new_config(options: dict, vocab_size: int) -> GPTConfig:

@@ -48,7 +48,7 @@ from tqdm import tqdm
 from flatgpt.dataset import Dataset, write_atomically
 from flatgpt.errors import UsageError, UserError
 from flatgpt.validate import at_least, one_of
-from model import ARCHS, GPT, GPTConfig, arch_fields
+from model import ARCHS, GPT, GPTConfig
 
 COMMON = ('dataset', 'block_size', 'batch_size', 'arch', 'optimizer', 'learning_rate', 'seed')
 EVAL_ITERS = 64   # batches, always the same ones, whose mean loss is the result
@@ -80,7 +80,7 @@ for n_layer, n_embd, budget, is_held_out in wanted:
     shape = {'n_layer': int(n_layer), 'n_embd': int(n_embd), 'n_head': max(int(n_embd) // 32, 1)}
     try:
         with torch.device('meta'):   # sizes without memory
-            model = GPT(GPTConfig(data.vocab_size, block_size, bias=False, **shape, **arch_fields(arch)))
+            model = GPT(GPTConfig(data.vocab_size, block_size, bias=False, **shape, **ARCHS[arch]))
     except ValueError as error:
         raise UsageError(error) from None
     steps = round(budget / model.flops_per_token() / (batch_size * block_size))

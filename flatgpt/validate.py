@@ -30,18 +30,18 @@ def one_of(known, options, name):
         raise UsageError(f'{name}={options[name]!r}: expected one of {", ".join(map(repr, known))}')
 
 
-def below_one(options, name):
-    """Raise UsageError unless the option is 0 or more, and below 1."""
-    if not 0 <= options[name] < 1:
-        raise UsageError(f'{name}={options[name]}: expected 0 or more, and less than 1')
+def below_one(options, *names):
+    """Raise UsageError unless each of the options is 0 or more, and below 1."""
+    for name in names:
+        if not 0 <= options[name] < 1:
+            raise UsageError(f'{name}={options[name]}: expected 0 or more, and less than 1')
 
 
 def train_options(options, processes=1, ckpt=None, start_path=None, resuming=False):
     """Check the options of train.py. The last three arguments are what start.choose_start() returns."""
     at_least(1, options, 'eval_iters', 'loss_chunks')
     at_least(0, options, 'checkpoint_interval', 'keep_last', 'patience', 'peak_flops')
-    for name in ('dropout', 'lora_dropout'):
-        below_one(options, name)
+    below_one(options, 'dropout', 'lora_dropout')
     one_of(ARCHS, options, 'arch')
     one_of((None, 'auto'), options, 'size')
     one_of(ALLOWED['attention'], options, 'attention')
@@ -60,8 +60,7 @@ def training_options(options, processes, ckpt, start_path, resuming):
     at_least(1, options, 'eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size', 'block_size')
     at_least(0, options, 'max_iters', 'max_minutes', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
              'warmup_iters', 'lr_decay_iters', 'cooldown_iters', 'lora_rank', 'lora_alpha')
-    below_one(options, 'beta1')
-    below_one(options, 'beta2')
+    below_one(options, 'beta1', 'beta2')
     one_of(optim.OPTIMIZERS, options, 'optimizer')
     one_of(optim.SCHEDULES, options, 'schedule')
     micro_batches = options['gradient_accumulation_steps']

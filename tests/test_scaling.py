@@ -15,7 +15,7 @@ from flatgpt.dataset import write
 from flatgpt.errors import UsageError
 from flatgpt.scaling import PRINTED, REPLICATION, SIZES, SMALL, UNROUNDED, Law, fit, isoflop_minimum, power_law
 from flatgpt.tokenizer import CharTokenizer
-from model import GPT, GPTConfig, arch_fields
+from model import ARCHS, GPT, GPTConfig
 
 LAWS = [PRINTED, REPLICATION, Law(E=0.9, A=3e3, alpha=0.45, B=3e4, beta=0.5)]
 
@@ -127,7 +127,7 @@ def test_the_runs_that_were_kept_are_those_of_the_present_model():
     for run in runs:
         with torch.device('meta'):
             model = GPT(GPTConfig(97, common['block_size'], run['n_layer'], run['n_embd'], run['n_head'], bias=False,
-                                  **arch_fields(common['arch'])))
+                                  **ARCHS[common['arch']]))
         assert run['params'] == model.get_num_params()
         assert run['tokens'] == run['steps'] * common['batch_size'] * common['block_size']
         assert run['flops'] == run['tokens'] * model.flops_per_token() == pytest.approx(run['budget'], rel=0.01)
