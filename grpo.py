@@ -160,7 +160,7 @@ def prepare(rollout, num_tokens):
                                               max_new_tokens)
     if kl:
         with torch.no_grad(), rt.autocast(), alignment.adapters_off(model):
-            rollout.reference = alignment.token_log_probs(reference or model, rollout.idx, rollout.targets, temperature)
+            rollout.reference = alignment.LogProbs(reference or model, temperature)(rollout.idx, rollout.targets)
 
 
 def loss_of(rollout):

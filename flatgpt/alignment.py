@@ -33,51 +33,46 @@ def pad_rows(rows: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return pad_sequence(idx, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-1)
 
 
-def token_log_probs(model: GPT, idx: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the log-probabilities in nats of targets, (B, T) in float32, after token ids idx, (B, T); 0 where a target
-    is negative. Logits are computed for the other positions alone, in pieces that are computed again in the backward
-    pass if one piece is not enough, so that a large vocabulary needs little memory. temperature: divides the logits."""
-    counted = targets >= 0
-    x = model.hidden_states(idx)[counted]                                             # (N, C), N targets that count
-    wanted = targets[counted]                                                         # (N,)
-    rows = max(MAX_LOGITS // model.config.vocab_size, 1)
-    if len(x) <= rows:
-        found = log_probs_of(model, x, wanted, temperature)
-    else:
-        pieces = zip(x.split(rows), wanted.split(rows))
-        found = torch.cat([recompute(log_probs_of, model, *piece, temperature, use_reentrant=False)
-                           for piece in pieces])
-    return torch.zeros(targets.shape, device=found.device).masked_scatter(counted, found)
-
-
-def log_probs_of(model: GPT, x: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the log-probabilities of targets, (N,), after hidden states x, (N, C)."""
-    return -F.cross_entropy(model.compute_logits(x).float() / temperature, targets, reduction='none')
-
-
 class LogProbs(nn.Module):
-    """token_log_probs() of a model as a module, which is what DistributedDataParallel can wrap."""
+    """The log-probabilities of targets by a model, as a module, which is what DistributedDataParallel can wrap.
+    temperature: divides the logits."""
 
     def __init__(self, model: GPT, temperature: float = 1.0):
         super().__init__()
         self.model = model
         self.temperature = temperature
 
-    def forward(self, idx, targets):
-        return token_log_probs(self.model, idx, targets, self.temperature)
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Return the log-probabilities in nats of targets, (B, T) in float32, after token ids idx, (B, T); 0 where a
+        target is negative. Logits are computed for the other positions alone, in pieces that are computed again in the
+        backward pass if one piece is not enough, so that a large vocabulary needs little memory."""
+        counted = targets >= 0
+        x = self.model.hidden_states(idx)[counted]                                    # (N, C), N targets that count
+        wanted = targets[counted]                                                     # (N,)
+        size = max(MAX_LOGITS // self.model.config.vocab_size, 1)
+        if len(x) <= size:
+            found = self.of_piece(x, wanted)
+        else:
+            pieces = zip(x.split(size), wanted.split(size))
+            found = torch.cat([recompute(self.of_piece, *piece, use_reentrant=False) for piece in pieces])
+        return torch.zeros(targets.shape, device=found.device).masked_scatter(counted, found)
+
+    def of_piece(self, x, targets):
+        """Return the log-probabilities of targets, (N,), after hidden states x, (N, C)."""
+        logits = self.model.compute_logits(x).float() / self.temperature
+        return -F.cross_entropy(logits, targets, reduction='none')
 
 
 @contextlib.contextmanager
 def adapters_off(model: GPT):
     """A context in which a model computes what it does without its adapters: the reference, without a second copy."""
-    adapted = [module for module in model.modules() if isinstance(module, lora.LoRALinear)]
-    scales = [module.scale for module in adapted]
-    for module in adapted:
+    scales = {module: module.scale for module in model.modules() if isinstance(module, lora.LoRALinear)}
+    for module in scales:
         module.scale = 0.0
     try:
         yield
     finally:
-        for module, scale in zip(adapted, scales):
+        for module, scale in scales.items():
             module.scale = scale
 
 

@@ -85,9 +85,9 @@ def test_only_adapters_change_and_the_base_is_the_reference(case, tmp_path):
             assert torch.equal(p, before[name]), name
     idx = torch.randint(8, (2, 9))
     with alignment.adapters_off(model), torch.no_grad():
-        found = alignment.token_log_probs(model, idx, idx)
+        found = alignment.LogProbs(model)(idx, idx)
     original = checkpoint.build(checkpoint.load(case.start), case.start)
-    assert torch.equal(found, alignment.token_log_probs(original, idx, idx))
+    assert torch.equal(found, alignment.LogProbs(original)(idx, idx))
     moved = [record[case.moved] for record in records(out_dir) if 'iter' in record]
     assert moved[0] == pytest.approx(0, abs=1e-6) and moved[-1] > 0
     succeed(case.script, f'--out_dir={out_dir}', '--init_from=resume', '--max_iters=9')

@@ -47,7 +47,7 @@ def test_log_probabilities_and_gradients_are_those_of_all_logits_whatever_the_pi
     model = make(**ARCHS[arch])
     idx, targets = batch()
     gradients = []
-    for log_probs_of in (written_out, alignment.token_log_probs):
+    for log_probs_of in (written_out, lambda model, *rows: alignment.LogProbs(model)(*rows)):
         found = log_probs_of(model, idx, targets)
         (found * torch.linspace(0.1, 1, found.numel()).view(found.shape)).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
@@ -60,7 +60,7 @@ def test_log_probabilities_and_gradients_are_those_of_all_logits_whatever_the_pi
 def test_the_mean_log_probability_is_the_negative_loss():
     model = make()
     idx, targets = batch()
-    found = alignment.token_log_probs(model, idx, targets)
+    found = alignment.LogProbs(model)(idx, targets)
     torch.testing.assert_close(-found.sum() / (targets >= 0).sum(), model(idx, targets)[1])
 
 
@@ -68,20 +68,20 @@ def test_a_row_does_not_depend_on_the_padding_after_it():
     model = make()
     idx, targets = batch(rows=1)
     padded = F.pad(idx, (0, 4)), F.pad(targets, (0, 4), value=-1)
-    torch.testing.assert_close(alignment.token_log_probs(model, *padded)[:, :12],
-                               alignment.token_log_probs(model, idx, targets))
+    torch.testing.assert_close(alignment.LogProbs(model)(*padded)[:, :12],
+                               alignment.LogProbs(model)(idx, targets))
 
 
 def test_a_batch_without_a_target_is_zero():
     idx, targets = batch()
-    assert (alignment.token_log_probs(make(), idx, torch.full_like(targets, -1)) == 0).all()
+    assert (alignment.LogProbs(make())(idx, torch.full_like(targets, -1)) == 0).all()
 
 
 def test_in_bfloat16_log_probabilities_are_still_float32():
     with torch.autocast('cpu', torch.bfloat16):
         found = alignment.LogProbs(make())(*batch())
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, alignment.token_log_probs(make(), *batch()), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found, alignment.LogProbs(make())(*batch()), rtol=0.02, atol=0.02)
 
 
 def test_with_adapters_off_the_model_is_its_base_and_afterwards_it_is_as_before():
@@ -90,11 +90,11 @@ def test_with_adapters_off_the_model_is_its_base_and_afterwards_it_is_as_before(
     with torch.no_grad():
         for p in lora.adapters(model).values():
             p.normal_()
-    adapted = alignment.token_log_probs(model, *batch())
+    adapted = alignment.LogProbs(model)(*batch())
     with alignment.adapters_off(model):
-        assert torch.equal(alignment.token_log_probs(model, *batch()), alignment.token_log_probs(base, *batch()))
-    assert torch.equal(alignment.token_log_probs(model, *batch()), adapted)
-    assert not torch.allclose(alignment.token_log_probs(base, *batch()), adapted)
+        assert torch.equal(alignment.LogProbs(model)(*batch()), alignment.LogProbs(base)(*batch()))
+    assert torch.equal(alignment.LogProbs(model)(*batch()), adapted)
+    assert not torch.allclose(alignment.LogProbs(base)(*batch()), adapted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,9 +103,9 @@ def test_with_adapters_off_the_model_is_its_base_and_afterwards_it_is_as_before(
 def ours(loss, model, reference, beta=0.3, **more):
     """The mean loss, the rewards and the gradients of our functions."""
     idx, targets = batch()
-    sums = alignment.token_log_probs(model, idx, targets).sum(dim=1).view(2, -1)
+    sums = alignment.LogProbs(model)(idx, targets).sum(dim=1).view(2, -1)
     with torch.no_grad():
-        reference_sums = alignment.token_log_probs(reference, idx, targets).sum(dim=1).view(2, -1)
+        reference_sums = alignment.LogProbs(reference)(idx, targets).sum(dim=1).view(2, -1)
     lengths = (targets >= 0).sum(dim=1).view(2, -1)
     losses, (chosen, rejected) = alignment.preference_loss(loss, sums, reference_sums, lengths, beta, **more)
     losses.mean().backward()

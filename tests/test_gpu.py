@@ -346,7 +346,7 @@ def test_log_probabilities_and_their_gradients_are_those_of_the_cpu(exact):
     found, gradients = [], []
     for device in (CPU, GPU):
         model = a_model(**MODELS['llama']).to(device)
-        log_probs = alignment.token_log_probs(model, idx.to(device), targets.to(device), 0.8)
+        log_probs = alignment.LogProbs(model, 0.8)(idx.to(device), targets.to(device))
         log_probs.sum().backward()
         found.append(log_probs.detach().cpu())
         gradients.append([p.grad.cpu() for p in model.parameters()])

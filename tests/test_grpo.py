@@ -58,7 +58,7 @@ def generator(seed):
 def ours(model, idx, targets, old, reference, advantages, normalize='token', low=0.2, high=0.3, kl=0.0):
     """(loss, gradients, share of tokens clipped, mean KL) as grpo.py computes them."""
     mask = targets >= 0
-    log_probs = alignment.token_log_probs(model, idx, targets)
+    log_probs = alignment.LogProbs(model)(idx, targets)
     weights = alignment.token_weights(targets, normalize, len(targets), mask.sum().item(), 20)
     loss, clipped = alignment.policy_loss(log_probs, old, advantages, weights, low, high)
     estimate = alignment.kl_estimate(log_probs, reference) * mask
@@ -204,7 +204,7 @@ def rows_of(rollout):
 @pytest.mark.parametrize('temperature', [1.0, 0.6])
 def test_log_probabilities_of_the_engine_are_those_of_the_model_that_learns(letters, temperature):
     rollout, model = drawn(letters, temperature=temperature)
-    found = alignment.token_log_probs(model, rollout.idx, rollout.targets)
+    found = alignment.LogProbs(model)(rollout.idx, rollout.targets)
     torch.testing.assert_close(found.sum(dim=1), rollout.drawn_with, rtol=1e-5, atol=1e-5)
     assert len(set(lengths_of(rollout).tolist())) > 3   # rows of many lengths
 
@@ -260,7 +260,7 @@ def test_rows_that_move_nothing_are_dropped_but_one_and_the_gradient_stays(lette
         if drops:
             rollout.pad(rollout.advantages != 0, torch.device('cpu'))
             assert len(rollout.idx) == len(rollout.targets) == len(rollout.rows) == 2
-        log_probs = alignment.token_log_probs(model, rollout.idx, rollout.targets)
+        log_probs = alignment.LogProbs(model)(rollout.idx, rollout.targets)
         weights = (rollout.targets >= 0) / 100
         loss, _ = alignment.policy_loss(log_probs, log_probs.detach(), rollout.advantages, weights, 0.2, 0.2)
         loss.backward()
