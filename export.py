@@ -61,8 +61,7 @@ def compare(reader, probe_ids, logits):
     differ by the rounding of float32, which grows with depth: with 30 layers it was 1/17 of the limit."""
     if list(probe_ids) != tok.encode(probe).tolist():
         raise UserError(f'{reader} splits a text into other tokens than {path}: nothing was exported')
-    with torch.inference_mode():
-        expected = model(ids, ids)[0]
+    expected = model(ids, ids)[0]
     spread = (expected - expected.mean(dim=-1, keepdim=True)).norm(dim=-1).clamp_min(1e-3)   # (1, T)
     error = ((logits - expected).norm(dim=-1) / spread)[0]                                    # (T,)
     limit = 2e-6 * (5 + model.config.n_layer)
@@ -84,11 +83,11 @@ def compare_with_transformers(folder):
     reader = f'transformers {transformers.__version__}'
     other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     probe_ids = transformers.AutoTokenizer.from_pretrained(folder).encode(probe, add_special_tokens=False)
-    with torch.inference_mode():
-        compare(reader, probe_ids, other(ids).logits)
+    compare(reader, probe_ids, other(ids).logits)
     return reader
 
 
+@torch.no_grad()
 def export_folder(new):
     """Write the folder, read it back and compare. Returns what one reads about it."""
     if adapter:
@@ -98,8 +97,7 @@ def export_folder(new):
         return 'read back and compared'
     pretrained.save(new, model, architecture, machine.DTYPES[dtype], tok)
     again, again_tok, _ = checkpoint.load_model(new)
-    with torch.inference_mode():
-        compare('the exported model', again_tok.encode(probe), again(ids, ids)[0])
+    compare('the exported model', again_tok.encode(probe), again(ids, ids)[0])
     reader = compare_with_transformers(new)
     return f'read back and compared, by {reader} too' if reader else 'read back and compared'
 

@@ -146,17 +146,17 @@ def in_folder(path) -> Path:
     path = Path(path)
     if not os.path.exists(path):
         raise UserError(f'{nothing_at(path)}; train into it first, or give --out_dir or --init_from')
-    described = any((path.parent / name).exists() for name in ('config.json', 'adapter_config.json'))
-    if path.suffix in ('.safetensors', '.bin', '.json') and described:
-        return path.parent   # a file of a folder of Hugging Face or PEFT
-    if path.suffix == '.safetensors':
+    folder = path if os.path.isdir(path) else path.parent
+    described = any((folder / name).exists() for name in ('config.json', 'adapter_config.json'))
+    if path.suffix == '.safetensors' and not described:
         raise UserError(f'{path} has weights alone: get the config.json of its model, too, and give their folder')
-    if not os.path.isdir(path):
-        return path
+    if path != folder:
+        is_part = described and path.suffix in ('.safetensors', '.bin', '.json')
+        return folder if is_part else path
     for name in ('best.pt', 'ckpt.pt'):
         if (path / name).exists():
             return path / name
-    if (path / 'config.json').exists() or (path / 'adapter_config.json').exists():
+    if described:
         return path
     earlier = sorted(path.glob('previous-*/*.pt'), key=os.path.getmtime)
     advice = f'the run that was there is in {earlier[-1].parent}' if earlier else 'train into it first'

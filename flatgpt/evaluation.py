@@ -101,12 +101,12 @@ def encode_documents(path: str, tok, limit: int | None = None, template: str = '
     line_break = '\n' if tok.eot is None and not tok.unknown('\n') else ''
     documents = corpus.Corpus([path], template=template, options=False, border=tok.border, separator=EOT)
     for piece in documents.pieces(0):
-        if piece.start == 0 and piece.last and not piece.text:   # it is empty
+        if piece.start == 0 and piece.last and not piece.text:   # an empty document
             continue
-        follows = piece.start == 0 and parts
+        is_first = piece.start == 0
+        text = line_break + piece.text if is_first and parts else piece.text
         with naming(path):
-            parts.append(tok.encode_texts([line_break + piece.text if follows else piece.text], end=piece.last,
-                                          begin=piece.start == 0))
+            parts.append(tok.encode_texts([text], end=piece.last, begin=is_first))
         if limit is not None and sum(map(len, parts)) > limit + 1:
             break
     ids = np.concatenate([np.empty(0, id_type(tok.vocab_size)), *parts])
