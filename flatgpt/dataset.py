@@ -364,7 +364,7 @@ class Dataset:
                     rank: int = 0, world_size: int = 1):
         """The inputs and targets, (micro_batches / world_size, B, T) each, of process `rank` in a step: its share of a
         batch of micro_batches, which is a pure function of (seed, step)."""
-        starts = random_starts(self.num_starts('train', block_size), 0, micro_batches * batch_size, seed, step)
+        starts = random_starts(self.num_starts('train', block_size), micro_batches * batch_size, seed, step)
         starts = self.begins['train'][starts] if self.begins else starts
         return self.windows('train', starts.reshape(micro_batches, batch_size)[rank::world_size], block_size, device)
 
@@ -376,8 +376,8 @@ class Dataset:
         return self.windows(split, starts.reshape(eval_iters, batch_size)[i], block_size, device)
 
 
-def random_starts(num_tokens: int, block_size: int, rows: int, seed: int, step: int) -> np.ndarray:
-    """Where the rows of a step begin: uniform over all windows of block_size + 1 tokens, a pure function of (seed,
-    step), by a counter-based generator (Salmon et al., 2011) whose raw numbers no release of numpy changes."""
+def random_starts(num_starts: int, rows: int, seed: int, step: int) -> np.ndarray:
+    """Where the rows of a step begin, numbers below num_starts: uniform, a pure function of (seed, step), by a
+    counter-based generator (Salmon et al., 2011) whose raw numbers no release of numpy changes."""
     raw = np.random.Philox(key=seed % 2**64, counter=[0, step, 0, 0]).random_raw(rows)
-    return (raw % np.uint64(num_tokens - block_size)).astype(np.int64)
+    return (raw % np.uint64(num_starts)).astype(np.int64)

@@ -101,7 +101,8 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
         if options.deduplicate:
             corpus.duplicates = find_duplicates(corpus)
         if writer.state is None:
-            state = State(by_hash=corpus.has_documents(math.ceil(FEW / options.val_fraction)))
+            many = corpus.fetch or corpus.has_documents(math.ceil(FEW / options.val_fraction))   # the hub's are large
+            state = State(by_hash=bool(many))
             writer.begin(tok or make_tokenizer(corpus, options))
         else:
             state = State(**writer.state)

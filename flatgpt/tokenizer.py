@@ -6,7 +6,7 @@ Text to token ids and back. Every tokenizer has the same face:
     encode_document(text)   what training data has of a document      ends         all ids that end a sample
     decode(ids)             the text of ids                           begin        ids that stand before every text
     stream(prompt_ids)      function: id -> text that is complete     to_dict()    plain data, see from_dict()
-    count(ids)              characters, bytes of their text          unknown(text)  characters without ids
+    count(ids)              characters and bytes of their text        unknown(text)   characters without ids
 
 Prompts and documents are encoded by one rule: the ids in `begin`, unless the text begins with them, then the text, in
 which the names of special tokens are read as these tokens.

@@ -716,13 +716,6 @@ def test_shards_of_the_hub_become_a_dataset_and_are_removed(shards, tmp_path, bp
     assert sorted(found['train'] + found['val']) == sorted(shards.texts[:40])
 
 
-def test_of_few_documents_of_the_hub_the_end_is_for_validation_too(shards, tmp_path, bpe_path):
-    from_hub(tmp_path / 'out', bpe_path, val_fraction=0.01)
-    meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
-    assert meta['report']['validation'] == 'the end of the text'
-    assert sum(meta['characters'].values()) == len(''.join(shards.texts))
-
-
 def test_a_file_of_another_revision_is_not_read(shards, tmp_path, bpe_path):
     from_hub(tmp_path / 'undisturbed', bpe_path)
     stale = tmp_path / 'out' / 'shards' / 'sample' / '1.parquet'
