@@ -68,14 +68,6 @@ def test_every_script_and_part_is_there_and_in_the_lists_of_the_pages(module):
     assert f'{name} ' in text_of('README.md') and f'{name}`' in text_of('LEARN.md')
 
 
-def nodes_run_at_import(node):
-    """All nodes below one, without the bodies of functions."""
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            yield child
-            yield from nodes_run_at_import(child)
-
-
 def all_imports(nodes):
     """The dotted names that import statements name; `from a import b` names a and a.b."""
     found = set()
@@ -93,11 +85,6 @@ def imports_of(path):
     return all_imports(ast.walk(tree(path))) & MODULES.keys()
 
 
-def imports_at_import(path):
-    """Modules of ours that a file imports when it is imported itself."""
-    return all_imports(nodes_run_at_import(tree(path))) & MODULES.keys()
-
-
 @pytest.mark.parametrize('path', [*MODULES.values(), *PREPARES])
 def test_nothing_imports_a_script(path):
     assert not imports_of(path) & {*SCRIPTS}
@@ -113,25 +100,32 @@ def test_a_part_imports_only_parts_above_it_and_model(part):
     assert imports_of(path) <= allowed
 
 
-def test_the_model_imports_torch_and_nothing_of_ours_when_it_is_imported():
-    assert not imports_at_import('model.py')
-    names = {name.split('.')[0] for name in all_imports(nodes_run_at_import(tree('model.py')))}
-    assert names - sys.stdlib_module_names <= {'torch', 'numpy'}
+# Runs in a process of its own: what each import has loaded, and that none has a side effect
+PROBE = """
+import os, sys, threading
+def state():
+    return os.environ.copy(), os.getcwd(), sys.excepthook, sys.argv[:], threading.active_count()
+def ours():
+    return {name for name in sys.modules if name in MODULES}
+before = state()
+import configurator
+assert ours() == {'configurator', 'flatgpt.errors'} and not sys.modules.keys() & {'torch', 'numpy', 'tqdm'}
+import model
+assert ours() == {'configurator', 'flatgpt.errors', 'model'}
+import PARTS
+assert state() == before
+assert not sys.modules.keys() & RARELY, sys.modules.keys() & RARELY
+"""
 
 
-def test_importing_a_part_has_no_side_effect_and_loads_no_package_that_is_used_rarely(tmp_path):
-    importable = [part for part in PARTS if f'flatgpt/{part}.py' not in RUNNABLE]
+def test_an_import_loads_what_it_must_and_has_no_side_effect(tmp_path):
+    importable = [f'flatgpt.{part}' for part in PARTS if f'flatgpt/{part}.py' not in RUNNABLE]
     rarely = {'wandb', 'tiktoken', 'requests', 'huggingface_hub', 'matplotlib', 'plotext', 'torch._dynamo'}
-    (tmp_path / 'probe.py').write_text(
-        f'import os, sys, threading\nbefore = os.environ.copy(), os.getcwd(), sys.excepthook, sys.argv[:]\n'
-        f'import configurator, model\nfrom flatgpt import {", ".join(importable)}\n'
-        f'assert (os.environ, os.getcwd(), sys.excepthook, sys.argv) == before\n'
-        f'assert threading.active_count() == 1\n'
-        f'assert not sys.modules.keys() & {rarely}, sys.modules.keys() & {rarely}\n')
-    done = subprocess.run([sys.executable, tmp_path / 'probe.py'], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    probe = PROBE.replace('PARTS', ', '.join(importable))
+    done = subprocess.run([sys.executable, '-c', f'MODULES, RARELY = {[*MODULES]}, {rarely}\n{probe}'], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
-    assert [path.name for path in tmp_path.iterdir()] == ['probe.py']
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,13 +181,6 @@ def test_options_are_read_before_anything_slow_is_imported_and_no_import_hides_o
     bound = [alias.asname or alias.name for node in ast.walk(tree(script))
              if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
     assert not {*bound} & {*options_of(script)}
-
-
-def test_the_configurator_needs_the_standard_library_alone():
-    code = 'import sys, configurator; print(*sys.modules.keys())'
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
-    names = {name.partition('.')[0] for name in done.stdout.split()} - sys.stdlib_module_names
-    assert not names & {'torch', 'numpy', 'tqdm'} and 'configurator' in names
 
 
 @pytest.mark.parametrize('script', RUNNABLE)
