@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from flatgpt.errors import UserError
+from flatgpt.errors import UsageError, UserError
 from flatgpt.machine import works
 
 SORTED_FIRST = 2048   # ids that are sorted first: nearly always enough for top_p
@@ -42,14 +42,14 @@ def check_controls(temperature: float = 1.0, top_k: int | None = None, top_p: fl
 
 
 def parse_stops(stop: str) -> list[str]:
-    """The stop strings in the option `stop`: none if it is empty, one, or a JSON list of several. Raises ValueError."""
+    """The stop strings in the option `stop`: none if it is empty, one, or a JSON list of several. UsageError."""
     if not stop.startswith('['):
         return [stop] if stop else []
     with contextlib.suppress(ValueError, RecursionError):
         stops = json.loads(stop)
         if all(isinstance(text, str) and text for text in stops):
             return stops
-    raise ValueError(f'stop={stop!r}: expected a text, or a JSON list of texts such as ["Q:", "A:"]')
+    raise UsageError(f'stop={stop!r}: expected a text, or a JSON list of texts such as ["Q:", "A:"]')
 
 
 def random_uniform(seed: int, row: int, n: int) -> torch.Tensor:

@@ -111,29 +111,30 @@ class Forms:
     """The responses of one endpoint to one request with these options. chat: whether it is that of conversations."""
 
     def __init__(self, model_name: str, tok, chat: bool, options: dict):
-        self.head = {'id': f'{"chatcmpl" if chat else "cmpl"}-{secrets.token_hex(12)}', 'created': int(time.time()),
-                     'model': model_name}
+        kind = 'text_completion'
+        if chat:
+            kind = 'chat.completion.chunk' if options['stream'] else 'chat.completion'
+        self.head = {'id': f'{"chatcmpl" if chat else "cmpl"}-{secrets.token_hex(12)}', 'object': kind,
+                     'created': int(time.time()), 'model': model_name}
         self.tok = tok
         self.chat = chat
+        self.stream = options['stream']
         self.top = options['top_logprobs'] if chat else options['logprobs']   # likeliest tokens that are shown
         self.logprobs = options['logprobs'] not in (None, False)   # 0 of completions wants those of the tokens
         self.needed = max(self.top, 1) if self.logprobs else 0                # likeliest tokens to compute
         self.lengths = collections.Counter()   # characters of the tokens of each answer so far
 
-    def response(self, choices: list[dict], stream: bool, usage: tuple[int, int] | None = None) -> dict:
+    def response(self, choices: list[dict], usage: tuple[int, int] | None = None) -> dict:
         """A response, or a chunk of a stream. usage: numbers of tokens, read and made."""
-        kind = 'text_completion'
-        if self.chat:
-            kind = 'chat.completion.chunk' if stream else 'chat.completion'
-        whole = {**self.head, 'object': kind, 'choices': choices}
+        whole = {**self.head, 'choices': choices}
         if usage:
             whole['usage'] = {'prompt_tokens': usage[0], 'completion_tokens': usage[1], 'total_tokens': sum(usage)}
         return whole
 
-    def choice(self, index: int, piece: Piece, stream: bool, first: bool = False) -> dict:
+    def choice(self, index: int, piece: Piece, first: bool = False) -> dict:
         """One answer of a response, or a piece of it in a stream. first: whether it begins a message."""
         content = {'text': piece.text}
-        if self.chat and not stream:
+        if self.chat and not self.stream:
             content = {'message': {'role': 'assistant', 'content': piece.text, 'refusal': None}}
         elif self.chat and first:
             content = {'delta': {'role': 'assistant', 'content': ''}}

@@ -317,8 +317,8 @@ class Server:
                                      headers={'Cache-Control': 'no-cache'})
         whole = await self.collect(request, jobs)
         self.count(request, 200)
-        choices = [forms.choice(index, piece, stream=False) for index, piece in enumerate(whole)]
-        return JSONResponse(forms.response(choices, False, (number, sum(len(job.answer.ids) for job in jobs))))
+        choices = [forms.choice(index, piece) for index, piece in enumerate(whole)]
+        return JSONResponse(forms.response(choices, (number, sum(len(job.answer.ids) for job in jobs))))
 
     def jobs(self, forms: Forms, prompts: list[torch.Tensor], options: dict) -> list[Job]:
         """The jobs of a request, n for each prompt. ApiError for a prompt that is too long or empty."""
@@ -367,19 +367,19 @@ class Server:
     async def stream(self, forms: Forms, jobs: list[Job], prompt_tokens: int, options: dict):
         """The events of a stream. When the client leaves, this generator is closed and the jobs are cancelled."""
         def event(choices, usage=None):
-            return f'data: {json.dumps(forms.response(choices, True, usage), ensure_ascii=False)}\n\n'
+            return f'data: {json.dumps(forms.response(choices, usage), ensure_ascii=False)}\n\n'
 
         try:
             if forms.chat:
                 for job in jobs:
-                    yield event([forms.choice(job.index, Piece(), stream=True, first=True)])
+                    yield event([forms.choice(job.index, Piece(), first=True)])
             running = len(jobs)
             while running:
                 index, piece = await jobs[0].pieces.get()
                 if isinstance(piece, ApiError):
                     yield f'data: {json.dumps(piece.body())}\n\n'
                     return
-                yield event([forms.choice(index, piece, stream=True)])
+                yield event([forms.choice(index, piece)])
                 if piece.finish:
                     running -= 1
             if options['stream_options'].get('include_usage'):

@@ -134,14 +134,6 @@ def lora_options(options, ckpt, start_path, resuming):
         raise UsageError(f'out_dir={out_dir!r} holds the weights that the adapter is for: give another folder')
 
 
-def stop_option(options):
-    """Check the option `stop` of sample.py and eval.py."""
-    try:
-        engine.parse_stops(options['stop'])
-    except ValueError as error:
-        raise UsageError(error) from None
-
-
 def set_context(model, block_size: int):
     """Set the context of a model to block_size tokens. Raises UsageError if it has fewer positions."""
     try:
@@ -164,7 +156,7 @@ def sample_options(options):
     at_least(1, options, 'num_samples', 'batch_size', 'block_size')
     at_least(0, options, 'max_new_tokens')
     sampling_controls(options)
-    stop_option(options)
+    engine.parse_stops(options['stop'])
     one_of((None, 'int8'), options, 'quantize')
     one_of(('auto', True, False), options, 'stream')
     if options['start'] is not None and options['prompts'] is not None:
@@ -183,7 +175,7 @@ def eval_options(options):
     one_of(('train', 'val'), options, 'split')
     if options['shots'] and not (options['choices'] or options['generate']):
         raise UsageError(f'shots={options["shots"]}: examples need questions, give --choices or --generate')
-    stop_option(options)
+    engine.parse_stops(options['stop'])
 
 
 def export_options(options):

@@ -100,12 +100,6 @@ def test_a_kernel_that_fails_is_not_used_whatever_oneDNN_says(monkeypatch, untri
     assert packed(linear) is linear
 
 
-def test_a_linear_is_not_packed_if_the_trial_fails(monkeypatch):
-    monkeypatch.setattr(quantize, 'runs', fails(PackedLinear))
-    linear = a_linear(64, 48, True)
-    assert packed(linear) is linear
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 8 bits
 

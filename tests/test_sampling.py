@@ -10,6 +10,7 @@ from properties import quick
 
 from flatgpt import engine
 from flatgpt.engine import check_controls, parse_stops, penalize_repetition, random_uniform, sample_token
+from flatgpt.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling one token
@@ -198,5 +199,5 @@ def test_stop_strings_are_one_text_or_a_json_list(option, stops):
 
 @pytest.mark.parametrize('option', ['[', '["a", 1]', '["a", ""]', '[[]]', '[' * 100_000])
 def test_a_list_of_stop_strings_that_is_none_is_an_error(option):
-    with pytest.raises(ValueError, match='^stop=.*: expected a text, or a JSON list of texts such as'):
+    with pytest.raises(UsageError, match='^stop=.*: expected a text, or a JSON list of texts such as'):
         parse_stops(option)
