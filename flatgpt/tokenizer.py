@@ -71,7 +71,7 @@ class Tokenizer:
         texts = texts if begin else [text.removeprefix(self.joint) for text in texts]
         if self.ranks:   # all in one call
             name = self.token_bytes(self.eot).decode() if end else ''
-            return self.encode(''.join(no_surrogates(text) + name for text in texts), special=True)
+            return self.encode(''.join(text + name for text in texts), special=True)
         ends = np.array([self.eot] if end else [], id_type(self.vocab_size))
         ids = (self.encode(text, special=True) for text in texts)
         return np.concatenate([part for of in ids for part in (self.after_begin(of) if begin else of, ends)])
