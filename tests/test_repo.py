@@ -294,6 +294,11 @@ def test_every_make_target_that_a_text_names_exists(name):
     assert targets_named(name) - {''} <= TARGETS
 
 
+def test_the_workflow_of_github_runs_targets_that_exist():
+    targets = set(re.findall(r'- run: make ([a-z-]+)', text_of('.github/workflows/test.yml')))
+    assert targets and targets <= TARGETS
+
+
 # --help, --key=val, the options of torchrun, pip, hf, tensorboard, lm_eval and llama.cpp, and one in a sample of text
 OTHER_OPTIONS = {'help', 'key', 'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port',
                  'max-restarts', 'index-url', 'local-dir', 'logdir', 'model', 'model_args', 'tasks', 'outfile', 'user',

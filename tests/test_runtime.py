@@ -14,6 +14,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, needs, run, torchrun
+from test_repo import MODULES
 from torch.nn.attention import SDPBackend
 
 from flatgpt import engine, machine, runtime
@@ -717,10 +718,10 @@ def names_in_code(path):
 MACHINE = re.compile(r'(?<![a-z])(cuda|mps|nccl|gloo)(?![a-z])|\b(LOCAL_)?RANK\b|\bWORLD_SIZE\b')
 
 
-@pytest.mark.parametrize('path', sorted([*ROOT.glob('*.py'), *ROOT.glob('flatgpt/*.py')]), ids=lambda path: path.name)
+@pytest.mark.parametrize('path', MODULES.values())
 def test_only_runtime_and_machine_name_accelerators_and_the_variables_of_torchrun(path):
-    found = sorted({name for name in names_in_code(path) if MACHINE.search(name)})
-    if path.name in ('runtime.py', 'machine.py'):
+    found = sorted({name for name in names_in_code(ROOT / path) if MACHINE.search(name)})
+    if path in ('flatgpt/runtime.py', 'flatgpt/machine.py'):
         assert {'cuda', 'LOCAL_RANK'} <= set(found)   # so the search works
     else:
         assert found == []
