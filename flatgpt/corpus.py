@@ -333,7 +333,6 @@ class Corpus:
     def rows(self, path, names):
         """The rows of a .parquet as records, with these columns."""
         pa = import_pyarrow(path)
-        number = 0
         with reading(path), open(path, 'rb') as f:
             refuse_pointer(path, f.read(64))
         with reading(path, pa.ArrowException, UnicodeError), pa.parquet.ParquetFile(path, pre_buffer=False) as table:
@@ -342,16 +341,12 @@ class Corpus:
             if missing:
                 raise UserError(f'{path} has no column {missing[0]!r}: it has {", ".join(has)[:100]}; '
                                 f'give --column=NAME')
-            for batch in table.iter_batches(batch_size=128, columns=names):
-                for row in batch.to_pylist():
-                    number += 1
-                    self.position = os.path.getsize(path) * number // table.metadata.num_rows
-                    yield Record(f'{path}, row {number:,}', {name: as_text(value) for name, value in row.items()})
-
-
-def as_text(value):
-    """A value of a .parquet, as text if it is bytes, in which what is not UTF-8 becomes lone surrogates."""
-    return value.decode(errors='surrogateescape') if isinstance(value, bytes) else value
+            batches = table.iter_batches(batch_size=128, columns=names)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                self.position = os.path.getsize(path) * number // table.metadata.num_rows
+                cells = {name: value.decode(errors='surrogateescape') if isinstance(value, bytes) else value
+                         for name, value in row.items()}   # what is not UTF-8 becomes lone surrogates
+                yield Record(f'{path}, row {number:,}', cells)
 
 
 def cell(value, numbers):
