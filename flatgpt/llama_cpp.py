@@ -233,11 +233,12 @@ def pre_tokenizer(bpe, description):
     there is none."""
     from tokenizers import Regex, pre_tokenizers
 
+    words = [encodings.words(bpe.encoding, text) for text in TEXTS]
     for name, (patterns, whole_words) in PRE_TOKENIZERS.items():
         pre = pre_tokenizers.Sequence([
             *(pre_tokenizers.Split(Regex(pattern), 'isolated') for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        if all([word for word, _ in pre.pre_tokenize_str(text)] == bpe.words(text) for text in TEXTS):
+        if [[word for word, _ in pre.pre_tokenize_str(text)] for text in TEXTS] == words:
             ids = twin_of(description, None, pre, ignore_merges=whole_words)
             if all(ids(text) == bpe.encode(text).tolist() for text in TEXTS):
                 return name
