@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
+import test_alignment
 import torch
 from conftest import assert_one_line, log_of
 from in_process import call
@@ -69,10 +69,7 @@ def ours(model, idx, targets, old, reference, advantages, normalize='token', low
     return loss.detach(), gradients, clipped.sum().item() / mask.sum().item(), estimate.sum().item() / mask.sum().item()
 
 
-@pytest.fixture(scope='module')
-def trl():
-    os.environ['TRL_EXPERIMENTAL_SILENCE'] = '1'
-    return pytest.importorskip('trl')
+trl = test_alignment.trl   # a fixture
 
 
 def of_grpo_trainer(trl, model, idx, targets, old, reference, advantages, loss_type, low, high, kl):
