@@ -78,8 +78,9 @@ class GPTConfig:
         self.expect('pos', self.pos != 'rope' or self.head_width % 2 == 0,
                     f'an even n_embd / n_head, because RoPE rotates pairs of channels, not {self.head_width}')
         if self.rope_scaling is not None:
-            four_numbers = len(self.rope_scaling) == 4   # how earlier versions stored the method of Llama 3
-            self.rope_scaling = ('llama3', *self.rope_scaling) if four_numbers else tuple(self.rope_scaling)
+            if not isinstance(self.rope_scaling[0], str):   # how earlier versions stored the method of Llama 3
+                self.rope_scaling = ('llama3', *self.rope_scaling)
+            self.rope_scaling = tuple(self.rope_scaling)
             method, *numbers = self.rope_scaling
             valid = len(numbers) == ROPE_SCALINGS.get(method) and all(0 < number < math.inf for number in numbers)
             expected = "('linear', factor), ('dynamic', factor, context) or ('llama3', factor, low, high, context)"
@@ -291,7 +292,7 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.split((H, K), dim=1)
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)                                  # (B, K, S, D)
-        y = attend(q, k, v, self.dropout_p if self.training else 0.0, attn_mask, c.attention)      # (B, H, T, D)
+        y = attend(q, k, v, self.dropout_p if self.training else 0.0, attn_mask, c.attention)   # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))                       # heads side by side again
 
 
