@@ -162,7 +162,6 @@ class Batch:
         device = self.cache.device
         request.begin(self.model.config, device)
         single = engine.KVCache(self.model.config, 1, len(request.ids), device)
-        single.reset([len(request.ids)])
         logits = self.model.next_logits(request.ids.to(device)[None], single)[:, :self.vocab_size].float()   # (1, V)
         single.advance(len(request.ids))
         self.cache.append(single)
@@ -228,7 +227,6 @@ class Session:
         if self.cache is None or self.cache.capacity < columns:
             config = self.model.config
             larger = engine.KVCache(config, 1, engine.rounded_columns(columns, config.block_size), self.device)
-            larger.reset([0])
             if self.cache is not None:
                 for layer in range(config.n_layer):
                     larger.update(layer, self.cache.keys[layer][:, :, :common], self.cache.values[layer][:, :, :common])
