@@ -276,7 +276,7 @@ class ChatTemplate:
 
 def chat_template_of(tok) -> ChatTemplate | None:
     """The chat template that came with a tokenizer, or None."""
-    files = getattr(tok, 'files', {})
+    files = tok.files
     settings = files.get('tokenizer_config.json', {})
     source = files.get('chat_template.jinja', settings.get('chat_template'))
     if isinstance(source, list):   # several by name

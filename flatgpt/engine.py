@@ -372,7 +372,7 @@ def memory_notice(model, rt, rows: int, num_tokens: int) -> str:
 
 def template_notice(tok, prompt: str) -> str:
     """That a model has a chat template, in one line, if a prompt has none of its special tokens; else ''."""
-    files = getattr(tok, 'files', {})
+    files = tok.files
     template = files.get('chat_template.jinja') or files.get('tokenizer_config.json', {}).get('chat_template')
     if not template or any(token in prompt for token in tok.added.values()):
         return ''

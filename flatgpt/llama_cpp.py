@@ -218,7 +218,7 @@ def add_roles(writer, tok):
         add(i)
     if len(ends) > 3:
         print(f'llama.cpp has three tokens that end a text: {ends[3:]} are left out', file=sys.stderr)
-    config = getattr(tok, 'files', {}).get('config.json', {})
+    config = tok.files.get('config.json', {})
     begin = tok.begin[0] if tok.begin else config.get('bos_token_id')
     writer.add_bos_token_id(begin if type(begin) is int and begin < tok.vocab_size else tok.eot)
     writer.add_add_bos_token(bool(tok.begin))

@@ -147,12 +147,12 @@ def save(folder: Path, model: GPT, architecture: str, dtype: torch.dtype, tok: t
     files = {'generation_config.json': {'eos_token_id': ends}, 'tokenizer_config.json': {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
         'model_max_length': model.config.block_size, **names}}
-    own = getattr(tok, 'files', {})
-    if 'config.json' in own:
-        files = own
+    if 'config.json' in tok.files:
+        files = tok.files
         roles |= files['config.json']
-    elif own:   # of a chat model from scratch
-        files = {**files, **own, 'tokenizer_config.json': files['tokenizer_config.json'] | own['tokenizer_config.json']}
+    elif tok.files:   # of a chat model from scratch
+        tokenizer_config = files['tokenizer_config.json'] | tok.files['tokenizer_config.json']
+        files = {**files, **tok.files, 'tokenizer_config.json': tokenizer_config}
     write_json(folder / 'config.json', config_to_hf(model.config, architecture, dtype, roles))
     shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
     (folder / 'tokenizer.json').write_text(tokenizer_json(tok), encoding='utf-8')

@@ -38,6 +38,7 @@ class Tokenizer:
 
     begin = ()        # ids before every text
     ends = ()
+    files = {}        # {name: content} of other files of its model, which an export writes back
     ranks = None      # the Encodings of an encoding that tiktoken can run
     local = True      # whether the bytes of a token do not depend on those before it
     border = BORDER   # where a long text may be cut into pieces
