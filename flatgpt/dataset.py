@@ -269,6 +269,30 @@ def open_ids(path, dtype: np.dtype, num_tokens: int | None = None) -> np.ndarray
     return np.asarray(np.memmap(path, dtype.newbyteorder('<'), mode='r')) if n else np.empty(0, dtype)
 
 
+class JoinedArrays:
+    """Arrays of ids read as one, by slices of step 1 and by arrays of positions; both give copies."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays = arrays
+        self.dtype = arrays[0].dtype
+        self.starts = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def max(self):
+        return max(array.max() for array in self.arrays if len(array))
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        file = np.searchsorted(self.starts, index, side='right') - 1
+        ids = np.empty(np.shape(index), self.dtype)
+        for i in np.unique(file).tolist():
+            ids[file == i] = self.arrays[i][index[file == i] - self.starts[i]]
+        return ids
+
+
 class Dataset:
     """A dataset, by a name that find() knows: .vocab_size; .tokenizer, its description; .data[split], the ids, mapped
     from disk; .mask[split], as write() gets it, or .mask == {} if all are to learn; .bytes[split] and
@@ -288,7 +312,7 @@ class Dataset:
         for split, sizes in meta['files'].items():
             files = [f'{split}-{i:05d}.bin' for i in range(len(sizes))] if len(sizes) > 1 else [f'{split}.bin']
             arrays = [open_ids(self.folder / file, meta['dtype'], n) for file, n in zip(files, sizes)]
-            self.data[split] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]   # the former in memory
+            self.data[split] = JoinedArrays(arrays) if len(arrays) > 1 else arrays[0]
             if meta['mask']:
                 self.mask[split] = open_ids(self.folder / f'{split}.mask', np.dtype(np.uint8), len(self.data[split]))
                 begins = np.flatnonzero(self.mask[split] == BEGINS)

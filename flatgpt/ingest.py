@@ -117,6 +117,10 @@ def build(folder, corpus: Corpus, options: Options, source: dict | None = None) 
                             f'{writer.num_tokens["val"]:,} for validation, expected at least 2 of each; '
                             f'{report["empty"]:,} documents are empty, {report["left_out"]:,} unreadable; give more '
                             f'text or another --val_fraction')
+        share = writer.num_tokens['val'] / sum(writer.num_tokens.values())
+        if state.by_hash and not options.val_fraction / 2 <= share <= options.val_fraction * 2:
+            print(f'{share:.1%} of the tokens are for validation instead of {options.val_fraction:.1%}, because '
+                  f'documents differ in length: another --seed draws others', file=sys.stderr)
         writer.commit(vars(state))
         report |= {'tokens': writer.num_tokens, 'snippets': snippets(writer),
                    'bytes_per_token': sum(report['bytes'].values()) / sum(writer.num_tokens.values()),

@@ -259,6 +259,15 @@ def test_of_few_documents_the_end_of_the_text_is_for_validation(tmp_path, bpe_pa
         assert sum(data.bytes.values()) == len(''.join(texts).encode())
 
 
+@pytest.mark.parametrize('long, told', [(30, False), (20_000, True)])
+def test_a_share_of_validation_far_from_what_was_asked_for_is_told(tmp_path, bpe_path, capsys, long, told):
+    texts = [prose(100 + i, long if i == 7 else 30) for i in range(150)]
+    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    _, report = build(tmp_path / 'out', [tmp_path / 'x.jsonl'], bpe_path, val_fraction=0.1)
+    share = report['tokens']['val'] / sum(report['tokens'].values())
+    assert (f'{share:.1%} of the tokens are for validation instead of 10.0%' in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize('kind', ['txt', 'jsonl'])
 @pytest.mark.parametrize('spec', ['char', 'bpe:300'])
 def test_of_a_single_document_the_end_is_for_validation(tmp_path, spec, kind):
