@@ -320,6 +320,17 @@ def test_a_name_in_a_message_gives_the_ids_of_a_tokenizer_that_does_not_know_it(
     assert [i for i in both if i in special] == [special[0], special[3], special[2]]
 
 
+def test_an_answer_that_names_special_tokens_is_learned_also_with_sentencepiece():
+    tok = BpeTokenizer(sentencepiece('first'))
+    source = ("{% for m in messages %}{{ '<s>' ~ m.content ~ '</s>' }}{% endfor %}"
+              "{% if add_generation_prompt %}<s>{% endif %}")
+    messages = [{'role': 'user', 'content': 'say </s>'}, {'role': 'assistant', 'content': 'no <s></s> is'}]
+    ids, learned = ChatTemplate(source).training_ids(tok, messages)
+    assert tok.decode(ids) == ChatTemplate(source).render(messages)
+    assert tok.decode(ids[learned]) == 'no <s></s> is</s>'
+    assert [(ids == tok.encode(name, special=True)[-1]).sum() for name in ('<s>', '</s>')] == [2, 2]
+
+
 def test_private_characters_that_could_mean_special_tokens_are_refused(tok):
     for content in ('\U000f0001', '<|im_end|>\U0010f0ff'):
         ids = ChatTemplate(CHATML).prompt_ids(tok, [{'role': 'user', 'content': content}])
