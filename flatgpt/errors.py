@@ -18,6 +18,12 @@ class UsageError(UserError):
     status = 2
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters, or its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
 def do_you_mean(name: str, names) -> str:
     """'; do you mean X?' with the nearest of some names, '' if none is near: the end of an error's message."""
     near = difflib.get_close_matches(name, names, n=1)

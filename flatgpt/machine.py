@@ -16,14 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flatgpt.errors import UsageError
+from flatgpt.errors import UsageError, first_line
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 200 characters, or its type."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
 
 
 def works(trial: Callable, asked_for: str | None = None) -> bool:

@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from flatgpt import machine
-from flatgpt.errors import UsageError, UserError, exit_now
-from flatgpt.machine import first_line
+from flatgpt.errors import UsageError, UserError, exit_now, first_line
 
 PARALLEL = ('ddp', 'fsdp')
 DEEP = 24       # models of more layers are compiled block by block

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, first_line
 
 MAX_SECONDS = 2.0         # of work for one run of a template
 MAX_CHARACTERS = 10**7    # that a template may make
@@ -32,15 +32,10 @@ def run(program, variables: dict) -> str:
     except TimeOver:
         raise UserError(f'the chat template takes more than {MAX_SECONDS:g} seconds') from None
     except jinja2.TemplateError as error:
-        raise UserError(f'the chat template refuses this conversation: {one_line(error)}') from None
+        raise UserError(f'the chat template refuses this conversation: {first_line(error)}') from None
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f'the chat template fails: {type(error).__name__}: {one_line(error)}') from None
+        raise UserError(f'the chat template fails: {type(error).__name__}: {first_line(error)}') from None
     return ''.join(pieces)
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, in one line of at most 200 characters."""
-    return ' '.join(str(error).split())[:200]
 
 
 @functools.lru_cache(maxsize=16)
@@ -86,7 +81,7 @@ def compiled(source: str):
     except (jinja2.TemplateError, RecursionError) as error:
         line = getattr(error, 'lineno', None)
         raise UserError(f'the chat template has an error{f" in line {line}" if line else ""}: '
-                        f'{one_line(error)}') from None
+                        f'{first_line(error)}') from None
 
 
 class TimeOver(BaseException):

@@ -19,9 +19,8 @@ import torch
 
 from flatgpt import batching, engine
 from flatgpt.conversation import messages_from
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, first_line
 from flatgpt.openai_forms import CHAT, COMPLETION, ApiError, Forms, Piece, read_options, token_ids
-from flatgpt.sandbox import one_line
 
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, '+Inf')   # upper borders of the histogram, in seconds
 METRICS = {'flatgpt_requests_total': 'counter', 'flatgpt_tokens_total': 'counter', 'flatgpt_running': 'gauge',
@@ -135,7 +134,7 @@ class Worker:
             yield
         except RuntimeError as error:
             for job in jobs:
-                self.end(job, ApiError(500, f'the model failed: {one_line(error)}'))
+                self.end(job, ApiError(500, f'the model failed: {first_line(error)}'))
 
     @torch.inference_mode()
     def join_batch(self, job: Job):
@@ -289,7 +288,7 @@ class Server:
         except TimeoutError:
             raise ApiError(408, 'the request did not arrive in time', code='timeout') from None
         except (ValueError, RecursionError) as error:
-            raise ApiError(400, f'the request is not JSON: {one_line(error)[:100]}') from None
+            raise ApiError(400, f'the request is not JSON: {first_line(error)[:100]}') from None
         return found
 
     async def complete(self, request):

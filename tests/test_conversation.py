@@ -100,6 +100,7 @@ def test_a_template_that_changes_contents_gives_no_spans(source):
     ('{% for x in %}', 'has an error in line 1: '),
     ('\n\n{% if %}', 'has an error in line 3: '),
     ("{{ raise_exception('no tools') }}", 'refuses this conversation: no tools'),
+    ("{{ raise_exception('\n') }}", 'refuses this conversation: TemplateError'),
     ("{{ messages[99].content.x }}", 'refuses this conversation: list object has no element 99'),
     ("{{ ''.__class__.__mro__ }}", 'is unsafe'),
     ("{{ messages.append(1) }}", 'is unsafe'),
