@@ -24,7 +24,7 @@ SIGNS = {
                                       "that folder",
     b'<': 'it is a web page: download it again',
 }
-WRAPPERS = r'^(_orig_mod\.|module\.)+'   # prefixes of names: torch.compile, DDP
+WRAPPERS = r'^(_orig_mod\.|module\.|base_model\.model\.)+'   # prefixes of names: torch.compile, DDP, PEFT
 SMALL_FILES = '*.json', 'merges.txt', 'chat_template.jinja'   # of a repository: all but its weights
 KEPT_FILES = 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json'   # which save() writes back
 USUAL_ENDS = tokenizer.EOT, '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>', '<|eot_id|>'
@@ -84,14 +84,17 @@ def read_weights(folder: Path) -> dict:
             files = [name]
             break
         if index.exists():
-            files = sorted(set(read_json(index)['weight_map'].values()))
+            named = read_json(index).get('weight_map')
+            files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+            if not files or not all(re.fullmatch(r'[\w.-]+\.(safetensors|bin)', file) for file in files):
+                raise UserError(f'{index} names {files[:1] or "no file"}: expected files of weights')
             break
     else:
         raise UserError(f'{folder} has no weights: expected model.safetensors or pytorch_model.bin')
     tensors = {}
     for file in files:
         tensors |= read_tensors(folder / file)
-    return {re.sub(WRAPPERS, '', name): tensor for name, tensor in tensors.items()}
+    return {re.sub(WRAPPERS, '', name).replace('.base_layer.', '.'): tensor for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict:

@@ -523,7 +523,7 @@ def in_shards(tensors, folder):
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'llama, tied'])
-@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.'])
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.', 'base_model.model.'])
 @pytest.mark.parametrize('form', ['safetensors', 'bin', 'bins'])
 def test_weights_are_read_with_the_prefixes_of_wrappers_from_all_formats(copy, folders, name, prefix, form):
     folder = copy(name)
@@ -550,6 +550,16 @@ def test_the_later_of_two_places_for_the_base_of_positions_counts(copy, folders)
     folder = copy('qwen3')
     change(folder, rope_theta=1e4, rope_parameters={'rope_type': 'default', 'rope_theta': 1e6})
     assert loaded(folder).config.rope_base == 1e6
+
+
+@pytest.mark.parametrize('index', [{}, {'weight_map': []}, {'weight_map': {'a': ['b']}}, {'weight_map': {}},
+                                   {'weight_map': {'a': '../../etc/passwd'}}])
+def test_an_index_that_names_no_weights_is_refused(copy, index):
+    folder = copy()
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r'index\.json names .*expected files of weights'):
+        checkpoint.load(folder)
 
 
 def test_a_projection_of_another_width_is_refused(copy):
