@@ -207,6 +207,7 @@ class Server:
         self.card = {'id': name, 'object': 'model', 'created': int(time.time()), 'owned_by': 'flatgpt'}
         self.limits = limits
         self.api_key = api_key
+        self.encoding = threading.Lock()
         self.metrics = Metrics()
         self.worker = Worker(model, tok, limits, self.metrics)
 
@@ -300,11 +301,7 @@ class Server:
         options = read_options(await self.read_body(request), CHAT if chat else COMPLETION)
         if chat and self.template is None:
             raise ApiError(400, 'this model has no chat template: use /v1/completions', code='no_chat_template')
-        if chat:
-            messages = messages_from(options['messages'], answered=False)
-            prompts = [torch.as_tensor(await asyncio.to_thread(self.template.prompt_ids, self.tok, messages))]
-        else:
-            prompts = token_ids(options['prompt'], self.tok)
+        prompts = await asyncio.to_thread(self.prompts, chat, options)
         forms = Forms(self.card['id'], self.tok, chat, options)
         jobs = self.jobs(forms, prompts, options)
         self.worker.submit(jobs)
@@ -318,6 +315,15 @@ class Server:
         self.count(request, 200)
         choices = [forms.choice(index, piece) for index, piece in enumerate(whole)]
         return JSONResponse(forms.response(choices, (number, sum(len(job.answer.ids) for job in jobs))))
+
+    def prompts(self, chat: bool, options: dict) -> list[torch.Tensor]:
+        """The token ids of the prompts of a request. One thread at a time, because a tokenizer is told before each text
+        whether it reads the names of special tokens. ApiError or UserError for what cannot be encoded."""
+        with self.encoding:
+            if not chat:
+                return token_ids(options['prompt'], self.tok)
+            messages = messages_from(options['messages'], answered=False)
+            return [torch.as_tensor(self.template.prompt_ids(self.tok, messages))]
 
     def jobs(self, forms: Forms, prompts: list[torch.Tensor], options: dict) -> list[Job]:
         """The jobs of a request, n for each prompt. ApiError for a prompt that is too long or empty."""

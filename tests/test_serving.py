@@ -372,6 +372,28 @@ def test_many_clients_of_whom_some_leave_get_what_each_gets_alone(running):
     assert not running.server.worker.running
 
 
+def test_prompts_are_encoded_one_at_a_time(running, monkeypatch):
+    encode, inside, most = TOK.encode, [], []
+
+    def slow_encode(*args, **options):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.005)
+        inside.pop()
+        return encode(*args, **options)
+
+    monkeypatch.setattr(TOK, 'encode', slow_encode)
+    bodies = [('completions', {'prompt': 'abc'}), ('chat/completions', {'messages': USER})] * 3
+    statuses = []
+    threads = [threading.Thread(target=lambda path=path, body=body: statuses.append(
+        running.post(f'/v1/{path}', {**body, 'max_tokens': 1}).status_code)) for path, body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 6 and max(most) == 1
+
+
 def test_a_client_that_leaves_frees_its_place():
     import requests
 
