@@ -266,7 +266,8 @@ def test_written_out_attention_equals_a_loop_over_positions():
 @pytest.mark.parametrize('T', [1, 12, full(513)])   # 'auto' chooses by length, too
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_methods_of_attention_agree_in_results_and_gradients(method, T, dtype, bound):
-    """The bound is on the largest error as a share of the largest value. bfloat16 has 8 bits: 2**-8 is 0.4 %."""
+    """The bound is on the largest error as a share of the largest value. bfloat16 has 8 bits: 2**-8 is 0.4 %. With one
+    token, queries and keys have a gradient of zero, and a kernel may leave a rounding error of values near 1."""
     def results(method, dtype):
         inputs = [x.requires_grad_() for x in qkv(T, dtype)]
         out = attend(*inputs, attention=method)
@@ -276,7 +277,7 @@ def test_methods_of_attention_agree_in_results_and_gradients(method, T, dtype, b
     reference = results('math', torch.float32)
     for result, exact in zip(results(method, dtype), reference, strict=True):
         assert result.dtype == dtype
-        assert (result - exact).abs().max() <= bound * exact.abs().max() + 1e-7
+        assert (result - exact).abs().max() <= bound * exact.abs().max() + 1e-6
 
 
 @pytest.mark.parametrize('masks', [None, (1, 1), (2, 1), (1, 6), (2, 6)], ids=str)   # rows and heads of their own
