@@ -297,7 +297,7 @@ class BpeTokenizer(Tokenizer):
         tokens = []
         for is_byte, run in itertools.groupby(map(int, ids), self.fallback.__contains__):
             if is_byte:
-                tokens.append(bytes(map(self.fallback.get, run)).decode('utf-8', errors='replace'))
+                tokens += bytes(map(self.fallback.get, run)).decode('utf-8', errors='replace')   # characters
             else:
                 tokens += map(self.token_text, run)
         return self.decoded(*tokens)

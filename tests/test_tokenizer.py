@@ -155,9 +155,12 @@ some_texts = texts | st.text(st.sampled_from('hello 世界 é😀\n')) | st.samp
 @pytest.mark.parametrize('name', KINDS)
 @quick
 @given(text=some_texts)
+@example(text='<0x41>')   # whose characters may be tokens of bytes, while it is the name of another one
 def test_every_text_comes_back_whole_and_streamed_and_its_size_is_counted(kinds, name, text):
     if name == 'prefix space':
         text = text.lstrip()   # it puts a space before a text that has none
+    if name == 'Unigram':
+        text = text.replace('<0x', '')   # with which the library's names of bytes begin, in a text too
     text = text.replace('▁', '')   # which means a space to SentencePiece
     tok, expected = kinds[name], KINDS[name][1](text)
     ids = tok.encode(text)
