@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -204,11 +205,28 @@ def run(script, *args, cwd=ROOT, timeout=120, **env):
             tempfile.NamedTemporaryFile('r', encoding='utf-8') as err:
         forks().stdin.write(json.dumps([script, args, str(cwd), env, out.name, err.name]) + '\n')
         forks().stdin.flush()
-        timer = threading.Timer(timeout, os.kill, (int(forks().stdout.readline()), signal.SIGKILL))
-        timer.start()
-        status = int(forks().stdout.readline())
-        timer.cancel()
+        with killed_after(timeout, int(forks().stdout.readline())):
+            status = int(forks().stdout.readline())
         return subprocess.CompletedProcess([script, *args], status, out.read(), err.read())
+
+
+@contextlib.contextmanager
+def killed_after(seconds, pid):
+    """A block in which a process that runs for longer is killed, so that nobody waits for it for ever."""
+    timer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def wait_until(condition, seconds=60):
+    """Returns when the condition is true, and fails when it does not become true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f'not true after {seconds} s'
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -218,19 +236,17 @@ def started(*command, cwd=ROOT, seconds=150, **env):
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, text=True, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env={**os.environ, **dict([mark.split('=')]), **env})
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
     try:
-        yield process
+        with killed_after(seconds, process.pid):
+            yield process
     finally:
-        timer.cancel()
         if not can('linux'):   # no /proc: torchrun ends its children when it is asked to end
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
         for folder in Path('/proc').glob('[0-9]*'):   # torchrun's children are in sessions of their own
             with contextlib.suppress(OSError):
-                if mark in (folder / 'environ').read_text():
+                if mark.encode() in (folder / 'environ').read_bytes():
                     os.kill(int(folder.name), signal.SIGKILL)
         process.kill()
         process.communicate()

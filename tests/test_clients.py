@@ -117,7 +117,7 @@ def test_lm_eval_measures_over_http_what_eval_measures(folder, tmp_path):
         done = subprocess.run(
             [sys.executable, '-m', 'lm_eval', '--model', 'local-completions', '--model_args', model, '--tasks', 'made',
              '--include_path', tmp_path, '--output_path', tmp_path / 'report'], capture_output=True, text=True,
-            env={**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_CACHE': str(tmp_path / 'cache')})
+            env={**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_CACHE': str(tmp_path / 'cache')}, timeout=300)
     assert done.returncode == 0, done.stderr
     [path] = (tmp_path / 'report').rglob('results_*.json')
     theirs = json.loads(path.read_text())['results']['made']

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
+from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT, TINY, can, needs
+from conftest import ROOT, TINY, can, killed_after, needs, wait_until
 from in_process import call
 
 TEXT = '人之初，性本善。性相近，习相远。苟不教，性乃迁。教之道，贵以专。😀\n' * 60
@@ -106,15 +106,14 @@ def test_a_server_works_there_too(home, encoding, monkeypatch):
     run, answers = uvicorn.Server.run, []
 
     def run_and_ask(server):
-        thread = threading.Thread(target=run, args=[server])
+        thread = threading.Thread(target=run, args=[server], daemon=True)
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
+        wait_until(lambda: server.started)
         url = f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/chat/completions'
         body = {'messages': [{'role': 'user', 'content': '人之初'}], 'max_tokens': 5}
         answers.append(requests.post(url, json=body, timeout=60).json())
         server.should_exit = True
-        thread.join()
+        thread.join(60)
 
     monkeypatch.setattr(uvicorn.Server, 'run', run_and_ask)
     done = at(home, ['serve.py', '--out_dir=~/聊天 x', '--port=0'], encoding=encoding, cwd=READ_ONLY)
@@ -193,16 +192,24 @@ def test_prompts_are_typed_with_line_editing_and_a_history(trained):
             shown += os.read(terminal, 1)
         return shown.decode(errors='replace').replace('\r', '')
 
-    until(b'> ')
-    os.write(terminal, b'4 tmies\x1b[D\x1b[D\x1b[D\x1b[D\x7f\x1b[C\x1b[C\x1b[Ci\n')   # to the left, and back
-    until(b'\n')
-    first = until(b'> ')
-    os.write(terminal, b'\x1b[A\n')   # up
-    until(b'\n')
-    assert until(b'> ') == first
-    os.write(terminal, b'half a li\x03')   # Ctrl-C drops the line
-    until(b'> ')
-    os.write(terminal, b'\xff\n')
-    assert 'never seen' in until(b'> ')
-    os.write(terminal, b'\x04')
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    def asleep():
+        """Whether the process waits for a key."""
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'S'
+
+    with killed_after(60, pid):   # then the terminal cannot be read any more
+        until(b'> ')
+        os.write(terminal, b'4 tmies\x1b[D\x1b[D\x1b[D\x1b[D\x7f\x1b[C\x1b[C\x1b[Ci\n')   # to the left, and back
+        until(b'\n')
+        first = until(b'> ')
+        os.write(terminal, b'\x1b[A\n')   # up
+        until(b'\n')
+        assert until(b'> ') == first
+        os.write(terminal, b'half a li')
+        until(b'half a li')
+        wait_until(asleep)   # CPython keeps an interrupt that comes while readline is at work until the next key
+        os.write(terminal, b'\x03')   # Ctrl-C drops the line
+        until(b'> ')
+        os.write(terminal, b'\xff\n')
+        assert 'never seen' in until(b'> ')
+        os.write(terminal, b'\x04')
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, needs
+from conftest import ROOT, needs, wait_until
 
 pytestmark = [needs('browser'), pytest.mark.full]
 
@@ -84,8 +84,7 @@ class Scripted:
         self.uvicorn = uvicorn.Server(uvicorn.Config(app, host='127.0.0.1', port=0, log_level='error'))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()
-        while not self.uvicorn.started:
-            time.sleep(0.01)
+        wait_until(lambda: self.uvicorn.started)
         self.url = f'http://127.0.0.1:{self.uvicorn.servers[0].sockets[0].getsockname()[1]}/'
 
 

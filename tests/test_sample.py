@@ -5,12 +5,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, needs, run
+from conftest import ROOT, assert_one_line, killed_after, needs, run, started
 from in_process import call
 from test_checkpoint import as_nanogpt
 from test_model import make
@@ -86,8 +85,7 @@ def test_no_new_tokens_give_the_prompt_alone(trained):
 
 @pytest.mark.parametrize('num_samples', [2, pytest.param(600, marks=pytest.mark.full)])
 def test_a_reader_that_has_seen_enough_ends_it_quietly(trained, num_samples):
-    args = [sys.executable, ROOT / 'sample.py', f'--out_dir={trained}', *SMALL, f'--num_samples={num_samples}']
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(ROOT / 'sample.py', f'--out_dir={trained}', *SMALL, f'--num_samples={num_samples}') as process:
         if num_samples == 2:   # all of it fits into one buffer, which is written at the very end
             process.stdout.close()
         else:
@@ -95,7 +93,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(trained, num_samples):
             process.stdout.close()
             assert len(head.stdout) == 10
         err = process.stderr.read()
-    assert process.returncode == 0 and 'Traceback' not in err and 'BrokenPipe' not in err
+        assert process.wait(60) == 0
+    assert 'Traceback' not in err and 'BrokenPipe' not in err
 
 
 def test_a_nanogpt_checkpoint_samples_with_the_tokenizer_of_a_dataset(tmp_path, trained, char_dataset):
@@ -412,10 +411,9 @@ def test_in_a_terminal_it_asks_for_prompts_and_streams_answers(says):
     terminal, inside = pty.openpty()
     environ = {**os.environ, 'PYTHONIOENCODING': 'utf-8', 'TERM': 'dumb'}
     command = [sys.executable, ROOT / 'sample.py', '--device=cpu', '--dtype=float32', *args[:2]]
-    with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, env=environ) as process:
+    with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, env=environ) as process, \
+            killed_after(60, process.pid):
         os.close(inside)
-        timer = threading.Timer(60, process.kill)
-        timer.start()
         seen = b''
         for line in (b'who?\n', b'\n', b'\x04'):   # a prompt, an empty one, the end
             while not seen.endswith(b'> '):
@@ -423,7 +421,6 @@ def test_in_a_terminal_it_asks_for_prompts_and_streams_answers(says):
             os.write(terminal, line)
             seen += b'|'
         process.wait(60)
-        timer.cancel()
     assert process.returncode == 0
     notices, shown = seen.decode().replace('\r\n', '\n').split('> |', 1)
     assert 'Ctrl-D' in notices

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from conftest import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import quick
@@ -56,8 +57,7 @@ class Running:
         self.decoding = threading.Thread(target=self.server.worker.run, daemon=True)
         self.thread.start()
         self.decoding.start()
-        while not self.uvicorn.started:
-            time.sleep(0.01)
+        wait_until(lambda: self.uvicorn.started)
         self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
         self.url = f'http://127.0.0.1:{self.port}'
 
@@ -297,10 +297,7 @@ def test_half_a_request_disturbs_nobody_and_is_counted_when_its_client_leaves(ru
     before = running.get('/metrics').text.partition(left)[2].split()[:1]
     with send_raw(running, b'{"prompt": "a', 100):
         assert running.post('/v1/completions', {'prompt': 'a', 'max_tokens': 2}).status_code == 200
-    deadline = time.monotonic() + 10
-    while running.get('/metrics').text.partition(left)[2].split()[:1] == before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert running.get('/metrics').text.partition(left)[2].split()[:1] != before
+    wait_until(lambda: running.get('/metrics').text.partition(left)[2].split()[:1] != before, 10)
 
 
 @pytest.mark.full
@@ -366,10 +363,7 @@ def test_many_clients_of_whom_some_leave_get_what_each_gets_alone(running):
         thread.join()
     for i, text in enumerate(got):
         assert text == expected[i] or i % 10 == 9
-    deadline = time.monotonic() + 10
-    while running.server.worker.running and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not running.server.worker.running
+    wait_until(lambda: not running.server.worker.running, 10)
 
 
 def test_prompts_are_encoded_one_at_a_time(running, monkeypatch):
@@ -402,10 +396,7 @@ def test_a_client_that_leaves_frees_its_place():
         with requests.post(f'{server.url}/v1/completions', json={'prompt': 'a', 'stream': True, 'temperature': 5.0},
                        stream=True, timeout=10) as response:
             next(response.iter_content(1))
-        deadline = time.monotonic() + 10
-        while server.server.worker.running and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not server.server.worker.running
+        wait_until(lambda: not server.server.worker.running, 10)
         assert server.post('/v1/completions', {'prompt': 'a', 'max_tokens': 2}).status_code == 200
 
 
@@ -472,8 +463,7 @@ def test_the_end_of_the_server_waits_for_what_runs():
     body = {'prompt': 'a', 'temperature': 3.0}
     thread = threading.Thread(target=lambda: got.append(server.post('/v1/completions', body)))
     thread.start()
-    while not server.server.worker.running and not got:
-        time.sleep(0.001)
+    wait_until(lambda: server.server.worker.running or got)
     server.close()
     thread.join(10)
     assert got[0].status_code == 200

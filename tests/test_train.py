@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, log_of, needs, run
+from conftest import ROOT, assert_one_line, log_of, needs, run, started
 from in_process import call
 from test_checkpoint import Code, as_nanogpt, assert_same_weights
 
@@ -308,8 +308,7 @@ def test_a_second_interrupt_leaves_at_once_with_the_latest_checkpoint_whole(tmp_
 @pytest.mark.full
 def test_a_signal_from_outside_saves_the_steps_that_were_made(tmp_path, tiny):
     args = [tiny, f'--out_dir={tmp_path}', '--max_iters=1000000', '--eval_interval=1000000', *HERE]
-    with subprocess.Popen([sys.executable, ROOT / 'train.py', *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}) as process:
+    with started(ROOT / 'train.py', *args, OMP_NUM_THREADS='1') as process:
         for line in process.stdout:
             if line.startswith('iter 20:'):
                 process.send_signal(signal.SIGTERM)
