@@ -13,7 +13,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, needs, run, torchrun
+from conftest import ROOT, killed_after, needs, run, torchrun
 from test_repo import MODULES
 from torch.nn.attention import SDPBackend
 
@@ -685,6 +685,7 @@ def test_a_run_in_a_terminal_that_is_closed_can_write_and_save(handlers, tmp_pat
     if not pid:
         try:
             sys.stdout, sys.stderr = open(1, 'w'), open(2, 'w')
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)   # nohup may have started the tests
             signals = runtime.catch_signals(a_runtime())
             print('ready', flush=True)
             while not signals:
@@ -693,9 +694,10 @@ def test_a_run_in_a_terminal_that_is_closed_can_write_and_save(handlers, tmp_pat
             (tmp_path / 'saved').touch()
         finally:
             os._exit(0)
-    assert os.read(terminal, 5) == b'ready'
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and (tmp_path / 'saved').exists()
+    with killed_after(60, pid):
+        assert os.read(terminal, 5) == b'ready'
+        os.close(terminal)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and (tmp_path / 'saved').exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
