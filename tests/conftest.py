@@ -118,6 +118,8 @@ def pytest_collection_modifyitems(session, items):
 
 
 signal.signal(signal.SIGINT, signal.default_int_handler)   # which a job in a shell's background inherits as ignored
+if hasattr(signal, 'SIGHUP'):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)   # which nohup ignores
 
 # A model that trains in a second, in float32 so that a run can be compared bit for bit
 TINY = """

@@ -685,7 +685,6 @@ def test_a_run_in_a_terminal_that_is_closed_can_write_and_save(handlers, tmp_pat
     if not pid:
         try:
             sys.stdout, sys.stderr = open(1, 'w'), open(2, 'w')
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)   # nohup may have started the tests
             signals = runtime.catch_signals(a_runtime())
             print('ready', flush=True)
             while not signals:
