@@ -40,7 +40,8 @@ from pathlib import Path
 
 import torch
 
-from flatgpt import batching, checkpoint, engine, runtime, validate
+from flatgpt import batching, checkpoint, runtime, validate
+from flatgpt.answers import Answer
 from flatgpt.conversation import chat_template_of, messages_of, without_oldest_turn
 from flatgpt.conversation import validate as validate_messages
 from flatgpt.errors import UserError
@@ -109,8 +110,8 @@ def prompt_ids():
 
 
 def write_answer(ids):
-    """Return the answer to a conversation, an engine.Answer; its text is printed as it comes. Ctrl-C ends it."""
-    made = engine.Answer(tok, ids.numpy(), max_new_tokens)
+    """Return the answer to a conversation, an Answer; its text is printed as it comes. Ctrl-C ends it."""
+    made = Answer(tok, ids.numpy(), max_new_tokens)
     request = batching.Request(ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, turns)
     try:
         for token, log_prob in session.generate(request):

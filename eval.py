@@ -55,6 +55,7 @@ from pathlib import Path
 import numpy as np
 
 from flatgpt import checkpoint, corpus, engine, evaluation, rewards, runtime, tokenizer, validate
+from flatgpt.answers import parse_stops
 from flatgpt.dataset import SPLITS, Dataset, open_ids
 from flatgpt.errors import UsageError, UserError
 
@@ -65,7 +66,7 @@ if not (data or choices or last_word or generate or questions or check):
     raise UsageError(f'nothing to do: give --data={trained_on}, --choices, --last_word, --generate, --questions or '
                      f'--check')
 validate.eval_options(config)
-stops = engine.parse_stops(stop)
+stops = parse_stops(stop)
 if generate:
     evaluation.compare_texts([''], [''])   # tells what is not installed
 

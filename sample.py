@@ -51,13 +51,13 @@ from json import dumps  # the name json is an option
 
 from tqdm import tqdm
 
-from flatgpt import checkpoint, corpus, engine, runtime, tokenizer, validate
+from flatgpt import answers, checkpoint, corpus, engine, runtime, tokenizer, validate
 from flatgpt.errors import UserError
 from flatgpt.evaluation import naming
 from flatgpt.quantize import prepare
 
 validate.sample_options(config)
-stops = engine.parse_stops(stop)
+stops = answers.parse_stops(stop)
 terminal = sys.stdout.isatty() and not json
 interactive = terminal and sys.stdin.isatty() and start is None and prompts is None
 if stream == 'auto':
@@ -102,7 +102,7 @@ if block_size is not None:
 # from prompts to samples, before the weights are moved
 
 
-class Sample(engine.Answer):
+class Sample(answers.Answer):
     """A prompt and the text that continues it."""
 
     def __init__(self, where, prompt):
@@ -113,12 +113,12 @@ class Sample(engine.Answer):
 
 if interactive:
     samples = []
-    notices = [engine.template_notice(tok, prompt='')]
+    notices = [answers.template_notice(tok, prompt='')]
 else:
     samples = [Sample(where, text) for where, text in texts for _ in range(num_samples)]
     lengths = [len(sample.prompt_ids) for sample in samples[::num_samples]]
-    notices = [engine.template_notice(tok, samples[0].prompt), engine.cut_notice(model.config, lengths, tok.begin),
-               engine.memory_notice(model, rt, min(batch_size, len(samples)), max(lengths) + max_new_tokens)]
+    notices = [answers.template_notice(tok, samples[0].prompt), answers.cut_notice(model.config, lengths, tok.begin),
+               answers.memory_notice(model, rt, min(batch_size, len(samples)), max(lengths) + max_new_tokens)]
 for text in filter(None, notices):
     rt.notice(text)
 
@@ -130,7 +130,7 @@ if rt.compile:
 
 def grow(samples, first_row):
     """Continue the prompts of some samples, the first of which has the random numbers of first_row, token by token."""
-    return engine.grow(
+    return answers.grow(
         model, samples, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, first_row=first_row,
         repetition_penalty=repetition_penalty, exact_window=exact_window, static_cache=rt.compile)
 

@@ -20,7 +20,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from flatgpt import corpus, engine
+from flatgpt import corpus
+from flatgpt.answers import Answer, cut_notice, grow
 from flatgpt.errors import UserError
 from flatgpt.tokenizer import EOT, id_type
 
@@ -187,21 +188,19 @@ def loglikelihood(model, rt, pairs: Sequence[tuple], batch_size: int, what: str,
 def generate_until(model, tok, rt, prompts: Sequence[np.ndarray], max_new_tokens: int, stops: Sequence[str],
                    batch_size: int, temperature: float = 0.0, seed: int = 0, sample: int = 0) -> list[str]:
     """The text that a model writes after each prompt, an array of token ids, taking the likeliest tokens or sampling at
-    a temperature: see engine.Answer for where it ends. sample: the number of the text, each has other random numbers.
-    """
+    a temperature: see Answer for where it ends. sample: the number of the text, each has other random numbers."""
     notice_cut(model, rt, [len(ids) for ids in prompts], tok.begin)
     made = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)                # id + 1, 0 where there is none
     for batch in share(rt, [len(ids) for ids in prompts], batch_size, 'generate'):
-        answers = [engine.Answer(tok, prompts[i], max_new_tokens, stops) for i in batch]
+        answers = [Answer(tok, prompts[i], max_new_tokens, stops) for i in batch]
         first_row = (sample * len(prompts) + batch[0]) * batch_size   # no two batches have a row in common
-        for _ in engine.grow(model, answers, temperature=temperature, vocab_size=tok.vocab_size,
-                             static_cache=rt.compile, seed=seed, first_row=first_row):
+        for _ in grow(model, answers, temperature=temperature, static_cache=rt.compile, seed=seed, first_row=first_row):
             pass
         for i, answer in zip(batch, answers):
             made[i, :len(answer.ids)] = torch.tensor(answer.ids) + 1
     texts = []
     for prompt, row in zip(prompts, rt.sum(made)):   # from all processes
-        answer = engine.Answer(tok, prompt, max_new_tokens, stops)
+        answer = Answer(tok, prompt, max_new_tokens, stops)
         for token in row[row > 0].tolist():
             answer.add(token - 1)
         texts.append(answer.text)
@@ -210,7 +209,7 @@ def generate_until(model, tok, rt, prompts: Sequence[np.ndarray], max_new_tokens
 
 def notice_cut(model, rt, lengths: Sequence[int], begin: Sequence[int]):
     """Tell the user how many texts of these lengths are longer than the context, if any."""
-    if line := engine.cut_notice(model.config, lengths, begin):
+    if line := cut_notice(model.config, lengths, begin):
         rt.notice(line)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatgpt import alignment, engine, rewards, tasks
+from flatgpt import alignment, rewards, tasks
+from flatgpt.answers import Answer, grow
 from flatgpt.errors import UserError
 from flatgpt.pairs import in_epochs
 
@@ -101,8 +102,8 @@ def draw(model, tok, questions: Sequence[dict], reward_of: rewards.Reward, group
     answer among those of the step; the random numbers of an answer depend on it, the seed and the step. must_end: an
     answer that max_new_tokens cuts off gets nothing; else a model may learn not to end."""
     prompts = [rewards.prompt_ids(tok, question) for question in questions]
-    answers = [engine.Answer(tok, ids, max_new_tokens) for ids in prompts for _ in range(group_size)]
-    for _ in engine.grow(model, answers, temperature=temperature, seed=seed * 1_000_003 + step, first_row=first_row):
+    answers = [Answer(tok, ids, max_new_tokens) for ids in prompts for _ in range(group_size)]
+    for _ in grow(model, answers, temperature=temperature, seed=seed * 1_000_003 + step, first_row=first_row):
         pass
     values = [0.0 if must_end and answer.finish == 'length' else reward_of(questions[i // group_size], answer.text)
               for i, answer in enumerate(answers)]

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from flatgpt import batching, engine
+from flatgpt import batching
+from flatgpt.answers import Answer
 from flatgpt.conversation import messages_from
 from flatgpt.errors import UserError, first_line
 from flatgpt.openai_forms import CHAT, COMPLETION, ApiError, Forms, Piece, read_options, token_ids
@@ -68,7 +69,7 @@ class Job(batching.Request):
     """One answer: a request to the engine and its text so far. The HTTP side finds (index, Piece or ApiError) in
     pieces, which all answers of one HTTP request share."""
     index: int
-    answer: engine.Answer
+    answer: Answer
     echo: bool                   # whether the prompt comes first
     pieces: asyncio.Queue
     loop: asyncio.AbstractEventLoop
@@ -340,7 +341,7 @@ class Server:
                                f'{self.context:,}', 'messages' if forms.chat else 'prompt', 'context_length_exceeded')
             number = min(room, asked, self.limits.tokens)
             for row in range(options['n']):
-                answer = engine.Answer(self.tok, prompt.numpy(), number, options['stop'])
+                answer = Answer(self.tok, prompt.numpy(), number, options['stop'])
                 jobs.append(Job(ids=prompt, max_new_tokens=number, row=row, top_log_probs=forms.needed, **controls,
                                 index=len(jobs), answer=answer, echo=options.get('echo', False), pieces=pieces,
                                 loop=loop))

@@ -10,6 +10,7 @@ import math
 import os
 
 from flatgpt import alignment, engine, llama_cpp, machine, optim, runtime
+from flatgpt.answers import parse_stops
 from flatgpt.errors import UsageError, UserError
 from model import ALLOWED, ARCHS
 
@@ -156,7 +157,7 @@ def sample_options(options):
     at_least(1, options, 'num_samples', 'batch_size', 'block_size')
     at_least(0, options, 'max_new_tokens')
     sampling_controls(options)
-    engine.parse_stops(options['stop'])
+    parse_stops(options['stop'])
     one_of((None, 'int8'), options, 'quantize')
     one_of(('auto', True, False), options, 'stream')
     if options['start'] is not None and options['prompts'] is not None:
@@ -175,7 +176,7 @@ def eval_options(options):
     one_of(('train', 'val'), options, 'split')
     if options['shots'] and not (options['choices'] or options['generate']):
         raise UsageError(f'shots={options["shots"]}: examples need questions, give --choices or --generate')
-    engine.parse_stops(options['stop'])
+    parse_stops(options['stop'])
 
 
 def export_options(options):

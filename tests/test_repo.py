@@ -25,9 +25,9 @@ SCRIPTS = ['train', 'dpo', 'grpo', 'sample', 'chat', 'serve', 'eval', 'bench', '
 # Each part imports only parts that stand before it
 PARTS = [
     'errors', 'budget', 'encodings', 'tokenizer', 'sandbox', 'conversation', 'hub', 'machine', 'runtime', 'engine',
-    'batching', 'openai_forms', 'serving', 'quantize', 'architectures', 'pretrained', 'llama_cpp', 'lora', 'alignment',
-    'dataset', 'checkpoint', 'corpus', 'ingest', 'pairs', 'optim', 'validate', 'start', 'evaluation', 'plots', 'outdir',
-    'scaling', 'sweep', 'queries', 'tasks', 'rewards', 'rollouts']
+    'answers', 'batching', 'openai_forms', 'serving', 'quantize', 'architectures', 'pretrained', 'llama_cpp', 'lora',
+    'alignment', 'dataset', 'checkpoint', 'corpus', 'ingest', 'pairs', 'optim', 'validate', 'start', 'evaluation',
+    'plots', 'outdir', 'scaling', 'sweep', 'queries', 'tasks', 'rewards', 'rollouts']
 PREPARES = [f'data/{name}/prepare.py' for name in (
     'chat', 'fineweb', 'my_code', 'openwebtext', 'preferences', 'python_char', 'shakespeare', 'shakespeare_char', 'sql',
     'text')]

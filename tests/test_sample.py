@@ -15,7 +15,7 @@ from test_checkpoint import as_nanogpt
 from test_model import make
 from test_tokenizer import KINDS, sentencepiece, wordpiece
 
-from flatgpt import checkpoint, engine, runtime
+from flatgpt import answers, checkpoint, engine, runtime
 from flatgpt.tokenizer import BpeTokenizer
 
 DASHES = '-' * 15 + '\n'
@@ -307,7 +307,7 @@ def test_a_stop_that_begins_with_a_space_is_found_where_the_space_is_part_of_a_t
     tok = BpeTokenizer(sentencepiece())
     hello, h = tok.encoding.token_to_id('▁hello'), tok.encoding.token_to_id('h')
     for ids, text, finish in (([hello], '', 'stop'), ([h, hello, h], 'h', 'stop'), ([h, h, h], 'hhh', 'length')):
-        answer = engine.Answer(tok, tok.encode_prompt('hello'), 3, [' hello'])
+        answer = answers.Answer(tok, tok.encode_prompt('hello'), 3, [' hello'])
         for token in ids:
             answer.add(token)
         assert (answer.text, answer.finish) == (text, finish)
@@ -316,7 +316,7 @@ def test_a_stop_that_begins_with_a_space_is_found_where_the_space_is_part_of_a_t
 def test_any_of_several_ends_ends_a_sample_and_is_not_shown():
     tok = BpeTokenizer(BpeTokenizer.train(['x'], 260, special=['<|end|>', '<|user|>']).json, 0, (0, 1))
     for end in (0, 1):
-        answer = engine.Answer(tok, tok.encode_prompt('x'), 9)
+        answer = answers.Answer(tok, tok.encode_prompt('x'), 9)
         for token in (*tok.encode('you').tolist(), end, 5):
             answer.add(token)
         assert (answer.text, answer.finish, answer.ids[-1]) == ('you', 'stop', end)
@@ -390,7 +390,7 @@ def test_the_estimate_of_memory_counts_cache_logits_and_weights_that_move(dtype,
         needed += 2 * sum(p.numel() for p in model.parameters())
     for free, told in ((needed - 1, True), (needed, False), (None, False)):
         rt = SimpleNamespace(device=torch.device('cpu'), dtype=dtype, free_memory=lambda free=free: free)
-        assert ('GB are needed for 7 samples' in engine.memory_notice(model, rt, 7, n)) == told
+        assert ('GB are needed for 7 samples' in answers.memory_notice(model, rt, 7, n)) == told
 
 
 @pytest.mark.parametrize('pos', ['rope', 'alibi', 'learned'])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from properties import quick
 
 from flatgpt import engine
-from flatgpt.engine import check_controls, parse_stops, penalize_repetition, random_uniform, sample_token
+from flatgpt.answers import parse_stops
+from flatgpt.engine import check_controls, penalize_repetition, random_uniform, sample_token
 from flatgpt.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------

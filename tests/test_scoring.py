@@ -10,6 +10,7 @@ import torch
 from test_model import make
 
 from flatgpt import engine, evaluation
+from flatgpt.answers import Answer
 from flatgpt.engine import generate
 from flatgpt.errors import UserError
 from flatgpt.evaluation import Item
@@ -258,7 +259,7 @@ def test_a_padded_vocabulary_is_not_written_and_nothing_is_made_after_all_have_e
     ([97], ['x', 'a'], '', 'stop'), ([98, 97, 98], ['ab', 'xb'], 'b', 'stop'),
 ])
 def test_an_answer_ends_with_its_text_before_a_stop_or_at_its_length(ids, stops, text, finish):
-    answer = engine.Answer(Pairs(), np.array([97]), 3, stops)
+    answer = Answer(Pairs(), np.array([97]), 3, stops)
     for token in ids:
         answer.add(token)
     assert (answer.text, answer.finish) == (text, finish)

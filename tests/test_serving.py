@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from properties import quick
 
 from flatgpt import engine
+from flatgpt.answers import Answer
 from flatgpt.conversation import CHATML, ChatTemplate
 from flatgpt.serving import Limits, Server
 from flatgpt.tokenizer import CharTokenizer
@@ -96,7 +97,7 @@ def a_server(**options):
 def alone(model, prompt, number, stops=(), **controls):
     """The text of the answer to a prompt, by generate()."""
     ids = torch.from_numpy(TOK.encode(prompt).astype('int64'))
-    answer = engine.Answer(TOK, ids.numpy(), number, stops)
+    answer = Answer(TOK, ids.numpy(), number, stops)
     for token, log_prob in engine.generate(model, [ids], number, log_probs=True, **controls):
         answer.add(token.item(), log_prob.item())
     return answer
