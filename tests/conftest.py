@@ -224,11 +224,12 @@ def killed_after(seconds, pid):
 
 
 def wait_until(condition, seconds=60):
-    """Returns when the condition is true, and fails when it does not become true in time."""
+    """What the condition returns as soon as it is true. Fails if it does not become true in time."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, f'not true after {seconds} s'
         time.sleep(0.01)
+    return found
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ stays text.
 import asyncio
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -116,16 +115,6 @@ def page(server, driver):
     return driver
 
 
-def wait(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError('the page did not get there')
-
-
 def find(page, selector):
     return page.find_elements('css selector', selector)
 
@@ -134,17 +123,17 @@ def ask(page, text):
     from selenium.webdriver.common.keys import Keys
     number = len(find(page, '.turn.assistant'))
     find(page, '#input')[0].send_keys(text + Keys.ENTER)
-    wait(lambda: len(find(page, '.turn.assistant')) == number + 1)
+    wait_until(lambda: len(find(page, '.turn.assistant')) == number + 1)
 
 
 def answer(page):
     """The text of the last answer, once it is complete."""
-    wait(lambda: not find(page, '#stop')[0].is_displayed())
+    wait_until(lambda: not find(page, '#stop')[0].is_displayed())
     return find(page, '.turn.assistant .text')[-1].text
 
 
 def test_a_conversation_is_sent_with_its_turns_and_options(server, page):
-    assert wait(lambda: find(page, '#model')[0].text == 'scripted')
+    assert wait_until(lambda: find(page, '#model')[0].text == 'scripted')
     page.execute_script("document.querySelector('details').open = true")
     find(page, '#system')[0].send_keys('be kind')
     temperature = find(page, '#temperature')[0]
@@ -169,12 +158,12 @@ def test_a_conversation_is_sent_with_its_turns_and_options(server, page):
 def test_an_answer_streams_and_stops(server, page):
     left = server.left
     ask(page, 'long')
-    wait(lambda: 'word' in find(page, '.turn.assistant .text')[-1].text)
+    wait_until(lambda: 'word' in find(page, '.turn.assistant .text')[-1].text)
     find(page, '#stop')[0].click()
     text = answer(page)
     assert 0 < len(text.split()) < 500
     assert find(page, '.turn.assistant .note')[-1].text == 'stopped'
-    wait(lambda: server.left == left + 1)
+    wait_until(lambda: server.left == left + 1)
 
 
 def test_what_a_model_writes_is_shown_and_never_run(page):
